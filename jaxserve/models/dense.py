@@ -1,0 +1,39 @@
+"""Dense causal attention: what training uses, and the oracle that attention over pages is tested against."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import nn
+from jaxtyping import Array, Float32
+
+from jaxserve.models.layers import Attend
+
+
+def causal_attend(batch: int, time: int) -> Attend:
+    """An `attend` for rows that are `batch` whole sequences of `time` tokens, one after the other.
+
+    It carries nothing: pass `kv=None`.
+    """
+
+    def attend(
+        q: Float32[Array, "B H D"],
+        k: Float32[Array, "B K D"],
+        v: Float32[Array, "B K D"],
+        kv: Any,
+        *,
+        layer: int,
+        window: int | None,
+    ) -> tuple[Float32[Array, "B H D"], Any]:
+        del layer
+        num_kv_heads, head_dim = k.shape[1:]
+        q = q.reshape(batch, time, num_kv_heads, -1, head_dim)
+        k = k.reshape(batch, time, num_kv_heads, head_dim)
+        v = v.reshape(batch, time, num_kv_heads, head_dim)
+        scores = jnp.einsum("btkgd,bskd->bkgts", q, k)
+        distance = jnp.arange(time)[:, None] - jnp.arange(time)[None, :]
+        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        weights = nn.softmax(jnp.where(visible[None, None, None], scores, -jnp.inf), axis=-1)
+        out = jnp.einsum("bkgts,bskd->btkgd", weights, v)
+        return out.reshape(batch * time, -1, head_dim), kv
+
+    return attend

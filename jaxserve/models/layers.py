@@ -1,0 +1,146 @@
+"""The layers every family is made of. Activations are float32; weights may be narrower.
+
+A layer knows neither pages nor kernels: attention is the `attend` function it is given.
+"""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Float32
+
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.rope import rotate
+
+
+class Attend(Protocol):
+    """Attention of some rows to the keys and values of their own sequences up to and including themselves."""
+
+    def __call__(
+        self,
+        q: Float32[Array, "B H D"],
+        k: Float32[Array, "B K D"],
+        v: Float32[Array, "B K D"],
+        kv: Any,
+        *,
+        layer: int,
+        window: int | None,
+    ) -> tuple[Float32[Array, "B H D"], Any]:
+        """Adds the rows' own `k` and `v` to `kv`, then attends.
+
+        Args:
+          q: queries, rotated and scaled by 1/sqrt(D); query head h reads kv head h // (H // K).
+          k: keys, rotated.
+          v: values.
+          kv: whatever carries keys and values from call to call (a pair of page arrays, or None).
+          layer: index of the layer, for a `kv` that holds all layers.
+          window: number of latest positions a query sees, its own included; None: all.
+
+        Returns:
+          The attention output per query head, and `kv` with this call's rows added.
+        """
+        ...
+
+
+def matmul(x: Float[Array, "B I"], w: Float[Array, "I O"]) -> Float32[Array, "B O"]:
+    """The one product of the model: operands in the weight's dtype, accumulated in float32."""
+    return lax.dot_general(
+        x.astype(w.dtype), w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def matmul_transposed(x: Float[Array, "B I"], w: Float[Array, "O I"]) -> Float32[Array, "B O"]:
+    """`matmul` with a weight stored output-first, as embeddings are."""
+    return lax.dot_general(
+        x.astype(w.dtype), w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def _kernel(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any) -> nnx.Param:
+    return nnx.Param((0.02 * jax.random.normal(rngs.params(), shape)).astype(dtype))
+
+
+def _bias(enabled: bool, shape: tuple[int, ...], dtype: Any) -> nnx.Param | None:
+    return nnx.Param(jnp.zeros(shape, dtype)) if enabled else None
+
+
+def _add(y: Float32[Array, "B O"], bias: nnx.Param | None) -> Float32[Array, "B O"]:
+    return y if bias is None else y + bias[...].astype(jnp.float32)[None, :]
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square normalisation (Zhang and Sennrich, 2019) over the last axis."""
+
+    def __init__(self, dim: int, eps: float, dtype: Any):
+        self.scale = nnx.Param(jnp.ones((dim,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float32[Array, "*B dim"]) -> Float32[Array, "*B dim"]:
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        scale = jnp.expand_dims(self.scale[...].astype(jnp.float32), tuple(range(x.ndim - 1)))
+        return x * lax.rsqrt(mean_square + self.eps) * scale
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al., 2023) with rotary positions.
+
+    `qkv` is one fused kernel, its columns grouped by kv head: for each kv head its G query heads, its key, its value.
+    So it can be sharded over kv heads on its last axis, as `out` can on its first.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
+        self.num_kv_heads, self.group_size, self.head_dim = config.num_kv_heads, config.group_size, config.head_dim
+        width = config.num_kv_heads * (config.group_size + 2) * config.head_dim
+        self.qkv = _kernel(rngs, (config.embed_dim, width), dtype)
+        self.qkv_bias = _bias(config.qkv_bias, (width,), dtype)
+        self.out = _kernel(rngs, (config.num_heads * config.head_dim, config.embed_dim), dtype)
+        self.out_bias = _bias(config.out_bias, (config.embed_dim,), dtype)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, dtype) if config.qk_norm else None
+
+    def __call__(self, x, rotation, kv, attend: Attend, *, layer: int, window: int | None):
+        num_rows, group = x.shape[0], self.group_size
+        y = _add(matmul(x, self.qkv[...]), self.qkv_bias)
+        y = y.reshape(num_rows, self.num_kv_heads, group + 2, self.head_dim)
+        q = y[:, :, :group].reshape(num_rows, self.num_kv_heads * group, self.head_dim)
+        k, v = y[:, :, group], y[:, :, group + 1]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate(q, *rotation) * self.head_dim**-0.5
+        k = rotate(k, *rotation)
+        out, kv = attend(q, k, v, kv, layer=layer, window=window)
+        return _add(matmul(out.reshape(num_rows, -1), self.out[...]), self.out_bias), kv
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU (Shazeer, 2020): down(silu(gate(x)) * up(x)), gate and up fused into one kernel [E, 2, F]."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
+        self.gate_up = _kernel(rngs, (config.embed_dim, 2, config.ffw_dim), dtype)
+        self.gate_up_bias = _bias(config.ffw_bias, (2, config.ffw_dim), dtype)
+        self.down = _kernel(rngs, (config.ffw_dim, config.embed_dim), dtype)
+        self.down_bias = _bias(config.ffw_bias, (config.embed_dim,), dtype)
+
+    def __call__(self, x: Float32[Array, "B E"]) -> Float32[Array, "B E"]:
+        kernel = self.gate_up[...]
+        y = matmul(x, kernel.reshape(kernel.shape[0], -1)).reshape(x.shape[0], *kernel.shape[1:])
+        if self.gate_up_bias is not None:
+            y = y + self.gate_up_bias[...].astype(jnp.float32)[None]
+        return _add(matmul(nnx.silu(y[:, 0]) * y[:, 1], self.down[...]), self.down_bias)
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
+        self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype)
+        self.attention = Attention(config, rngs=rngs, dtype=dtype)
+        self.ffw_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype)
+        self.ffw = FeedForward(config, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x, rotation, kv, attend: Attend, *, layer: int, window: int | None):
+        y, kv = self.attention(self.attention_norm(x), rotation, kv, attend, layer=layer, window=window)
+        x = x + y
+        return x + self.ffw(self.ffw_norm(x)), kv

@@ -1,0 +1,57 @@
+"""The decoder-only transformer: embedding, blocks, final norm, output projection."""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float32, Int32
+
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.layers import Attend, Block, RMSNorm, _kernel, matmul_transposed
+from jaxserve.models.rope import rotations
+
+
+class Transformer(nnx.Module):
+    """One forward for prefill, decode, scoring and training: it works on flat rows, a row being one token.
+
+    Which rows belong to one sequence, and what they may attend to, is known to `attend` alone.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.config = config
+        self.embedding = _kernel(rngs, (config.vocab_size, config.embed_dim), dtype)
+        self.blocks = nnx.List([Block(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)])
+        self.final_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype)
+        tied = config.tied_embeddings
+        self.lm_head = None if tied else _kernel(rngs, (config.vocab_size, config.embed_dim), dtype)
+
+    def __call__(
+        self, tokens: Int32[Array, " B"], positions: Int32[Array, " B"], *, attend: Attend, kv: Any
+    ) -> tuple[Float32[Array, "B E"], Any]:
+        """Final hidden states of the rows, and what the layers made of `kv`.
+
+        Args:
+          tokens: token id per row, in [0, V).
+          positions: position of each row in its sequence, counted from 0.
+          attend: see `Attend`.
+          kv: one entry per layer, or None for an `attend` that carries nothing.
+        """
+        layers = [None] * self.config.num_layers if kv is None else list(kv)
+        x = self.embedding[...][tokens].astype(jnp.float32)
+        rotation = rotations(self.config.rope, self.config.head_dim, positions)
+        for layer, block in enumerate(self.blocks):
+            window = self.config.windows[layer]
+            x, layers[layer] = block(x, rotation, layers[layer], attend, layer=layer, window=window)
+        return self.final_norm(x), tuple(layers)
+
+    def logits(self, hidden: Float32[Array, "B E"]) -> Float32[Array, "B V"]:
+        """Next-token logits of final hidden states."""
+        weight = self.embedding if self.lm_head is None else self.lm_head
+        return matmul_transposed(hidden, weight[...])
+
+
+@functools.cache
+def graphdef_of(config: ModelConfig) -> nnx.GraphDef:
+    """The static half of `nnx.split(Transformer(config))`, made without allocating a weight."""
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
