@@ -1,0 +1,84 @@
+"""The pages themselves: per layer one array of keys and one of values, written in place.
+
+Layout [pages, kv heads, page size, head dim]: a page of one head is contiguous, and kv heads can be sharded. No array
+holds more than one layer, so that a write touches one layer's buffer only.
+
+On CPU a bfloat16 pool is kept as the bits of its numbers (uint16): XLA:CPU scatters into a bfloat16 array by converting
+all of it to float32 and back.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32, Shaped
+
+from jaxserve.models import ModelConfig
+from jaxserve.pytree import Record, record
+
+_MAX_ELEMENTS = 2**31  # offsets in kernels are int32
+
+
+@record
+class KVPool(Record):
+    """Keys and values of all pages: L pairs of arrays."""
+
+    k: tuple[Shaped[Array, "N K T D"], ...]  # per layer; float, or uint16 holding bfloat16 bits
+    v: tuple[Shaped[Array, "N K T D"], ...]  # as k
+
+
+def init_kv_pool(model: ModelConfig, num_pages: int, page_size: int, dtype: str, *, as_bits: bool) -> KVPool:
+    """A pool of zeros.
+
+    Args:
+      model: gives layers, kv heads and head dim.
+      num_pages: N.
+      page_size: T, tokens per page.
+      dtype: "float32", "float16" or "bfloat16".
+      as_bits: keep bfloat16 as uint16 (see the module's note); no effect on other dtypes.
+
+    Raises:
+      ValueError: if one array would hold more than 2^31 elements.
+    """
+    shape = (num_pages, model.num_kv_heads, page_size, model.head_dim)
+    num_elements = num_pages * model.num_kv_heads * page_size * model.head_dim
+    if num_elements > _MAX_ELEMENTS:
+        raise ValueError(
+            f"num_pages={num_pages} gives {num_elements} elements per layer, above the 2^31 that 32-bit offsets "
+            f"reach: use at most {_MAX_ELEMENTS * num_pages // num_elements} pages"
+        )
+    stored = jnp.uint16 if as_bits and dtype == "bfloat16" else jnp.dtype(dtype)
+
+    def pages() -> tuple[Array, ...]:
+        return tuple(jnp.zeros(shape, stored) for _ in range(model.num_layers))
+
+    return KVPool(k=pages(), v=pages())
+
+
+def write_rows(
+    pages: Shaped[Array, "N K T D"],
+    rows: Float32[Array, "B K D"],
+    page_id: Int32[Array, " B"],
+    offset: Int32[Array, " B"],
+) -> Shaped[Array, "N K T D"]:
+    """Stores each row's heads at `offset` of page `page_id`; a row whose page is "none" (N) is dropped."""
+    if pages.dtype == jnp.uint16:
+        values = lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
+    else:
+        values = rows.astype(pages.dtype)
+    return pages.at[page_id, :, offset].set(values, mode="drop")
+
+
+def as_float(pages: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Pages, or some of them, as numbers."""
+    return lax.bitcast_convert_type(pages, jnp.bfloat16) if pages.dtype == jnp.uint16 else pages
+
+
+def bytes_per_page(model: ModelConfig, page_size: int, dtype: str) -> int:
+    """Bytes of one page over all layers, keys and values."""
+    itemsize = jnp.dtype(dtype).itemsize
+    return 2 * model.num_layers * model.num_kv_heads * page_size * model.head_dim * itemsize
+
+
+def stores_bits() -> bool:
+    """Whether the default device is one on which a bfloat16 pool is kept as bits."""
+    return jax.default_backend() == "cpu"

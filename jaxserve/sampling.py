@@ -1,0 +1,204 @@
+"""From logits to tokens: greedy, temperature, min-p, top-k, top-p, and log probabilities.
+
+The order of operations is vLLM's: temperature, then min-p, then top-k, then top-p on what is left, renormalised. Nothing
+sorts the vocabulary. Both thresholds are found bit by bit: an order-preserving map takes a float32 to a uint32, and 32
+passes that each count (top-k) or add up (top-p) what lies below a candidate settle its 32 bits. The draw needs two
+uniforms per row: one picks a block of the vocabulary, one a token within it. Whatever no row asks for is a loop of no trips.
+
+A row's result depends on that row alone. Randomness is counter-based: the key of a draw is made of the request's seed, the
+sample's index and the token's position, so nothing that happened before it matters.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
+
+from jaxserve.pytree import Record, record
+
+T = TypeVar("T")
+
+_GREEDY_BELOW = 1e-5  # temperature
+_BLOCK = 128  # tokens per block of the two-level draw
+
+
+@record
+class SamplingRows(Record):
+    """Sampling parameters, one row per sequence; meanings and ranges as in `jaxserve.SamplingParams`."""
+
+    temperature: Float32[Array, " Q"]  # below 1e-5: greedy
+    top_k: Int32[Array, " Q"]  # 0: off
+    top_p: Float32[Array, " Q"]  # 1: off
+    min_p: Float32[Array, " Q"]  # 0: off
+    key_data: UInt32[Array, "Q 2"]  # threefry key made from the seed
+    sample_index: Int32[Array, " Q"]  # which of a request's samples this is; folded into the key
+    num_logprobs: Int32[Array, " Q"]  # most likely tokens reported beside the sampled one; -1: no ranks either
+
+
+@record
+class Sampled(Record):
+    """One token per row, and what is known about it. Log probabilities are of the raw distribution."""
+
+    token: Int32[Array, " R"]
+    logprob: Float32[Array, " R"]  # of the token
+    rank: Int32[Array, " R"]  # of the token, 1 = most likely; 0 if the row asked for no logprobs
+    top_ids: Int32[Array, "R K"]  # most likely tokens, first first; -1 if the row asked for no logprobs
+    top_logprobs: Float32[Array, "R K"]  # of top_ids; 0 if the row asked for no logprobs
+
+
+def greedy_rows(num_rows: int) -> SamplingRows:
+    """Greedy rows that ask for no logprobs."""
+    return SamplingRows(
+        temperature=jnp.zeros((num_rows,), jnp.float32),
+        top_k=jnp.zeros((num_rows,), jnp.int32),
+        top_p=jnp.ones((num_rows,), jnp.float32),
+        min_p=jnp.zeros((num_rows,), jnp.float32),
+        key_data=jnp.zeros((num_rows, 2), jnp.uint32),
+        sample_index=jnp.zeros((num_rows,), jnp.int32),
+        num_logprobs=jnp.full((num_rows,), -1, jnp.int32),
+    )
+
+
+def sample(
+    logits: Float32[Array, "R V"],
+    rows: SamplingRows,
+    position: Int32[Array, " R"],
+    active: Bool[Array, " R"],
+    *,
+    max_logprobs: int,
+) -> Sampled:
+    """Draws one token per row.
+
+    Args:
+      logits: raw logits.
+      rows: sampling parameters of the rows.
+      position: position of the token to draw, counted in prompt + generated.
+      active: rows that count; what the others get is meaningless.
+      max_logprobs: K, size of the top lists.
+    """
+    random = active & (rows.temperature >= _GREEDY_BELOW)
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    token = _if_any(random, lambda token: jnp.where(random, _draw(logits, rows, position, random), token), token)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    logprob = (chosen - normaliser)[:, 0]
+
+    asked = active & (rows.num_logprobs >= 0)
+    num_top = min(max_logprobs, logits.shape[1])
+    shape = (logits.shape[0], max_logprobs)
+
+    def report(_: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        values, ids = lax.top_k(logits, num_top)
+        rank = 1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32)
+        unused = ((0, 0), (0, max_logprobs - num_top))
+        ids = jnp.pad(ids.astype(jnp.int32), unused, constant_values=-1)
+        values = jnp.pad(values - normaliser, unused)
+        some = asked[:, None]
+        return jnp.where(asked, rank, 0), jnp.where(some, ids, -1), jnp.where(some, values, 0)
+
+    nothing = (jnp.zeros(shape[:1], jnp.int32), jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
+    rank, top_ids, top_logprobs = _if_any(asked, report, nothing)
+    return Sampled(token=token, logprob=logprob, rank=rank, top_ids=top_ids, top_logprobs=top_logprobs)
+
+
+def _draw(
+    logits: Float32[Array, "R V"], rows: SamplingRows, position: Int32[Array, " R"], random: Bool[Array, " R"]
+) -> Int32[Array, " R"]:
+    temperature = jnp.where(random, rows.temperature, 1.0)
+    scaled = logits / temperature[:, None] + 0.0  # + 0.0 turns -0.0 into 0.0, which must compare equal
+    weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))  # the largest is exactly 1
+    weights = jnp.where(weights >= rows.min_p[:, None], weights, 0)
+    ordered = _ordered_bits(scaled)
+
+    def keep_top_k(weights: Float32[Array, "R V"]) -> Float32[Array, "R V"]:
+        k = jnp.where(random & (rows.top_k > 0), rows.top_k, logits.shape[1])
+        threshold = _largest(lambda bits: jnp.sum(ordered >= bits, axis=-1, dtype=jnp.int32) >= k, k.shape)
+        return jnp.where(ordered >= threshold[:, None], weights, 0)
+
+    def keep_top_p(weights: Float32[Array, "R V"]) -> Float32[Array, "R V"]:
+        dropped = (1 - rows.top_p) * jnp.sum(weights, axis=-1)
+
+        def below(bits: UInt32[Array, "R 1"]) -> Float32[Array, " R"]:
+            return jnp.sum(jnp.where(ordered < bits, weights, 0), axis=-1)
+
+        threshold = _largest(lambda bits: below(bits) <= dropped, dropped.shape)
+        threshold = jnp.minimum(threshold, jnp.max(ordered, axis=-1))[:, None]
+        limited = (random & (rows.top_p < 1))[:, None]
+        kept = jnp.where((ordered >= threshold) | ~limited, weights, 0)
+        return _drop_ties(kept, (ordered == threshold) & limited, dropped - below(threshold))
+
+    weights = _if_any(random & (rows.top_k > 0), keep_top_k, weights)
+    weights = _if_any(random & (rows.top_p < 1), keep_top_p, weights)
+    return _pick(weights, _uniforms(rows, position))
+
+
+def _drop_ties(
+    weights: Float32[Array, "R V"], tied: Bool[Array, "R V"], excess: Float32[Array, " R"]
+) -> Float32[Array, "R V"]:
+    """Of equal tokens at the top-p threshold, drops the first ones that fit into the excess mass, as a stable sort does."""
+    weight = jnp.max(jnp.where(tied, weights, 0), axis=-1)
+    num_tied = jnp.sum(tied, axis=-1, dtype=jnp.int32)
+    fitting = jnp.floor(excess / jnp.where(weight > 0, weight, 1)).astype(jnp.int32)
+    num_dropped = jnp.clip(fitting, 0, jnp.maximum(num_tied - 1, 0))
+
+    def drop(weights: Float32[Array, "R V"]) -> Float32[Array, "R V"]:
+        order = jnp.cumsum(tied.astype(jnp.int32), axis=-1, dtype=jnp.int32)
+        return jnp.where(tied & (order <= num_dropped[:, None]), 0, weights)
+
+    return _if_any(num_dropped > 0, drop, weights)
+
+
+def _ordered_bits(x: Float32[Array, "R V"]) -> UInt32[Array, "R V"]:
+    """Unsigned integers that compare as the floats do; x holds no NaN and no -0.0."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    negative = (bits >> jnp.uint32(31)).astype(bool)
+    return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest(
+    holds: Callable[[UInt32[Array, "R 1"]], Bool[Array, " R"]], shape: tuple[int, ...]
+) -> UInt32[Array, " R"]:
+    """The largest uint32 per row for which `holds`, a condition that is true at 0 and, once false, stays false."""
+
+    def settle_bit(index: Int32[Array, ""], value: UInt32[Array, " R"]) -> UInt32[Array, " R"]:
+        candidate = value | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
+        return jnp.where(holds(candidate[:, None]), candidate, value)
+
+    return lax.fori_loop(0, 32, settle_bit, jnp.zeros(shape, jnp.uint32))
+
+
+def _uniforms(rows: SamplingRows, position: Int32[Array, " R"]) -> Float32[Array, "R 2"]:
+    def one(key_data: UInt32[Array, " 2"], sample_index: Int32[Array, ""], position: Int32[Array, ""]):
+        key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
+        key = jax.random.fold_in(jax.random.fold_in(key, sample_index), position)
+        return jax.random.uniform(key, (2,), jnp.float32)
+
+    return jax.vmap(one)(rows.key_data, rows.sample_index, position)
+
+
+def _pick(weights: Float32[Array, "R V"], uniforms: Float32[Array, "R 2"]) -> Int32[Array, " R"]:
+    """Inverse transform sampling in two levels. A token of weight 0 is never picked, whatever the rounding."""
+    num_rows, vocab_size = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab_size % _BLOCK))).reshape(num_rows, -1, _BLOCK)
+    block = _inverse(jnp.sum(blocks, axis=-1), uniforms[:, 0])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * _BLOCK + _inverse(inside, uniforms[:, 1])
+
+
+def _inverse(weights: Float32[Array, "R X"], uniform: Float32[Array, " R"]) -> Int32[Array, " R"]:
+    cumulative = jnp.cumsum(weights, axis=-1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    possible = weights > 0
+    index = jnp.arange(weights.shape[1], dtype=jnp.int32)[None, :]
+    first = jnp.min(jnp.where(possible & (cumulative > target), index, weights.shape[1]), axis=-1)
+    last = jnp.max(jnp.where(possible, index, 0), axis=-1)
+    return jnp.minimum(first, last)
+
+
+def _if_any(wanted: Bool[Array, " R"], compute: Callable[[T], T], otherwise: T) -> T:
+    """`compute(otherwise)` if any row wants it, as a loop of one trip or none: a cond would copy what it returns."""
+    done = ~jnp.any(wanted)
+    return lax.while_loop(lambda carry: ~carry[0], lambda carry: (~carry[0], compute(carry[1])), (done, otherwise))[1]

@@ -1,0 +1,117 @@
+"""What an owner of sequences does between steps: submit, abort, collect. Pure, of fixed size, jittable.
+
+Inside jit nothing raises: a row that is not valid ends at once with status ERROR, and a submission that finds no free row
+gets the handle "none". `jaxserve.rows` builds submissions on the host, where mistakes do raise.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
+
+from jaxserve.config import EngineConfig
+from jaxserve.models import ModelConfig
+from jaxserve.pytree import Record, record
+from jaxserve.scheduler.state import EngineState, SamplingRows, Status
+
+
+@record
+class Submission(Record):
+    """A batch of new sequences; rows with `valid` False are padding."""
+
+    tokens: Int32[Array, "W M"]  # prompts, padded at the end
+    prompt_length: Int32[Array, " W"]  # tokens, at least 1 and at most M - 1
+    max_tokens: Int32[Array, " W"]  # tokens to generate at most; clipped to what M leaves
+    stop_token_ids: Int32[Array, "W Z"]  # end-of-sequence ids among them; -1: unused entry
+    sampling: SamplingRows  # of W rows
+    priority: Int32[Array, " W"]  # lower goes first
+    valid: Bool[Array, " W"]
+
+
+@record
+class Handles(Record):
+    """Names of submitted sequences: a row alone is reused, a row and its generation are not."""
+
+    row_id: Int32[Array, " W"]  # Q = none: padding, or no row was free
+    generation: Int32[Array, " W"]
+
+
+def submit(
+    state: EngineState, submission: Submission, *, model: ModelConfig, config: EngineConfig
+) -> tuple[EngineState, Handles]:
+    """Puts sequences into free queue rows, in order, while there are any.
+
+    Sequences beyond the free rows are not taken; their handle's `row_id` is Q. The state is otherwise unchanged by them.
+    """
+    queue, num_rows = state.queue, state.queue.status.shape[0]
+    width = submission.valid.shape[0]
+    order = jnp.cumsum(submission.valid.astype(jnp.int32), dtype=jnp.int32) - 1
+    (free,) = jnp.nonzero(queue.status == Status.FREE, size=width, fill_value=num_rows)
+    row = jnp.where(submission.valid, free.astype(jnp.int32)[order], num_rows)
+    acceptable = _acceptable(submission, model, config)
+    max_length = submission.prompt_length + jnp.minimum(
+        submission.max_tokens, queue.tokens.shape[1] - submission.prompt_length
+    )
+    queue = queue.replace(
+        tokens=queue.tokens.at[row].set(submission.tokens, mode="drop"),
+        prompt_length=queue.prompt_length.at[row].set(submission.prompt_length, mode="drop"),
+        num_tokens=queue.num_tokens.at[row].set(submission.prompt_length, mode="drop"),
+        max_length=queue.max_length.at[row].set(max_length, mode="drop"),
+        stop_token_ids=queue.stop_token_ids.at[row].set(submission.stop_token_ids, mode="drop"),
+        sampling=_set_rows(queue.sampling, row, submission.sampling),
+        priority=queue.priority.at[row].set(submission.priority, mode="drop"),
+        arrival=queue.arrival.at[row].set(state.next_arrival + order, mode="drop"),
+        status=queue.status.at[row].set(
+            jnp.where(acceptable, Status.WAITING.value, Status.ERROR.value).astype(jnp.int32), mode="drop"
+        ),
+        abort_requested=queue.abort_requested.at[row].set(False, mode="drop"),
+        num_preemptions=queue.num_preemptions.at[row].set(0, mode="drop"),
+        generation=queue.generation.at[row].add(1, mode="drop"),
+    )
+    handles = Handles(row_id=row, generation=queue.generation.at[row].get(mode="fill", fill_value=0))
+    num_taken = jnp.sum(row < num_rows, dtype=jnp.int32)
+    return state.replace(queue=queue, next_arrival=state.next_arrival + num_taken), handles
+
+
+def abort(state: EngineState, mask: Bool[Array, " Q"], generation: Int32[Array, " Q"]) -> EngineState:
+    """Asks for rows to be aborted by the next step. Rows that finished first, or were reused since, are left alone."""
+    queue = state.queue
+    unfinished = (queue.status == Status.WAITING) | (queue.status == Status.RUNNING)
+    requested = queue.abort_requested | (mask & unfinished & (generation == queue.generation))
+    return state.replace(queue=queue.replace(abort_requested=requested))
+
+
+def collect(state: EngineState, mask: Bool[Array, " Q"], generation: Int32[Array, " Q"]) -> EngineState:
+    """Gives finished rows back to the queue, once their owner has read what he wants of them."""
+    queue = state.queue
+    collected = mask & (queue.status >= Status.STOP) & (generation == queue.generation)
+    status = jnp.where(collected, Status.FREE.value, queue.status)
+    return state.replace(queue=queue.replace(status=status))
+
+
+def _acceptable(submission: Submission, model: ModelConfig, config: EngineConfig) -> Bool[Array, " W"]:
+    sampling, length = submission.sampling, submission.prompt_length
+    in_prompt = jnp.arange(submission.tokens.shape[1], dtype=jnp.int32)[None, :] < length[:, None]
+    in_vocab = (submission.tokens >= 0) & (submission.tokens < model.vocab_size)
+    return (
+        (length >= 1)
+        & (length < submission.tokens.shape[1])
+        & jnp.all(in_vocab | ~in_prompt, axis=1)
+        & (submission.max_tokens >= 1)
+        & (sampling.temperature >= 0)
+        & jnp.isfinite(sampling.temperature)
+        & (sampling.top_k >= 0)
+        & (sampling.top_p > 0)
+        & (sampling.top_p <= 1)
+        & (sampling.min_p >= 0)
+        & (sampling.min_p <= 1)
+        & (sampling.num_logprobs >= -1)
+        & (sampling.num_logprobs <= config.max_logprobs)
+    )
+
+
+def _set_rows(rows: SamplingRows, row: Int32[Array, " W"], new: SamplingRows) -> SamplingRows:
+    return SamplingRows(
+        **{
+            name: getattr(rows, name).at[row].set(getattr(new, name), mode="drop")
+            for name in SamplingRows.__dataclass_fields__
+        }
+    )

@@ -1,0 +1,309 @@
+"""The step: one iteration of continuous batching as a pure function, and the loops around it.
+
+    state, output  = step(params, state, ...)            one iteration
+    state, outputs = run_steps(params, state, n, ...)    up to n of them, outputs stacked, for a host that streams and refills
+    state, results = run(params, state, ...)             until nothing is left
+
+The three are plain functions, for use inside a caller's `jax.jit`. `programs` holds the only jit and the only donation.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32
+
+from jaxserve.cache import KVPool
+from jaxserve.cache.attention import paged_attend
+from jaxserve.config import EngineConfig
+from jaxserve.models import ModelConfig, graphdef_of
+from jaxserve.pytree import Record, record
+from jaxserve.sampling import Sampled, sample
+from jaxserve.scheduler.state import EngineState, Status
+from jaxserve.scheduler.submission import Handles, Submission, abort, collect, submit
+from jaxserve.scheduler.transitions import Plan, samples, schedule, settle
+
+
+@record
+class StepOutput(Record):
+    """What one step did. Entries of slots that did not sample are meaningless except `row_id` and `num_new`."""
+
+    row_id: Int32[Array, " S"]  # queue row in each slot; Q = none
+    num_new: Int32[Array, " S"]  # tokens whose keys and values were computed
+    sampled: Bool[Array, " S"]  # whether a token was drawn
+    drawn: Sampled  # of S rows
+    status: Int32[Array, " S"]  # the row's `Status` after the step
+    prompt_slot: Int32[Array, " B"]  # slot of each row of the forward pass; S = none
+    prompt_position: Int32[Array, " B"]  # position of each row of the forward pass
+    prompt_logprob: Float32[Array, " B"]  # of that row's token given those before it; NaN: not computed
+    num_waiting: Int32[Array, ""]  # rows waiting after admission
+    num_free_pages: Int32[Array, ""]  # while the step ran
+    num_preempted: Int32[Array, ""]  # sequences that lost their slot in this step
+
+
+@record
+class StepOutputs(Record):
+    """What a call of `run_steps` did."""
+
+    steps: StepOutput  # each field stacked, [n, ...]; entries from num_steps on are stale
+    num_steps: Int32[Array, ""]
+    status: Int32[Array, " Q"]  # a `Status` per row, after the last step
+    generation: Int32[Array, " Q"]
+    num_preemptions: Int32[Array, " Q"]
+
+
+@record
+class RunResults(Record):
+    """What `run` generated, one row per queue row; entries beyond `num_generated` are stale."""
+
+    token_ids: Int32[Array, "Q max_new"]
+    logprobs: Float32[Array, "Q max_new"]  # of token_ids, raw distribution
+    num_generated: Int32[Array, " Q"]
+    status: Int32[Array, " Q"]  # a `Status`
+    top_ids: Int32[Array, "Q max_new K"]
+    top_logprobs: Float32[Array, "Q max_new K"]
+    num_steps: Int32[Array, ""]
+
+
+def step(
+    params: nnx.State, state: EngineState, *, model: ModelConfig, config: EngineConfig
+) -> tuple[EngineState, StepOutput]:
+    """One iteration: abort, admit, plan, forward, sample, retire.
+
+    Args:
+      params: `nnx.split(Transformer(model))[1]`; may be new ones on each call.
+      state: what the previous step returned; may be donated.
+      model: static.
+      config: static.
+    """
+    num_preempted = jnp.sum(state.queue.num_preemptions, dtype=jnp.int32)
+    state, plan = schedule(state, config=config)
+    sampled = samples(state, plan.num_new)
+    pool, hidden = _forward(params, state, plan, model=model, config=config)
+    drawn = _sample(params, state, hidden, sampled, model=model, config=config)
+    before = state
+    state = settle(state.replace(pool=pool), plan.num_new, drawn.token)
+    output = StepOutput(
+        row_id=before.slots.row_id,
+        num_new=plan.num_new,
+        sampled=sampled,
+        drawn=drawn,
+        status=state.queue.status.at[before.slots.row_id].get(mode="fill", fill_value=Status.FREE),
+        prompt_slot=plan.slot,
+        prompt_position=plan.position,
+        prompt_logprob=jnp.full(plan.slot.shape, jnp.nan, jnp.float32),
+        num_waiting=jnp.sum(before.queue.status == Status.WAITING, dtype=jnp.int32),
+        num_free_pages=before.table.num_free,
+        num_preempted=jnp.sum(before.queue.num_preemptions, dtype=jnp.int32) - num_preempted,
+    )
+    return state, output
+
+
+def run_steps(
+    params: nnx.State,
+    state: EngineState,
+    num_steps: Int32[Array, ""],
+    *,
+    model: ModelConfig,
+    config: EngineConfig,
+) -> tuple[EngineState, StepOutputs]:
+    """Up to `num_steps` iterations; fewer when nothing is left, or when a row has finished and none waits for its slot.
+
+    Args:
+      num_steps: at most `config.max_steps_per_call`; a larger number counts as that.
+    """
+    capacity = config.max_steps_per_call
+    one = jax.eval_shape(functools.partial(step, model=model, config=config), params, state)[1]
+    ring = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), one)
+    limit = jnp.minimum(num_steps, capacity)
+
+    def go_on(carry: tuple[EngineState, StepOutput, Array, Array]) -> Bool[Array, ""]:
+        state, _, index, host_wanted = carry
+        return (index < limit) & ~host_wanted & has_work(state)
+
+    def one_step(carry: tuple[EngineState, StepOutput, Array, Array]) -> tuple[EngineState, StepOutput, Array, Array]:
+        state, ring, index, _ = carry
+        state, output = step(params, state, model=model, config=config)
+        ring = jax.tree.map(lambda stack, leaf: stack.at[index].set(leaf), ring, output)
+        finished = jnp.any(output.status >= Status.STOP)
+        return state, ring, index + 1, finished & ~jnp.any(state.queue.status == Status.WAITING)
+
+    start = (state, ring, jnp.int32(0), jnp.asarray(False))
+    state, ring, num_done, _ = lax.while_loop(go_on, one_step, start)
+    queue = state.queue
+    return state, StepOutputs(
+        steps=ring,
+        num_steps=num_done,
+        status=queue.status,
+        generation=queue.generation,
+        num_preemptions=queue.num_preemptions,
+    )
+
+
+def run(
+    params: nnx.State,
+    state: EngineState,
+    *,
+    model: ModelConfig,
+    config: EngineConfig,
+    max_new_tokens: int,
+    num_top_logprobs: int = 0,
+) -> tuple[EngineState, RunResults]:
+    """Iterates until every submitted sequence has finished: one compiled loop, nothing leaves the device in between.
+
+    Args:
+      max_new_tokens: columns of the results; tokens of a sequence beyond it are generated but not reported.
+      num_top_logprobs: K of the results, at most `config.max_logprobs`; filled for rows that ask for logprobs.
+
+    Raises:
+      ValueError: if `num_top_logprobs` is above `config.max_logprobs`.
+    """
+    if not 0 <= num_top_logprobs <= config.max_logprobs:
+        raise ValueError(
+            f"num_top_logprobs={num_top_logprobs} must lie in [0, max_logprobs={config.max_logprobs}]: "
+            "raise max_logprobs in EngineConfig"
+        )
+    num_rows = config.num_rows
+    shape = (num_rows, max_new_tokens)
+    kept = (
+        jnp.zeros(shape, jnp.float32),
+        jnp.full((*shape, num_top_logprobs), -1, jnp.int32),
+        jnp.zeros((*shape, num_top_logprobs), jnp.float32),
+    )
+
+    def one_step(carry: tuple[EngineState, tuple[Array, ...], Array]) -> tuple[EngineState, tuple[Array, ...], Array]:
+        state, kept, index = carry
+        state, output = step(params, state, model=model, config=config)
+        row = jnp.where(output.sampled, output.row_id, num_rows)
+        column = (state.queue.num_tokens - state.queue.prompt_length).at[row].get(mode="fill", fill_value=0) - 1
+        new = (
+            output.drawn.logprob,
+            output.drawn.top_ids[:, :num_top_logprobs],
+            output.drawn.top_logprobs[:, :num_top_logprobs],
+        )
+        kept = tuple(old.at[row, column].set(value, mode="drop") for old, value in zip(kept, new, strict=True))
+        return state, kept, index + 1
+
+    start = (state, kept, jnp.int32(0))
+    state, kept, num_steps = lax.while_loop(lambda carry: has_work(carry[0]), one_step, start)
+    queue = state.queue
+    columns = queue.prompt_length[:, None] + jnp.arange(max_new_tokens, dtype=jnp.int32)[None, :]
+    return state, RunResults(
+        token_ids=jnp.take_along_axis(queue.tokens, columns, axis=1, mode="clip"),
+        logprobs=kept[0],
+        num_generated=queue.num_tokens - queue.prompt_length,
+        status=queue.status,
+        top_ids=kept[1],
+        top_logprobs=kept[2],
+        num_steps=num_steps,
+    )
+
+
+def has_work(state: EngineState) -> Bool[Array, ""]:
+    """Whether any row waits or runs."""
+    return jnp.any((state.queue.status == Status.WAITING) | (state.queue.status == Status.RUNNING))
+
+
+def _forward(
+    params: nnx.State, state: EngineState, plan: Plan, *, model: ModelConfig, config: EngineConfig
+) -> tuple[KVPool, Float32[Array, "S E"]]:
+    """The model on the rows of the plan, tile by tile; later tiles see the pages that earlier ones wrote.
+
+    Returns:
+      The pool, and per slot the hidden state of its last known token, if that is among the rows.
+    """
+    queue, slots = state.queue, state.slots
+    num_slots = slots.row_id.shape[0]
+    forward = nnx.merge(graphdef_of(model), params)
+
+    def tile(size: int, carry: tuple[Array, KVPool, Array]) -> tuple[Array, KVPool, Array]:
+        start, pool, hidden = carry
+        slot = lax.dynamic_slice_in_dim(plan.slot, start, size)
+        position = lax.dynamic_slice_in_dim(plan.position, start, size)
+        row = slots.row_id.at[slot].get(mode="fill", fill_value=queue.status.shape[0])
+        tokens = queue.tokens.at[row, position].get(mode="fill", fill_value=0)
+        attend = paged_attend(state.table.page_ids, slot, position)
+        out, pages = forward(tokens, position, attend=attend, kv=tuple(zip(pool.k, pool.v, strict=True)))
+        last = position + 1 == queue.num_tokens.at[row].get(mode="fill", fill_value=0)
+        hidden = hidden.at[jnp.where(last, slot, num_slots)].set(out, mode="drop")
+        k, v = zip(*pages, strict=True)
+        return start + size, KVPool(k=k, v=v), hidden
+
+    carry = (jnp.int32(0), state.pool, jnp.zeros((num_slots, model.embed_dim), jnp.float32))
+    for size in config.tile_sizes:
+        smallest = 0 if size == config.tile_sizes[-1] else size - 1
+        carry = lax.while_loop(
+            lambda carry, smallest=smallest: plan.num_rows - carry[0] > smallest,
+            functools.partial(tile, size),
+            carry,
+        )
+    return carry[1], carry[2]
+
+
+def _sample(
+    params: nnx.State,
+    state: EngineState,
+    hidden: Float32[Array, "S E"],
+    sampled: Bool[Array, " S"],
+    *,
+    model: ModelConfig,
+    config: EngineConfig,
+) -> Sampled:
+    """Output projection and sampling, in tiles of slots that sample: logits of one tile only are alive."""
+    num_slots, size = hidden.shape[0], config.tile_rows
+    forward = nnx.merge(graphdef_of(model), params)
+    (order,) = jnp.nonzero(sampled, size=-(-num_slots // size) * size, fill_value=num_slots)
+    num_sampling = jnp.sum(sampled, dtype=jnp.int32)
+
+    def tile(carry: tuple[Array, Sampled]) -> tuple[Array, Sampled]:
+        start, drawn = carry
+        slot = lax.dynamic_slice_in_dim(order.astype(jnp.int32), start, size)
+        row = state.slots.row_id.at[slot].get(mode="fill", fill_value=state.queue.status.shape[0])
+        rows = jax.tree.map(lambda leaf: leaf.at[row].get(mode="clip"), state.queue.sampling)
+        position = state.queue.num_tokens.at[row].get(mode="fill", fill_value=0)
+        logits = forward.logits(hidden.at[slot].get(mode="fill", fill_value=0))
+        new = sample(logits, rows, position, slot < num_slots, max_logprobs=config.max_logprobs)
+        return start + size, jax.tree.map(lambda old, leaf: old.at[slot].set(leaf, mode="drop"), drawn, new)
+
+    nothing = Sampled(
+        token=jnp.zeros((num_slots,), jnp.int32),
+        logprob=jnp.zeros((num_slots,), jnp.float32),
+        rank=jnp.zeros((num_slots,), jnp.int32),
+        top_ids=jnp.full((num_slots, config.max_logprobs), -1, jnp.int32),
+        top_logprobs=jnp.zeros((num_slots, config.max_logprobs), jnp.float32),
+    )
+    return lax.while_loop(lambda carry: carry[0] < num_sampling, tile, (jnp.int32(0), nothing))[1]
+
+
+@record
+class Changes(Record):
+    """What a host wants done between two calls."""
+
+    submission: Submission
+    collected: Bool[Array, " Q"]
+    aborted: Bool[Array, " Q"]
+    generation: Int32[Array, " Q"]  # of the rows collected and aborted
+
+
+def update(
+    state: EngineState, changes: Changes, *, model: ModelConfig, config: EngineConfig
+) -> tuple[EngineState, Handles]:
+    """Collects, aborts, submits: all that a host does to the state, in one call."""
+    state = collect(state, changes.collected, changes.generation)
+    state = abort(state, changes.aborted, changes.generation)
+    return submit(state, changes.submission, model=model, config=config)
+
+
+@functools.cache
+def programs(model: ModelConfig, config: EngineConfig) -> dict[str, Callable[..., Any]]:
+    """The compiled programs of an engine, by name: `step`, `run_steps` and `update`. The state is donated to each."""
+    static = {"model": model, "config": config}
+    return {
+        "step": jax.jit(functools.partial(step, **static), donate_argnums=1),
+        "run_steps": jax.jit(functools.partial(run_steps, **static), donate_argnums=1),
+        "update": jax.jit(functools.partial(update, **static), donate_argnums=0),
+    }

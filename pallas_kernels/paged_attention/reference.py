@@ -1,0 +1,82 @@
+"""Attention over pages in plain jax.numpy: the specification, and what runs on CPU.
+
+Blocks of keys start at absolute multiples of a fixed number of positions and are folded into a running softmax (Milakov and
+Gimelshein, 2018; Dao et al., 2022). A block that a row does not reach changes none of its bits: the maximum stays, the
+correction is exp(0) = 1, the added terms are 0. So a row's result does not depend on the rows beside it, nor on how its
+prompt was cut into chunks, while the work follows the longest row present.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float32, Int32, Shaped
+
+_BLOCK_POSITIONS = 64  # fastest of 16..256 on CPU
+
+
+def paged_attention(
+    q: Float32[Array, "B H D"],
+    k_pages: Shaped[Array, "N K T D"],
+    v_pages: Shaped[Array, "N K T D"],
+    page_ids: Int32[Array, "S P"],
+    slot: Int32[Array, " B"],
+    position: Int32[Array, " B"],
+    *,
+    window: int | None = None,
+) -> Float32[Array, "B H D"]:
+    """Softmax attention (PagedAttention, Kwon et al., 2023), each row to positions 0..position of its own slot.
+
+    Args:
+      q: queries, already scaled; head h reads kv head h // (H // K).
+      k_pages, v_pages: the pool of one layer; uint16 means the bits of bfloat16.
+      page_ids: pool page of each slot's p-th T positions; N = none. No position that a row sees may lie in a "none" page.
+      slot: slot of each row; S = none, the row's result is 0.
+      position: position of each row.
+      window: number of latest positions a row sees, its own included; None: all.
+
+    Returns:
+      The attention output, accumulated in float32. Positions that a row does not see never reach it, be they NaN.
+    """
+    num_rows, num_heads, head_dim = q.shape
+    num_slots, pages_per_slot = page_ids.shape
+    num_pages, num_kv_heads, page_size, _ = k_pages.shape
+    pages_per_block = max(_BLOCK_POSITIONS // page_size, 1)
+    q = q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    position = jnp.where(slot < num_slots, position, -1)
+    oldest = jnp.zeros_like(position) if window is None else jnp.maximum(position - (window - 1), 0)
+
+    padding = -pages_per_slot % pages_per_block
+    page_ids = jnp.pad(page_ids, ((0, 0), (0, padding)), constant_values=num_pages)
+    page_ids = page_ids.at[slot].get(mode="fill", fill_value=num_pages)
+
+    def fold(carry):
+        block, largest, total, out = carry
+        pages = lax.dynamic_slice_in_dim(page_ids, block * pages_per_block, pages_per_block, axis=1)
+        key_positions = (block * pages_per_block + jnp.arange(pages_per_block, dtype=jnp.int32)) * page_size
+        key_positions = key_positions[None, :, None] + jnp.arange(page_size, dtype=jnp.int32)[None, None, :]
+        visible = (key_positions <= position[:, None, None]) & (key_positions >= oldest[:, None, None])
+        k = _load(k_pages.at[pages].get(mode="clip"))
+        v = jnp.where(visible[:, :, None, :, None], _load(v_pages.at[pages].get(mode="clip")), 0)
+        scores = jnp.where(visible[:, None, None], jnp.einsum("bkgd,bpktd->bkgpt", q, k), -jnp.inf)
+        new_largest = jnp.maximum(largest, jnp.max(scores, axis=(3, 4)))
+        base = jnp.where(new_largest == -jnp.inf, 0, new_largest)
+        weights = jnp.exp(scores - base[..., None, None])
+        correction = jnp.exp(largest - base)
+        total = total * correction + jnp.sum(weights, axis=(3, 4))
+        out = out * correction[..., None] + jnp.einsum("bkgpt,bpktd->bkgd", weights, v)
+        return block + 1, new_largest, total, out
+
+    positions_per_block = pages_per_block * page_size
+    first = jnp.min(jnp.where(position >= 0, oldest, jnp.iinfo(jnp.int32).max))
+    num_blocks = lax.div(jnp.max(position), jnp.int32(positions_per_block)) + 1
+    num_blocks = jnp.where(jnp.max(position) >= 0, num_blocks, 0)
+    zeros = jnp.zeros(q.shape[:3], jnp.float32)
+    carry = (lax.div(first, jnp.int32(positions_per_block)), zeros - jnp.inf, zeros, jnp.zeros(q.shape, jnp.float32))
+    _, _, total, out = lax.while_loop(lambda carry: carry[0] < num_blocks, fold, carry)
+    out = jnp.where(total[..., None] > 0, out / total[..., None], 0)
+    return out.reshape(num_rows, num_heads, head_dim)
+
+
+def _load(pages: Shaped[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    if pages.dtype == jnp.uint16:
+        pages = lax.bitcast_convert_type(pages, jnp.bfloat16)
+    return pages.astype(jnp.float32)
