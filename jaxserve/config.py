@@ -1,11 +1,39 @@
-"""The static configuration of an engine: every capacity that fixes the shape of an array."""
+"""The engine's static configuration: every capacity that is part of a compiled program's shape."""
 
 import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Self
+
+from jaxserve.request import unknown_name
+
+KV_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Capacities and choices fixed when the programs are compiled; hashable, so a static argument."""
+    """Capacities and switches of an engine; hashable, so it can be a static argument of a jitted function.
+
+    Attributes:
+      max_slots: S, sequences that run at the same time.
+      num_pages: N, pages in the KV pool; None: as many as fit, chosen at start-up.
+      page_size: T, tokens per page; a power of two from 8 to 256.
+      max_model_len: M, longest sequence, tokens of prompt and output together.
+      chunk_size: C, most prompt tokens that one step prefills, over all sequences.
+      max_queue: Q, rows for sequences that wait, run, or are finished and not collected; None: 4 * max_slots.
+      max_logprobs: most tokens a request may ask logprobs for.
+      max_stop_token_ids: most token ids that end one sequence, end-of-sequence ids included.
+      tile_rows: rows that go through the model at once; see `tile_sizes`.
+      max_steps_per_call: most steps that one `run_steps` call runs.
+      deterministic: whether a request's tokens and logprobs are bitwise independent of what runs beside it.
+      debug_checks: whether the invariants of the state are checked after every call (slow).
+      kv_dtype: of keys and values: "float32", "bfloat16" or "float16"; None: that of the weights.
+
+    Raises:
+      ValueError: if a value has the wrong type or is out of range, or the pool cannot hold one longest
+        sequence.
+    """
 
     max_slots: int = 32
     num_pages: int | None = None
@@ -21,22 +49,91 @@ class EngineConfig:
     debug_checks: bool = False
     kv_dtype: str | None = None
 
+    def __post_init__(self) -> None:
+        for name, low in _LOWEST.items():
+            self._check_int(name, low)
+        for name in ("deterministic", "debug_checks"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
+        if self.page_size not in _PAGE_SIZES:
+            raise ValueError(f"page_size={self.page_size} must be one of {', '.join(map(str, _PAGE_SIZES))}")
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype={self.kv_dtype!r} must be one of {', '.join(KV_DTYPES)}, or null")
+        if self.num_pages is not None and self.num_pages < self.pages_per_slot:
+            raise ValueError(
+                f"num_pages={self.num_pages} cannot hold one longest sequence, max_model_len={self.max_model_len} "
+                f"tokens in pages of {self.page_size}: use at least {self.pages_per_slot} pages or shorter sequences"
+            )
+
+    def _check_int(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if value is None and name in ("num_pages", "max_queue"):
+            return
+        if type(value) is not int or not low <= value < 2**31:
+            raise ValueError(f"{name}={value!r} must be an integer of at least {low}")
+
     @property
     def pages_per_slot(self) -> int:
-        """P: pages of the longest sequence."""
+        """P, pages of one longest sequence."""
         return -(-self.max_model_len // self.page_size)
 
     @property
     def num_rows(self) -> int:
-        """Q: queue rows in the state."""
-        return self.max_queue if self.max_queue is not None else 4 * self.max_slots
+        """Q, rows of the queue."""
+        return 4 * self.max_slots if self.max_queue is None else self.max_queue
 
     @property
     def tile_sizes(self) -> tuple[int, ...]:
-        """Rows per tile of the forward pass, widest first."""
-        return (self.tile_rows,) if self.deterministic else (4 * self.tile_rows, self.tile_rows)
+        """Rows per tile of the forward pass, widest first; one size only if deterministic: bits depend on it."""
+        wide = 4 * self.tile_rows
+        return (self.tile_rows,) if self.deterministic or wide > self.max_rows else (wide, self.tile_rows)
 
     @property
     def max_rows(self) -> int:
-        """B: rows of one step, a multiple of every tile size."""
+        """B, rows of the largest step: one per decoding slot and a full chunk, in whole tiles."""
         return -(-(self.max_slots + self.chunk_size) // self.tile_rows) * self.tile_rows
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """A configuration from names and values.
+
+        Raises:
+          ValueError: if a name is unknown, or as the constructor.
+        """
+        for name in fields:
+            if name not in cls.__dataclass_fields__:
+                raise ValueError(unknown_name("engine option", name, cls.__dataclass_fields__))
+        return cls(**fields)
+
+    @classmethod
+    def from_json(cls, path: str | pathlib.Path) -> Self:
+        """A configuration from a JSON file, such as those in `configs/engine/`.
+
+        Raises:
+          ValueError: if the file cannot be read or is not a JSON object, a key is unknown, or a value is not
+            valid; the message names the file.
+        """
+        try:
+            fields = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+            if not isinstance(fields, dict):
+                raise ValueError("must be a JSON object of engine options")
+            return cls.from_dict(fields)
+        except OSError as error:
+            raise ValueError(f"cannot read engine config {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+_PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+_LOWEST = {
+    "max_slots": 1,
+    "num_pages": 1,
+    "page_size": 1,
+    "max_model_len": 2,
+    "chunk_size": 1,
+    "max_queue": 1,
+    "max_logprobs": 0,
+    "max_stop_token_ids": 1,
+    "tile_rows": 1,
+    "max_steps_per_call": 1,
+}

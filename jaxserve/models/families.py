@@ -8,12 +8,11 @@ import dataclasses
 import difflib
 import json
 import pathlib
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.fields import COUNT, FLAG, NAME, NAMES, NON_NEGATIVE, SIZE, read, require
+from jaxserve.models.fields import COUNT, FLAG, NAME, NAMES, NON_NEGATIVE, SIZE, read, require, short
 from jaxserve.models.hf_rope import read_rope, write_rope
 
 
@@ -107,7 +106,10 @@ def from_hugging_face(mapping: Mapping[str, Any], *, strict: bool = False) -> Mo
     _refuse_what_is_not_supported(mapping, family)
     if strict:
         _refuse_unknown_keys(mapping)
-    num_layers, num_heads = require(mapping, "num_hidden_layers", SIZE), require(mapping, "num_attention_heads", SIZE)
+    num_layers, num_heads = (
+        require(mapping, "num_hidden_layers", SIZE),
+        require(mapping, "num_attention_heads", SIZE),
+    )
     max_position = read(mapping, "max_position_embeddings", SIZE) or family.max_position
     eps = read(mapping, "rms_norm_eps", NON_NEGATIVE, default=1e-6)
     biases = _read_biases(mapping, name, family)
@@ -119,7 +121,8 @@ def from_hugging_face(mapping: Mapping[str, Any], *, strict: bool = False) -> Mo
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=read(mapping, "num_key_value_heads", SIZE, default=family.num_kv_heads) or num_heads,
-        head_dim=read(mapping, "head_dim", SIZE, default=family.head_dim) or _default_head_dim(mapping, num_heads),
+        head_dim=read(mapping, "head_dim", SIZE, default=family.head_dim)
+        or _default_head_dim(mapping, num_heads),
         norm_eps=1e-6 if eps is None else float(eps),
         rope=read_rope(mapping, max_position),
         windows=_read_windows(mapping, name, family, num_layers),
@@ -134,14 +137,14 @@ def _refuse_what_is_not_supported(mapping: Mapping[str, Any], family: Family) ->
     architectures = read(mapping, "architectures", NAMES) or [family.architecture]
     if architectures != [family.architecture]:
         raise ValueError(
-            f"architectures={reprlib.repr(architectures)} is not supported for model_type "
+            f"architectures={short(architectures)} is not supported for model_type "
             f"{mapping['model_type']!r}: use a checkpoint of {family.architecture}"
         )
     for key, neutral in _NEUTRAL.items():
         value = mapping.get(key)
         if value is not None and value not in neutral:
             way_out = f"only {neutral[0]!r} is" if neutral else "use a checkpoint without it"
-            raise ValueError(f"{key}={reprlib.repr(value)} is not supported: {way_out}")
+            raise ValueError(f"{key}={short(value)} is not supported: {way_out}")
 
 
 def _refuse_unknown_keys(mapping: Mapping[str, Any]) -> None:
@@ -155,7 +158,9 @@ def _refuse_unknown_keys(mapping: Mapping[str, Any]) -> None:
 def _default_head_dim(mapping: Mapping[str, Any], num_heads: int) -> int:
     hidden = require(mapping, "hidden_size", SIZE)
     if hidden % num_heads:
-        raise ValueError(f"hidden_size={hidden} is no multiple of num_attention_heads={num_heads}: give head_dim")
+        raise ValueError(
+            f"hidden_size={hidden} is no multiple of num_attention_heads={num_heads}: give head_dim"
+        )
     return hidden // num_heads
 
 
@@ -163,14 +168,18 @@ def _read_biases(mapping: Mapping[str, Any], name: str, family: Family) -> dict[
     attention, ffw = read(mapping, "attention_bias", FLAG), read(mapping, "mlp_bias", FLAG)
     fixed = {"never": False, "qkv": True}.get(family.attention_bias)
     if fixed is not None and attention not in (None, fixed):
-        raise ValueError(f"attention_bias={attention} is not supported for model_type {name!r}: it is always {fixed}")
+        raise ValueError(
+            f"attention_bias={attention} is not supported for model_type {name!r}: it is always {fixed}"
+        )
     if ffw and not family.mlp_bias:
         raise ValueError(f"mlp_bias={ffw} is not supported for model_type {name!r}: it is always False")
     qkv = bool(attention) if fixed is None else fixed
     return {"qkv_bias": qkv, "out_bias": qkv and family.attention_bias == "field", "ffw_bias": bool(ffw)}
 
 
-def _read_windows(mapping: Mapping[str, Any], name: str, family: Family, num_layers: int) -> tuple[int | None, ...]:
+def _read_windows(
+    mapping: Mapping[str, Any], name: str, family: Family, num_layers: int
+) -> tuple[int | None, ...]:
     window = read(mapping, "sliding_window", SIZE, default=None if family.window == "never" else 4096)
     enabled = read(mapping, "use_sliding_window", FLAG)
     first = read(mapping, "max_window_layers", COUNT, default=28) if family.window == "some" else 0
@@ -179,20 +188,24 @@ def _read_windows(mapping: Mapping[str, Any], name: str, family: Family, num_lay
     if window is not None and family.window == "never":
         raise ValueError(f"sliding_window={window} is not supported for model_type {name!r}: it must be null")
     if window is not None and enabled is False:
-        raise ValueError(f"sliding_window={window} contradicts use_sliding_window=False: make sliding_window null")
+        raise ValueError(
+            f"sliding_window={window} contradicts use_sliding_window=False: make sliding_window null"
+        )
     implied = [
         "sliding_attention" if window is not None and layer >= (first or 0) else "full_attention"
         for layer in range(num_layers)
     ]
     types = read(mapping, "layer_types", NAMES) or implied
     if len(types) != num_layers:
-        raise ValueError(f"layer_types has {len(types)} entries but num_hidden_layers={num_layers}: give one per layer")
+        raise ValueError(
+            f"layer_types has {len(types)} entries but num_hidden_layers={num_layers}: give one per layer"
+        )
     for kind in types:
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(f"layer type {kind!r} is not supported: use full_attention or sliding_attention")
     if types != implied and (family.window != "some" or window is None):
         raise ValueError(
-            f"layer_types={reprlib.repr(types)} contradicts the sliding window of model_type {name!r}, which is "
+            f"layer_types={short(types)} contradicts the sliding window of model_type {name!r}, which is "
             f"{window}: remove layer_types or correct sliding_window and use_sliding_window"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in types)
@@ -275,7 +288,9 @@ def read_model_config(path: str | pathlib.Path, *, strict: bool = False) -> Mode
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}): correct it or download it again") from None
     if not isinstance(mapping, dict):
-        raise ValueError(f"{file} holds a JSON {type(mapping).__name__}: it must be an object of model settings")
+        raise ValueError(
+            f"{file} holds a JSON {type(mapping).__name__}: it must be an object of model settings"
+        )
     try:
         return from_hugging_face(mapping, strict=strict)
     except ValueError as error:

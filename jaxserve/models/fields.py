@@ -13,6 +13,15 @@ class Kind(NamedTuple):
     words: str
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def short(value: Any) -> str:
+    """The value as an error shows it."""
+    return _SHORT.repr(value)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -27,7 +36,9 @@ POSITIVE = Kind(lambda value: _is_number(value) and value > 0, "a number above 0
 NON_NEGATIVE = Kind(lambda value: _is_number(value) and value >= 0, "a number of at least 0")
 FLAG = Kind(lambda value: isinstance(value, bool), "true or false")
 NAME = Kind(lambda value: isinstance(value, str), "a string")
-NAMES = Kind(lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of strings")
+NAMES = Kind(
+    lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of strings"
+)
 OBJECT = Kind(lambda value: isinstance(value, Mapping), "an object")
 
 
@@ -40,7 +51,7 @@ def read(mapping: Mapping[str, Any], key: str, kind: Kind, default: Any = None) 
     value = mapping.get(key, default)
     if value is None or kind.accepts(value):
         return value
-    raise ValueError(f"{key}={reprlib.repr(value)} must be {kind.words}")
+    raise ValueError(f"{key}={short(value)} must be {kind.words}")
 
 
 def require(mapping: Mapping[str, Any], key: str, kind: Kind) -> Any:

@@ -21,7 +21,13 @@ _KEYS = {
     "yarn": {"factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"},
 }
 # `original_max_position_embeddings` only informs where the kind does not use it; a factor of 1 rotates every dimension.
-_COMMON_KEYS = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor"}
+_COMMON_KEYS = {
+    "rope_type",
+    "type",
+    "rope_theta",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+}
 _ORIGINAL = "original_max_position_embeddings"
 
 
@@ -66,13 +72,17 @@ def _with_one_name_of_the_kind(source: Mapping[str, Any]) -> dict[str, Any]:
 def _agreed(key: str, *sources: Mapping[str, Any]) -> Any:
     given = [source[key] for source in sources if source.get(key) is not None]
     if any(value != given[0] for value in given):
-        raise ValueError(f"{key} is given more than once, as {' and '.join(map(repr, given))}: keep one of them")
+        raise ValueError(
+            f"{key} is given more than once, as {' and '.join(map(repr, given))}: keep one of them"
+        )
     return given[0] if given else None
 
 
 def _check_kind(kind: str, merged: Mapping[str, Any]) -> None:
     if any(isinstance(value, Mapping) for value in merged.values()):
-        raise ValueError("rope_parameters per layer type are not supported: use one rotary embedding for all layers")
+        raise ValueError(
+            "rope_parameters per layer type are not supported: use one rotary embedding for all layers"
+        )
     if kind in LENGTH_DEPENDENT_KINDS:
         raise ValueError(
             f"rope type {kind!r} is not supported, because its frequencies change with the length of the sequence, so "
@@ -85,7 +95,9 @@ def _check_kind(kind: str, merged: Mapping[str, Any]) -> None:
         raise ValueError(f"rope type {kind!r} has no parameter {unknown[0]!r}: remove it or correct its name")
     if merged.get("partial_rotary_factor") not in (None, 1):
         value = merged["partial_rotary_factor"]
-        raise ValueError(f"partial_rotary_factor={value!r} is not supported: all dimensions of a head are rotated (1.0)")
+        raise ValueError(
+            f"partial_rotary_factor={value!r} is not supported: all dimensions of a head are rotated (1.0)"
+        )
 
 
 def _required(kind: str, key: str, value: Any) -> Any:

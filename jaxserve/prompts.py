@@ -1,0 +1,175 @@
+"""Files of prompts in, files of results out; one line each, so that one bad line does not lose the others.
+
+A prompts file whose name ends in .jsonl or .ndjson holds JSON lines, any other holds text:
+
+    text         the line is the prompt, as it is
+    JSON lines   {"prompt": "Once upon"}                                       blank lines are left out in
+    both
+                 {"prompt_token_ids": [1, 9906], "id": "a", "priority": -1, "temperature": 0, "seed": 7}
+
+Fields beside these four are sampling parameters of that line; the rest come from the command line's flags.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import IO, Any, Literal, Self
+
+from jaxserve.request import Request, SamplingParams, unknown_name
+
+Format = Literal["text", "jsonl"]
+
+_REQUEST_FIELDS = ("id", "prompt", "prompt_token_ids", "priority")
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptError:
+    """A line that is not a valid request."""
+
+    id: str  # for the result that reports it
+    message: str  # starts with "file:line: "
+
+
+def read_prompts(
+    path: str | pathlib.Path, defaults: SamplingParams, file_format: Format | None = None
+) -> Iterator[Request | PromptError]:
+    """The requests of a file, line by line.
+
+    Args:
+      path: of the file.
+      defaults: sampling parameters where a line sets none.
+      file_format: None: by the name of the file.
+
+    Raises:
+      ValueError: at once, if the file cannot be opened.
+    """
+    try:
+        file = open(path, "rb")  # noqa: SIM115 (closed by the iterator)
+    except OSError as error:
+        raise ValueError(f"cannot read prompts file {str(path)!r}: {error.strerror}") from error
+    if file_format is None:
+        file_format = "jsonl" if str(path).endswith((".jsonl", ".ndjson")) else "text"
+    return _closing(file, parse_prompts(file, str(path), defaults, file_format))
+
+
+def parse_prompts(
+    lines: Iterable[bytes], name: str, defaults: SamplingParams, file_format: Format
+) -> Iterator[Request | PromptError]:
+    """The requests of UTF-8 lines; `name` stands for the file in errors, `line-N` for an id that is not set."""
+    parse = _parse_json if file_format == "jsonl" else _parse_text
+    line_of_id: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        text, default_id = "", f"line-{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n").removesuffix("\r")
+            request = parse(text, default_id, defaults)
+            if request.id in line_of_id:
+                raise ValueError(f"id={request.id!r} was used in line {line_of_id[request.id]}: ids must differ")
+            line_of_id[request.id] = number
+        except UnicodeDecodeError as error:
+            yield PromptError(default_id, f"{name}:{number}: byte {error.start + 1} is not valid UTF-8")
+        except ValueError as error:
+            own_id = _json_object(text).get("id") if file_format == "jsonl" else None
+            yield PromptError(own_id if isinstance(own_id, str) else default_id, f"{name}:{number}: {error}")
+        else:
+            yield request
+
+
+class ResultsFile:
+    """JSON lines that are there, flushed, as soon as they are written; a context manager.
+
+    Lines go to `<path>.partial`, which takes the place of `path` when all is done. So a file at `path` is
+    always whole, and after Ctrl-C or a failure the finished results are in the partial file, and an older
+    file at `path` is as it was. A path that is not a regular file (a pipe, /dev/stdout) is written to
+    directly.
+    """
+
+    def __init__(self, path: str | pathlib.Path) -> None:
+        """Opens the file, so that a path that cannot be written is found before any work is done.
+
+        Raises:
+          ValueError: if it cannot be written.
+        """
+        direct = os.path.exists(path) and not os.path.isfile(path)
+        self.path = pathlib.Path(path if direct else os.path.realpath(path))  # a link stays a link
+        self.partial_path = self.path if direct else self.path.with_name(self.path.name + ".partial")
+        try:
+            if os.path.isfile(path) and not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            self._file = open(self.partial_path, "w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+        except OSError as error:
+            raise ValueError(f"cannot write results to {str(path)!r}: {error.strerror}") from error
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Adds one line."""
+        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if kind is None and self.partial_path != self.path:
+            os.replace(self.partial_path, self.path)
+
+
+def _parse_text(text: str, default_id: str, defaults: SamplingParams) -> Request:
+    fields = _json_object(text)
+    if "prompt" in fields or "prompt_token_ids" in fields:
+        raise ValueError("this is a JSON line in a text file: name the file *.jsonl")
+    return Request(default_id, prompt=text, params=defaults)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """The object that a line holds; empty if it holds none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        fields = json.loads(text) if text.startswith("{") else None
+        if isinstance(fields, dict):
+            return fields
+    return {}
+
+
+def _parse_json(text: str, default_id: str, defaults: SamplingParams) -> Request:
+    try:
+        fields = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON at column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise ValueError("not valid JSON: nested too deeply") from None
+    if not isinstance(fields, dict):
+        raise ValueError('not a JSON object: a line must be like {"prompt": "..."}')
+    if ("prompt" in fields) == ("prompt_token_ids" in fields):
+        raise ValueError("give either prompt or prompt_token_ids")
+    known = {*_REQUEST_FIELDS, *SamplingParams.__dataclass_fields__}
+    for name in fields:
+        if name not in known:
+            raise ValueError(unknown_name("field", name, known))
+    own = {name: fields.pop(name) for name in _REQUEST_FIELDS if name in fields}
+    return Request(**{"id": default_id, **own}, params=defaults.override(fields))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return fields
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not valid JSON: use a finite number")
+
+
+def _closing(file: IO[bytes], requests: Iterator[Request | PromptError]) -> Iterator[Request | PromptError]:
+    with file:
+        yield from requests

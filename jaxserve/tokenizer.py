@@ -1,0 +1,296 @@
+"""Text to tokens and back: a thin layer over Hugging Face tokenizers, and decoding token by token.
+
+transformers is imported when a tokenizer is loaded, files are read from a local directory only, and no code
+that comes with a checkpoint is run. Chat templates are rendered by transformers in jinja's
+ImmutableSandboxedEnvironment (`transformers.utils.chat_template_utils`, checked in 5.24; a test holds it
+there).
+"""
+
+import codecs
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import tokenizers
+    import transformers
+
+# Tokens that are decoded again for those after them: more than a character has bytes, or a decoder strips blanks.
+_NUM_CONTEXT = 4
+
+
+class Tokenizer:
+    """Encodes and decodes; made by `load_tokenizer`."""
+
+    def __init__(self, inner: "transformers.PreTrainedTokenizerFast") -> None:
+        self._inner = inner
+        self.backend: tokenizers.Tokenizer = inner.backend_tokenizer
+        self.backend.no_truncation()  # a tokenizer.json may ask for either
+        self.backend.no_padding()
+        self.vocab_size: int = len(inner)  # added tokens included
+        self.eos_token_id: int | None = inner.eos_token_id
+        added = inner.added_tokens_decoder
+        self.added_tokens: dict[int, str] = {token_id: token.content for token_id, token in added.items()}
+        self.special_token_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, led by the beginning-of-sequence token where the model wants one."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(
+        self,
+        token_ids: Sequence[int],
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> str:
+        """Text of token ids, as transformers decodes with clean_up_tokenization_spaces=False.
+
+        That clean-up is always off: it changes the text of a token by what comes after it. Ids that the
+        vocabulary does not have are left out. transformers' fast tokenizers ignore
+        `spaces_between_special_tokens=False`; here adjacent added tokens then stand side by side, as in vLLM.
+        """
+        if skip_special_tokens or spaces_between_special_tokens:
+            return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        decoder = IncrementalDecoder(self, skip_special_tokens=False, spaces_between_special_tokens=False)
+        return "".join([*map(decoder.push, token_ids), decoder.flush()])
+
+    def decode_token(self, token_id: int) -> str:
+        """The text of one token by itself, special tokens too; half a character shows as U+FFFD."""
+        return self.backend.decode([token_id], skip_special_tokens=False)
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The prompt that the chat template makes of messages (`role` and `content`).
+
+        The template writes special tokens itself: encode the result with add_special_tokens=False.
+
+        Raises:
+          ValueError: if there is no chat template, or the template refuses the messages.
+        """
+        import jinja2
+
+        if not self._inner.chat_template:
+            raise ValueError(
+                f"the tokenizer in {self._inner.name_or_path!r} has no chat template: "
+                "add chat_template.jinja to the directory, or pass a plain prompt"
+            )
+        try:
+            return self._inner.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **variables,
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+
+def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
+    """The tokenizer of a checkpoint directory.
+
+    Raises:
+      ValueError: if the directory or its tokenizer files are missing, malformed, or need code that is not in
+        transformers.
+    """
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"tokenizer directory {str(directory)!r} does not exist: give a directory with tokenizer.json")
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ValueError(f"{str(directory)!r} has no tokenizer files: tokenizer.json is missing")
+    import transformers
+
+    try:
+        inner = transformers.AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and tokenizers raise bare Exception, OSError, KeyError and more
+        raise ValueError(f"cannot load the tokenizer in {str(directory)!r}: {_one_line(error)}") from error
+    if not isinstance(inner, transformers.PreTrainedTokenizerFast):
+        raise ValueError(
+            f"the tokenizer in {str(directory)!r} is of the slow kind: add tokenizer.json to the directory"
+        )
+    return Tokenizer(inner)
+
+
+def load_eos_token_ids(directory: str | pathlib.Path) -> tuple[int, ...]:
+    """End-of-sequence ids of a checkpoint: of generation_config.json, else of config.json; empty if neither
+    has any.
+
+    Nothing else is taken from generation_config.json: sampling defaults are those of `SamplingParams`,
+    whatever the checkpoint, so that a request means the same everywhere.
+
+    Raises:
+      ValueError: if a file is malformed.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = pathlib.Path(directory) / name
+        if not path.is_file():
+            continue
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path} must be a JSON object")
+        value = fields.get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(token_id) is not int or token_id < 0 for token_id in ids):
+            raise ValueError(f"{path}: eos_token_id={value!r} must be a token id or a list of token ids")
+        if ids:
+            return tuple(dict.fromkeys(ids))
+    return ()
+
+
+class IncrementalDecoder:
+    """Text of a sequence, token by token, in O(1) amortised time.
+
+    What `push` returns is final: it never ends within a character, and no later token changes it. All of it,
+    with what `flush` returns, is the text of the whole sequence, invalid bytes (U+FFFD) included.
+
+    Where bytes are a fallback for characters without a token (`<0xE4>`, SentencePiece), a run of them is held
+    back until it ends, since one invalid byte makes the whole run invalid.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+        context: Sequence[int] = (),
+    ) -> None:
+        """Starts a sequence.
+
+        Args:
+          tokenizer: decodes.
+          skip_special_tokens: whether special tokens are left out.
+          spaces_between_special_tokens: see `Tokenizer.decode`; without effect when special tokens are
+            skipped.
+          context: tokens that come before, such as the prompt. Their text is not returned, but continued:
+            without them a decoder may drop the blank that the first word starts with.
+        """
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
+        raw = {} if skip_special_tokens or spaces_between_special_tokens else tokenizer.added_tokens
+        kinds = _decoder_kinds(tokenizer.backend)
+        if kinds == ["ByteLevel"]:
+            self._stream: _Stream = _ByteStream(tokenizer.backend)
+        else:
+            self._stream = _WindowStream(tokenizer.backend, kinds, raw)
+        for token_id in self._tail(tokenizer, context):
+            self._stream.push(token_id)
+
+    def push(self, token_id: int) -> str:
+        """Takes the next token; returns the text that is settled by it, which may be empty."""
+        return "" if token_id in self._skipped else self._stream.push(token_id)
+
+    def flush(self) -> str:
+        """Ends the sequence; returns what was held back."""
+        return self._stream.flush()
+
+    def _tail(self, tokenizer: Tokenizer, context: Sequence[int]) -> list[int]:
+        """The end of the context: its last few tokens that are not part of a run of byte tokens, and those between."""
+        tail: list[int] = []
+        num_whole = 0
+        for token_id in reversed(context):
+            if num_whole == _NUM_CONTEXT:
+                break
+            if token_id not in self._skipped:
+                tail.append(token_id)
+                num_whole += not _is_byte(tokenizer.backend.id_to_token(token_id))
+        return tail[::-1]
+
+
+class _Stream(Protocol):
+    def push(self, token_id: int) -> str: ...
+    def flush(self) -> str: ...
+
+
+class _ByteStream:
+    """Tokens that are bytes (byte-level BPE): UTF-8 decoded as it comes; at most three bytes are held back."""
+
+    def __init__(self, backend: "tokenizers.Tokenizer") -> None:
+        self._backend = backend
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return self._utf8.decode(_token_bytes(self._backend.id_to_token(token_id) or ""))
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class _WindowStream:
+    """Any other decoder: decodes the last few tokens, and returns the text that is new in theirs."""
+
+    def __init__(self, backend: "tokenizers.Tokenizer", kinds: list[str], raw: Mapping[int, str]) -> None:
+        self._backend = backend
+        self._has_byte_tokens = "ByteFallback" in kinds
+        self._may_split_characters = "ByteLevel" in kinds  # among other decoders
+        self._raw = raw  # added tokens that are joined as they are
+        self._after_raw = False
+        self._window: list[int] = []
+        self._num_settled = 0  # characters of the window's text that were returned, or never will be
+
+    def push(self, token_id: int) -> str:
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return ""
+        self._window.append(token_id)
+        after_raw, self._after_raw = self._after_raw, token_id in self._raw
+        if after_raw and self._after_raw:
+            self._settle(self._may_split_characters)
+            return self._raw[token_id]
+        if self._has_byte_tokens and _is_byte(token):
+            return ""
+        return self._settle(self._may_split_characters)
+
+    def flush(self) -> str:
+        return self._settle(may_end_within_character=False)
+
+    def _settle(self, may_end_within_character: bool) -> str:
+        def settled(token_ids: list[int]) -> str:
+            text = self._backend.decode(token_ids, skip_special_tokens=False)
+            return text.removesuffix("\ufffd") if may_end_within_character else text
+
+        new = settled(self._window)[self._num_settled :]
+        self._window = self._window[-_NUM_CONTEXT:]
+        self._num_settled = len(settled(self._window))
+        return new
+
+
+def _decoder_kinds(backend: "tokenizers.Tokenizer") -> list[str]:
+    """Names of the decoders that run one after the other."""
+    if backend.decoder is None:
+        return []
+    described = json.loads(backend.decoder.__getstate__())
+    return [part["type"] for part in described.get("decoders", [described])]
+
+
+def _is_byte(token: str | None) -> bool:
+    return token is not None and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token) is not None
+
+
+def _token_bytes(token: str) -> bytes:
+    """The bytes that a byte-level token stands for; one with other characters (an added one) is its own UTF-8."""
+    try:
+        return bytes([_BYTE_OF[character] for character in token])
+    except KeyError:
+        return token.encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet (Radford et al., 2019): a printable character for every byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _one_line(error: Exception) -> str:
+    lines: Iterable[str] = str(error).strip().splitlines()
+    return next(iter(lines), type(error).__name__)

@@ -1,0 +1,104 @@
+"""Measures the demo model against a Kneser-Ney 5-gram over the same tokens and the same training files.
+
+    python scripts/evaluate_demo_model.py --work_dir=/tmp/demo --out=scripts/results/demo_model.json
+
+Bits per byte: over all held-out files, every file led by `<|endoftext|>`. The 5-gram reads the held-out tokens as one
+row. The model reads windows of its context that overlap by half, and each token is scored once, in the first window
+that holds it, so with at least half a context before it (except in the first window).
+
+Completions: see `demo_completions.py`.
+"""
+
+import json
+import math
+import pathlib
+
+import demo_completions
+import demo_corpus
+import demo_model
+import demo_tokenizer
+import jax
+import jax.numpy as jnp
+import kneser_ney
+import numpy as np
+from absl import app, flags, logging
+
+from jaxserve.models import Transformer
+
+NGRAM_ORDER = 5
+_WINDOWS_AT_ONCE = 4
+
+
+def ngram_bits(train: np.ndarray, heldout: np.ndarray, vocab_size: int) -> float:
+    """Bits of the held-out tokens after the first `NGRAM_ORDER - 1`."""
+    return kneser_ney.bits(kneser_ney.fit(train, NGRAM_ORDER, vocab_size), heldout)
+
+
+def model_bits(model: Transformer, tokens: np.ndarray) -> float:
+    """Bits of the tokens after the first, under the model."""
+    context = model.config.max_position
+    windows, first_scored = overlapping_windows(tokens, context)
+
+    @jax.jit
+    def score(inputs, targets):
+        logits = model.logits(demo_model.hidden_states(model, inputs)).reshape(*inputs.shape, -1)
+        scores = jax.nn.log_softmax(logits, axis=-1)
+        return jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+
+    total = 0.0
+    for start in range(0, len(windows), _WINDOWS_AT_ONCE):
+        part = windows[start : start + _WINDOWS_AT_ONCE]
+        scores = np.asarray(score(part[:, :-1], part[:, 1:]), np.float64)
+        counted = np.arange(context)[None, :] >= first_scored[start : start + _WINDOWS_AT_ONCE, None]
+        total -= scores[counted].sum() / math.log(2)
+    return total
+
+
+def overlapping_windows(tokens: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
+    """Windows [N, context + 1] every half context, the last one ending at the end, and where each starts to count.
+
+        tokens 0 1 2 3 4 5 6 7 8, context 4: windows at 0, 2, 4 scoring targets 1-4, 5-6, 7-8
+    """
+    if len(tokens) <= context:
+        raise ValueError(f"{len(tokens)} tokens do not fill one window of {context + 1}: give more held-out text")
+    starts = list(range(0, len(tokens) - context, context // 2))
+    if starts[-1] + context + 1 < len(tokens):
+        starts.append(len(tokens) - context - 1)
+    ends = [0, *(start + context for start in starts[:-1])]
+    rows = np.stack([tokens[start : start + context + 1] for start in starts]).astype(np.int32)
+    return rows, np.array([end - start for start, end in zip(starts, ends, strict=True)])
+
+
+def main(_) -> None:
+    work_dir, model_dir = pathlib.Path(WORK_DIR.value), pathlib.Path(MODEL_DIR.value)
+    heldout = np.load(work_dir / "heldout.npy")
+    num_bytes = json.loads((work_dir / "sizes.json").read_text())["heldout"]
+    ngram = ngram_bits(np.load(work_dir / "train.npy"), heldout, demo_tokenizer.VOCAB_SIZE) / num_bytes
+    logging.info("Kneser-Ney %d-gram: %.4f bits per byte", NGRAM_ORDER, ngram)
+    model = model_bits(demo_model.load(model_dir), heldout) / num_bytes
+    logging.info("model: %.4f bits per byte, %.1f%% fewer", model, 100 * (1 - model / ngram))
+    results = {
+        "heldout_bytes": num_bytes,
+        "heldout_tokens": len(heldout),
+        "ngram_bits_per_byte": round(ngram, 4),
+        "model_bits_per_byte": round(model, 4),
+        "fewer_bits_percent": round(100 * (1 - model / ngram), 2),
+    }
+    if NUM_COMPLETIONS.value:
+        sources = demo_corpus.load(work_dir / "heldout.jsonl")
+        tokenizer = demo_tokenizer.load(model_dir)
+        prompts = demo_completions.prompts(sources, tokenizer, NUM_COMPLETIONS.value)
+        completions = demo_completions.generate(model_dir, prompts, temperature=TEMPERATURE.value)
+        results["completions"] = demo_completions.report(prompts, completions)
+    OUT = pathlib.Path(OUT_FILE.value)
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    WORK_DIR = flags.DEFINE_string("work_dir", None, "Corpus and tokens.", required=True)
+    MODEL_DIR = flags.DEFINE_string("model_dir", "jaxserve/demo_model", "The exported model.")
+    OUT_FILE = flags.DEFINE_string("out", "scripts/results/demo_model.json", "Where the numbers go.")
+    NUM_COMPLETIONS = flags.DEFINE_integer("num_completions", 200, "Held-out completions; 0: none.")
+    TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of the completions; 0 is greedy.")
+    app.run(main)

@@ -1,0 +1,252 @@
+"""Trains the demo model with optax on the nnx model that the engine serves; stops and resumes at any time.
+
+    python scripts/demo_corpus.py --work_dir=/tmp/demo && python scripts/demo_tokenizer.py --work_dir=/tmp/demo
+    python scripts/train_demo_model.py --work_dir=/tmp/demo --minutes=90                    # constant learning rate
+    python scripts/train_demo_model.py --work_dir=/tmp/demo --minutes=30 --decay            # then down to zero
+    python scripts/train_demo_model.py --work_dir=/tmp/demo --export_to=jaxserve/demo_model
+
+The first run writes `<work_dir>/stable.safetensors` and goes on from it when called again; `--decay` starts from that
+file, lowers the learning rate linearly to zero over its minutes, and writes `<work_dir>/decayed.safetensors`. So more
+training is a longer first run and another decay (warm-up, stable, decay: Hu et al., MiniCPM, 2024). The data order is
+a function of the seed and the number of tokens seen alone.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import demo_model
+import demo_tokenizer
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import safetensors
+import safetensors.numpy
+from absl import app, flags, logging
+from flax import nnx
+
+from jaxserve.models import ModelConfig, Transformer
+
+Params = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What one training step does.
+
+    Attributes:
+      context: tokens per sequence.
+      batch_size: sequences per step.
+      microbatch_size: sequences per gradient; divides batch_size.
+      matrix_rate: learning rate of Muon (matrices of the blocks).
+      vector_rate: learning rate of Adam (embedding and norms).
+      weight_decay: decoupled, of the matrices.
+      warmup_steps: steps over which the learning rate rises from zero.
+    """
+
+    context: int = 512
+    batch_size: int = 8
+    microbatch_size: int = 2
+    matrix_rate: float = 0.02
+    vector_rate: float = 0.004
+    weight_decay: float = 0.05
+    warmup_steps: int = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a run needs to go on: weights by name, optimiser state, and how far it got."""
+
+    params: Params
+    optimizer: Any
+    step: int = 0
+    num_tokens: int = 0
+
+
+class Weights:
+    """Between an nnx model and a flat dict of its weights by dotted name."""
+
+    def __init__(self, config: ModelConfig):
+        self.graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+        leaves, self.treedef = jax.tree_util.tree_flatten_with_path(state)
+        self.names = [".".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path) for path, _ in leaves]
+
+    def of(self, model: Transformer) -> Params:
+        return dict(zip(self.names, jax.tree.leaves(nnx.state(model)), strict=True))
+
+    def model(self, params: Params) -> Transformer:
+        return nnx.merge(self.graphdef, self.treedef.unflatten([params[name] for name in self.names]))
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """Muon (Jordan et al., 2024) for the matrices of the blocks, Adam for the embedding and the norms."""
+
+    def dimensions(params: Params) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
+        ndims = {name: getattr(p, "ndim", 0) for name, p in params.items()}  # optax masks some with nodes that have none.
+        return {
+            name: optax.contrib.MuonDimensionNumbers(0, ndim - 1) if ndim > 1 and "embedding" not in name else None
+            for name, ndim in ndims.items()
+        }
+
+    return optax.contrib.muon(
+        recipe.matrix_rate,
+        weight_decay=recipe.weight_decay,
+        adam_learning_rate=recipe.vector_rate,
+        adam_b2=0.95,
+        muon_weight_dimension_numbers=dimensions,
+    )
+
+
+def init_state(config: ModelConfig, recipe: Recipe, seed: int) -> TrainState:
+    params = Weights(config).of(Transformer(config, rngs=nnx.Rngs(seed)))
+    return TrainState(params, make_optimizer(recipe).init(params))
+
+
+def make_step(config: ModelConfig, recipe: Recipe):
+    """Returns a jitted (params, optimizer, sequences[B, T + 1], rate_factor) -> (params, optimizer, loss)."""
+    weights, optimizer = Weights(config), make_optimizer(recipe)
+
+    def loss_of(params: Params, sequences: jax.Array) -> jax.Array:
+        model = weights.model(params)
+        hidden = demo_model.hidden_states(model, sequences[:, :-1])
+        return demo_model.cross_entropy(hidden, model.embedding[...], sequences[:, 1:].reshape(-1))
+
+    def step(params, state, sequences, rate_factor):
+        parts = sequences.reshape(-1, recipe.microbatch_size, sequences.shape[1])
+
+        def accumulate(total, part):
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, part)), None
+
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(accumulate, zeros, parts)
+        loss, grads = jax.tree.map(lambda x: x / parts.shape[0], total)
+        updates, state = optimizer.update(grads, state, params)
+        params = jax.tree.map(lambda p, u: p + rate_factor * u, params, updates)
+        return params, state, loss
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def batch_at(tokens: np.ndarray, num_tokens: int, recipe: Recipe, seed: int) -> np.ndarray:
+    """The sequences [B, T + 1] of the step that starts after `num_tokens`: every epoch a fresh cut and order."""
+    per_epoch = len(tokens) // recipe.context - 1
+    rows = []
+    for i in range(num_tokens // recipe.context, num_tokens // recipe.context + recipe.batch_size):
+        epoch, index = divmod(i, per_epoch)
+        offset, order = _epoch(seed, epoch, per_epoch, recipe.context)
+        start = offset + int(order[index]) * recipe.context
+        rows.append(tokens[start : start + recipe.context + 1])
+    return np.stack(rows).astype(np.int32)
+
+
+_EPOCHS: dict[tuple[int, ...], tuple[int, np.ndarray]] = {}
+
+
+def _epoch(seed: int, epoch: int, per_epoch: int, context: int) -> tuple[int, np.ndarray]:
+    key = (seed, epoch, per_epoch, context)
+    if key not in _EPOCHS:
+        rng = np.random.default_rng(key)
+        _EPOCHS[key] = int(rng.integers(context)), rng.permutation(per_epoch)
+    return _EPOCHS[key]
+
+
+def save_checkpoint(path: pathlib.Path, state: TrainState) -> None:
+    """One safetensors file, replaced as a whole: weights, optimiser leaves in tree order, counters as metadata."""
+    arrays = {f"params.{name}": np.asarray(p) for name, p in state.params.items()}
+    arrays |= {f"optimizer.{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state.optimizer))}
+    counters = {"counters": json.dumps({"step": state.step, "num_tokens": state.num_tokens})}
+    part = path.with_suffix(".part")
+    safetensors.numpy.save_file(arrays, str(part), metadata=counters)
+    os.replace(part, path)
+
+
+def load_checkpoint(path: pathlib.Path, like: TrainState) -> TrainState:
+    """Reads what `save_checkpoint` wrote into the structure of `like`."""
+    with safetensors.safe_open(str(path), framework="numpy") as file:
+        counters = json.loads(file.metadata()["counters"])
+        params = {name: jnp.asarray(file.get_tensor(f"params.{name}")) for name in like.params}
+        num_leaves = len(jax.tree.leaves(like.optimizer))
+        leaves = [jnp.asarray(file.get_tensor(f"optimizer.{i}")) for i in range(num_leaves)]
+    return TrainState(params, jax.tree.unflatten(jax.tree.structure(like.optimizer), leaves), **counters)
+
+
+def make_heldout_loss(config: ModelConfig, tokens: np.ndarray, num_bytes: int, num_sequences: int = 48):
+    """Returns params -> bits per byte of a fixed sample of held-out windows (no overlap: a little pessimistic)."""
+    weights, time_steps = Weights(config), config.max_position
+    starts = np.linspace(0, len(tokens) - time_steps - 1, num_sequences).astype(int)
+    rows = jnp.asarray(np.stack([tokens[s : s + time_steps + 1] for s in starts]).astype(np.int32).reshape(-1, 4, time_steps + 1))
+
+    @jax.jit
+    def loss(params):
+        def one(part):
+            model = weights.model(params)
+            hidden = demo_model.hidden_states(model, part[:, :-1])
+            return demo_model.cross_entropy(hidden, model.embedding[...], part[:, 1:].reshape(-1))
+
+        return jax.lax.map(one, rows).mean()
+
+    return lambda params: float(loss(params)) / np.log(2) * len(tokens) / num_bytes
+
+
+def train(state: TrainState, recipe: Recipe, config: ModelConfig, tokens: np.ndarray, *, seconds: float, decay: bool, seed: int, path: pathlib.Path, heldout_loss) -> TrainState:
+    """Trains for `seconds`, logging every 20 steps and saving every 10 minutes."""
+    step = make_step(config, recipe)
+    start = last_save = last_log = time.monotonic()
+    losses, logged_tokens = [], state.num_tokens
+    while (elapsed := time.monotonic() - start) < seconds:
+        factor = 1.0 - elapsed / seconds if decay else min(1.0, (state.step + 1) / recipe.warmup_steps)
+        sequences = batch_at(tokens, state.num_tokens, recipe, seed)
+        params, optimizer, loss = step(state.params, state.optimizer, sequences, np.float32(factor))
+        state = TrainState(params, optimizer, state.step + 1, state.num_tokens + recipe.batch_size * recipe.context)
+        losses.append(float(loss))
+        if state.step % 20 == 0:
+            now = time.monotonic()
+            rate = (state.num_tokens - logged_tokens) / (now - last_log)
+            logging.info("step %d, %.2f M tokens, loss %.4f, rate factor %.3f, %.0f tokens/s", state.step, state.num_tokens / 1e6, np.mean(losses), factor, rate)
+            losses, logged_tokens, last_log = [], state.num_tokens, now
+        if time.monotonic() - last_save > 600:
+            save_checkpoint(path, state)
+            logging.info("saved %s; held-out %.4f bits per byte", path.name, heldout_loss(state.params))
+            last_save = last_log = time.monotonic()
+            logged_tokens = state.num_tokens
+    save_checkpoint(path, state)
+    logging.info("done at step %d; held-out %.4f bits per byte", state.step, heldout_loss(state.params))
+    return state
+
+
+def main(_) -> None:
+    work_dir = pathlib.Path(WORK_DIR.value)
+    config = demo_model.CONFIG
+    recipe = Recipe(context=CONTEXT.value, batch_size=BATCH_SIZE.value, matrix_rate=MATRIX_RATE.value, vector_rate=VECTOR_RATE.value, microbatch_size=MICROBATCH_SIZE.value)
+    stable, decayed = work_dir / "stable.safetensors", work_dir / "decayed.safetensors"
+    state = init_state(config, recipe, SEED.value)
+    if EXPORT_TO.value:
+        model = Weights(config).model(load_checkpoint(decayed, state).params)
+        demo_model.export(model, demo_tokenizer.load(work_dir / "tokenizer"), pathlib.Path(EXPORT_TO.value))
+        return
+    if stable.exists():
+        state = load_checkpoint(stable, state)
+    logging.info("%d parameters, at step %d, %s", sum(p.size for p in state.params.values()), state.step, recipe)
+    tokens = np.load(work_dir / "train.npy")
+    heldout = np.load(work_dir / "heldout.npy")
+    heldout_bytes = json.loads((work_dir / "sizes.json").read_text())["heldout"]
+    path = decayed if DECAY.value else stable
+    train(state, recipe, config, tokens, seconds=60 * MINUTES.value, decay=DECAY.value, seed=SEED.value, path=path, heldout_loss=make_heldout_loss(config, heldout, heldout_bytes))
+
+
+if __name__ == "__main__":
+    WORK_DIR = flags.DEFINE_string("work_dir", None, "Tokens, tokenizer and checkpoints.", required=True)
+    MINUTES = flags.DEFINE_float("minutes", 60.0, "How long to train.")
+    DECAY = flags.DEFINE_bool("decay", False, "Lower the learning rate to zero over the minutes, into decayed.safetensors.")
+    EXPORT_TO = flags.DEFINE_string("export_to", None, "Do not train: write decayed.safetensors here in Hugging Face layout.")
+    CONTEXT = flags.DEFINE_integer("context", 512, "Tokens per sequence.")
+    BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Sequences per step.")
+    MICROBATCH_SIZE = flags.DEFINE_integer("microbatch_size", 2, "Sequences per gradient.")
+    MATRIX_RATE = flags.DEFINE_float("matrix_rate", 0.02, "Learning rate of Muon.")
+    VECTOR_RATE = flags.DEFINE_float("vector_rate", 0.004, "Learning rate of Adam.")
+    SEED = flags.DEFINE_integer("seed", 0, "Of the initial weights and the data order.")
+    app.run(main)

@@ -1,0 +1,34 @@
+"""Strict JAX for all tests: no implicit promotion of dtypes or ranks, two devices, compiled programs kept on disk."""
+
+import importlib.util
+import os
+import pathlib
+
+# Read when the backend starts, which no import may do.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+_CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+jax.config.update("jax_compilation_cache_dir", str(_CACHE / "jaxserve-tests" / f"jax-{jax.__version__}"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# What CI runs under the second JAX version too: all that is made of JAX. Parity needs torch, which that run lacks.
+CORE = ("cache", "scheduler", "pallas_kernels", "test_step.py", "test_sampling.py", "test_config.py")
+collect_ignore = [] if importlib.util.find_spec("torch") else ["models"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of `CORE`."""
+    here = pathlib.Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here) and item.path.relative_to(here).parts[0] in CORE:
+            item.add_marker("core")

@@ -1,0 +1,144 @@
+"""The scheduler against its oracle, step by step, over random traces."""
+
+import functools
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+import traces
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from oracle import UNFINISHED, VOCAB_SIZE, Oracle, Request
+
+from jaxserve.scheduler import check_invariants
+
+NUM_STEPS = 4000  # per configuration
+
+# What a trace must contain to be worth running.
+ALWAYS = (
+    "one-token prompt",
+    "prompt at the maximum",
+    "one token asked for",
+    "max_tokens clipped",
+    "prompt cut into chunks",
+    "prefill and decode in one step",
+    "head waits for a slot",
+    "stop token at the last position",
+    "submission refused, no free row",
+    "abort while waiting",
+    "abort in mid-prefill",
+    "abort while decoding",
+    "abort ignored, finished before",
+    "abort ignored, stale handle",
+    "collection ignored, unfinished",
+    "collection ignored, stale handle",
+    "ended: stop",
+    "ended: length",
+    "ended: abort",
+    "ended: error",
+    "drained",
+)
+WHEN_PAGES_ARE_SCARCE = (
+    "head waits for pages",
+    "nothing overtakes the head",
+    "nothing overtakes across priorities",
+    "preempted",
+    "preempted in mid-prefill",
+    "preempted itself",
+    "preempted twice or more",
+    "resumed",
+    "abort while preempted",
+)
+
+
+@functools.cache
+def device(name: str) -> traces.Device:
+    return traces.Device(traces.CONFIGS[name], compiler_options=traces.FAST_COMPILE)
+
+
+@pytest.mark.parametrize("name", traces.CONFIGS)
+def test_every_step_of_random_traces_is_as_the_oracle_predicts(name):
+    events = traces.run_trace(device(name), seed=20240, num_steps=NUM_STEPS)
+    assert events["steps"] >= NUM_STEPS
+    wanted = ALWAYS if name == "more pages than needed" else ALWAYS + WHEN_PAGES_ARE_SCARCE
+    assert [event for event in wanted if not events[event]] == []
+    if traces.CONFIGS[name].chunk_size > 1:
+        assert events["prefill rows of several sequences"] > 0
+
+
+@st.composite
+def requests(draw: st.DrawFn, max_model_len: int) -> Request:
+    prompt = draw(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=max_model_len - 1))
+    return Request(
+        prompt=tuple(prompt),
+        max_tokens=draw(st.integers(1, max_model_len)),
+        prompt_length=draw(st.sampled_from([len(prompt)] * 9 + [0])),
+        priority=draw(st.integers(-1, 1)),
+        stop_token_ids=tuple(draw(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2))),
+    )
+
+
+CONFIG = traces.CONFIGS["minimal pool"]
+ROWS = st.integers(0, CONFIG.num_rows - 1)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Operations in any order and number between steps, which the bulk traces do not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.device = device("minimal pool")
+        self.oracle = Oracle(traces.limits_of(CONFIG))
+        self.state, self.marks = self.device.start()
+
+    @rule(wanted=st.lists(requests(CONFIG.max_model_len), min_size=1, max_size=traces.MAX_SUBMITTED))
+    def submit(self, wanted):
+        padding = [None] * (traces.MAX_SUBMITTED - len(wanted))
+        self.state, handles = self.device.submit(self.state, traces.submission_of(wanted + padding, CONFIG))
+        assert traces.seen_handles(jax.device_get(handles), CONFIG) == self.oracle.submit(wanted) + padding
+
+    @rule(rows=st.sets(ROWS, min_size=1, max_size=3), age=st.sampled_from([0, 0, 0, 1]))
+    def abort(self, rows, age):
+        self.state = self.device.abort(self.state, *self._handles(rows, age, self.oracle.abort))
+
+    @rule(rows=st.sets(ROWS, min_size=1), age=st.sampled_from([0, 0, 0, 1]))
+    def collect(self, rows, age):
+        self.state = self.device.collect(self.state, *self._handles(rows, age, self.oracle.collect))
+
+    @rule(num_steps=st.integers(1, 5))
+    def step(self, num_steps):
+        for _ in range(num_steps):
+            record = self.oracle.step()
+            self.state, self.marks, observation = self.device.step(self.state, self.marks)
+            shown = traces.seen(jax.device_get(observation), CONFIG)
+            traces.compare(shown, traces.predicted(self.oracle, record), "step", len(record.decode_rows))
+
+    @invariant()
+    def agrees(self):
+        state = jax.device_get(self.state)
+        traces.compare(traces.seen_state(state, CONFIG), traces.predicted_state(self.oracle), "between steps")
+        check_invariants(state)
+
+    def teardown(self):
+        unfinished = sum(row is not None and row.status in UNFINISHED for row in self.oracle.rows)
+        for _ in range(2 * CONFIG.max_model_len * unfinished):
+            self.step(1)
+        self.agrees()
+        assert not self.oracle.has_work()
+        assert sorted(number for number, _ in self.oracle.endings) == list(range(self.oracle.num_arrived))
+
+    def _handles(self, rows, age, tell_oracle):
+        mask, generation = np.zeros(CONFIG.num_rows, bool), np.zeros(CONFIG.num_rows, np.int32)
+        for row in rows:
+            mask[row], generation[row] = True, self.oracle.generations[row] - age
+            tell_oracle(row, self.oracle.generations[row] - age)
+        return mask, generation
+
+
+def test_any_order_of_operations_is_as_the_oracle_predicts():
+    settings = hypothesis.settings(
+        max_examples=40, stateful_step_count=30, deadline=None, derandomize=True, database=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+    )  # fmt: skip
+    run_state_machine_as_test(SchedulerMachine, settings=settings)

@@ -1,0 +1,137 @@
+"""Files of prompts and results: one bad line loses no other, and a file of results is whole or named partial."""
+
+import json
+import os
+
+import pytest
+
+from jaxserve.prompts import PromptError, ResultsFile, read_prompts
+from jaxserve.request import Request, SamplingParams
+
+BASE = SamplingParams(temperature=0.5, max_tokens=9)
+
+
+def _read(tmp_path, content: str | bytes, name: str = "prompts.jsonl"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return list(read_prompts(path, BASE))
+
+
+def test_text_lines_are_prompts_as_they_are(tmp_path):
+    requests = _read(tmp_path, "one\n\n  two \r\nthr\u2028ee", "prompts.txt")
+    assert [request.prompt for request in requests] == ["one", "  two ", "thr\u2028ee"]
+    assert [request.id for request in requests] == ["line-1", "line-3", "line-4"]
+    assert all(request.params == BASE for request in requests)
+
+
+def test_json_line_overrides_the_defaults(tmp_path):
+    line = {"prompt": "hi", "id": "a", "priority": -3, "temperature": 0, "logprobs": 2}
+    (request,) = _read(tmp_path, json.dumps(line))
+    params = SamplingParams(temperature=0, max_tokens=9, logprobs=2)
+    assert request == Request("a", "hi", params=params, priority=-3)
+
+
+def test_json_line_may_give_tokens(tmp_path):
+    (request,) = _read(tmp_path, '\ufeff{"prompt_token_ids": [1, 2]}\n\n')
+    assert request == Request("line-1", prompt_token_ids=(1, 2), params=BASE)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("hello", "not valid JSON at column 1"),
+        ('{"prompt": "x"', "not valid JSON at column 15"),
+        ('"hello"', "not a JSON object"),
+        ("{}", "either prompt or prompt_token_ids"),
+        ('{"prompt": "x", "prompt_token_ids": [1]}', "either prompt or prompt_token_ids"),
+        ('{"prompt": null}', "no prompt"),
+        ('{"prompt": 3}', "prompt=3 must be a string"),
+        (r'{"prompt": "\ud800"}', "surrogate"),
+        ('{"prompt": "x", "temprature": 1}', "unknown field 'temprature': did you mean 'temperature'"),
+        ('{"prompt": "x", "temperature": 3}', "temperature=3 must be"),
+        ('{"prompt": "x", "temperature": NaN}', "NaN is not valid JSON"),
+        ('{"prompt": "x", "temperature": 1e999}', "temperature=inf"),
+        ('{"prompt": "x", "n": 2}', "n=2 is not supported yet"),
+        ('{"prompt": "x", "prompt": "y"}', "'prompt' stands there twice"),
+        ('{"prompt": "x", "id": 3}', "id=3"),
+        ('{"prompt": "x", "params": {}}', "unknown field 'params'"),
+        ('{"prompt_token_ids": "12"}', "list of token ids"),
+        ('{"prompt_token_ids": [1e3]}', "prompt_token_ids"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"prompt": "x", "seed": ' + "9" * 5000 + "}", "limit"),
+    ],
+)
+def test_bad_line_names_file_and_line_and_loses_no_other(tmp_path, line, message):
+    before, error, after = _read(tmp_path, f'{{"prompt": "a"}}\n{line}\n{{"prompt": "b"}}\n')
+    assert (before.prompt, after.prompt) == ("a", "b")
+    assert isinstance(error, PromptError)
+    assert error.message.startswith(f"{tmp_path}/prompts.jsonl:2: ") and message in error.message
+    assert "\n" not in error.message
+
+
+def test_bad_line_keeps_its_id(tmp_path):
+    (error,) = _read(tmp_path, '{"prompt": "x", "id": "mine", "top_p": 0}')
+    assert error.id == "mine"
+
+
+def test_invalid_utf8_is_an_error_of_its_line(tmp_path):
+    first, second = _read(tmp_path, b"ab\xff\nfine\n", "prompts.txt")
+    assert "prompts.txt:1: byte 3 is not valid UTF-8" in first.message
+    assert second.prompt == "fine"
+
+
+def test_ids_must_differ(tmp_path):
+    _, error = _read(tmp_path, '{"prompt": "x", "id": "a"}\n{"prompt": "y", "id": "a"}')
+    assert "id='a' was used in line 1" in error.message
+
+
+def test_json_lines_in_a_text_file_are_not_taken_for_prompts(tmp_path):
+    error, request = _read(tmp_path, '{"prompt": "x"}\n{"x": 1}', "prompts.txt")
+    assert "name the file *.jsonl" in error.message
+    assert request.prompt == '{"x": 1}'
+
+
+def test_prompts_file_that_cannot_be_read_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="No such file"):
+        read_prompts(tmp_path / "none.jsonl", BASE)
+    with pytest.raises(ValueError, match="directory"):
+        read_prompts(tmp_path, BASE)
+
+
+def test_results_take_their_name_when_all_is_done(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text("old\n")
+    with ResultsFile(path) as results:
+        results.write({"text": "é\u2028"})
+        assert json.loads(results.partial_path.read_text(encoding="utf-8")) == {"text": "é\u2028"}
+        assert path.read_text() == "old\n"
+    assert json.loads(path.read_text(encoding="utf-8")) == {"text": "é\u2028"}
+    assert os.listdir(tmp_path) == ["results.jsonl"]
+
+
+def test_finished_results_are_kept_after_ctrl_c(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(KeyboardInterrupt), ResultsFile(path) as results:
+        results.write({"id": 1})
+        raise KeyboardInterrupt
+    assert not path.exists()
+    assert results.partial_path.read_text() == '{"id": 1}\n'
+
+
+def test_results_path_that_cannot_be_written_is_found_at_once(tmp_path):
+    with pytest.raises(ValueError, match="cannot write results to .*No such file"):
+        ResultsFile(tmp_path / "none" / "results.jsonl")
+    with pytest.raises(ValueError, match="cannot write results to .*directory"):
+        ResultsFile(tmp_path)
+
+
+def test_results_go_straight_to_what_is_no_file_and_through_links(tmp_path):
+    with ResultsFile("/dev/null") as results:
+        results.write({})
+    assert not os.path.isfile("/dev/null")
+    link, target = tmp_path / "link", tmp_path / "target"
+    target.touch()
+    link.symlink_to(target)
+    with ResultsFile(link) as results:
+        results.write({})
+    assert link.is_symlink() and target.read_text() == "{}\n"

@@ -1,0 +1,207 @@
+"""Sampling parameters and requests: what is taken, and how the rest is refused."""
+
+import dataclasses
+import math
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxserve.request import (
+    CompletionOutput,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    UnsupportedError,
+)
+
+
+def test_defaults_are_those_of_vllm():
+    params = SamplingParams()
+    assert (params.temperature, params.top_k, params.top_p, params.min_p) == (1.0, 0, 1.0, 0.0)
+    assert (params.max_tokens, params.min_tokens, params.n, params.seed) == (16, 0, 1, None)
+    assert params.logprobs is None and params.detokenize and params.skip_special_tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 0),
+        ("temperature", 2),
+        ("top_k", 2**31 - 1),
+        ("top_p", 1),
+        ("top_p", 1e-9),
+        ("min_p", 0),
+        ("min_p", 1),
+        ("seed", 0),
+        ("seed", 2**64 - 1),
+        ("seed", None),
+        ("max_tokens", 1),
+        ("logprobs", 0),
+        ("logprobs", None),
+        ("stop_token_ids", ()),
+        ("ignore_eos", True),
+    ],
+)
+def test_values_at_the_edge_of_their_range_are_taken(name, value):
+    assert getattr(SamplingParams(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", "1"),
+        ("temperature", None),
+        ("temperature", True),
+        ("top_k", -2),
+        ("top_k", 1.0),
+        ("top_k", 2**31),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("top_p", math.nan),
+        ("min_p", -0.01),
+        ("min_p", 1.5),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("seed", 0.5),
+        ("max_tokens", 0),
+        ("max_tokens", None),
+        ("max_tokens", True),
+        ("logprobs", -1),
+        ("logprobs", False),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", "5"),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [1.5]),
+        ("ignore_eos", 1),
+        ("detokenize", None),
+        ("skip_special_tokens", "yes"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name_and_value(name, value):
+    shown = f"{name}=" if name != "stop_token_ids" else name
+    with pytest.raises(ValueError, match=shown) as caught:
+        SamplingParams(**{name: value})
+    assert "must be" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 2),
+        ("n", True),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -0.5),
+        ("frequency_penalty", math.nan),
+        ("repetition_penalty", 1.1),
+        ("logit_bias", {5: 1.0}),
+        ("allowed_token_ids", [1]),
+        ("allowed_token_ids", []),
+        ("bad_words", ["no"]),
+        ("min_tokens", 1),
+        ("stop", ["\n"]),
+        ("stop", "\n"),
+        ("include_stop_str_in_output", True),
+        ("logprobs_mode", "processed"),
+        ("prompt_logprobs", 0),
+        ("truncate_prompt_tokens", 10),
+    ],
+)
+def test_parameters_that_are_not_built_are_refused_by_name(name, value):
+    with pytest.raises(UnsupportedError, match=f"^{name}=.* is not supported yet"):
+        SamplingParams(**{name: value})
+
+
+def test_every_parameter_is_either_honoured_or_refused():
+    changed = {"logit_bias": {1: 1.0}, "stop_token_ids": [1], "logprobs_mode": "processed", "seed": 1, "logprobs": 1}
+    for field in dataclasses.fields(SamplingParams):
+        value = changed.get(field.name)
+        if value is None:
+            default = field.default
+            value = not default if isinstance(default, bool) else ["a"] if default == () else (default or 0) + 1
+            value = 0.5 if field.name in ("top_p", "min_p") else value
+        try:
+            params = SamplingParams(**{field.name: value})
+        except UnsupportedError:
+            continue
+        assert params != SamplingParams(), field.name
+
+
+def test_empty_lists_and_whole_numbers_count_as_defaults():
+    params = SamplingParams(stop=[], bad_words=[], logit_bias={}, presence_penalty=0, repetition_penalty=1)
+    assert params == SamplingParams()
+
+
+def test_parameters_are_hashable_and_normalised():
+    params = SamplingParams(top_k=-1, stop_token_ids=[3, np.int32(4)], seed=np.uint64(7), temperature=np.float32(0.5))
+    assert params == SamplingParams(stop_token_ids=(3, 4), seed=7, temperature=0.5)
+    assert hash(params) == hash(pickle.loads(pickle.dumps(params)))
+    assert type(params.seed) is int and type(params.temperature) is float
+
+
+def test_greedy_is_below_the_documented_temperature():
+    assert SamplingParams(temperature=0).greedy
+    assert not SamplingParams(temperature=1e-5).greedy
+
+
+def test_unknown_names_are_refused_with_the_nearest_known_one():
+    with pytest.raises(ValueError, match="unknown sampling parameter 'temprature': did you mean 'temperature'"):
+        SamplingParams.from_dict({"temprature": 1})
+    with pytest.raises(ValueError, match="unknown sampling parameter 'xyzzy': known are .*top_k"):
+        SamplingParams.from_dict({"xyzzy": 1})
+
+
+def test_override_changes_only_the_given_fields():
+    params = SamplingParams(temperature=0.5, max_tokens=3).override({"max_tokens": 4})
+    assert (params.temperature, params.max_tokens) == (0.5, 4)
+    assert SamplingParams.from_dict({"max_tokens": 4}) == SamplingParams(max_tokens=4)
+
+
+def test_request_takes_text_or_tokens():
+    assert Request("a", "text").prompt_token_ids is None
+    assert Request("a", prompt_token_ids=[1, 2]).prompt_token_ids == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"id": "", "prompt": "x"}, "id=''"),
+        ({"id": 3, "prompt": "x"}, "id=3"),
+        ({"id": "a"}, "has no prompt"),
+        ({"id": "a", "prompt": b"x"}, "prompt=b'x'"),
+        ({"id": "a", "prompt": "x\ud83d"}, "surrogate pair at character 1"),
+        ({"id": "a", "prompt_token_ids": []}, "at least one token"),
+        ({"id": "a", "prompt_token_ids": [-1]}, r"prompt_token_ids\[0\]=-1"),
+        ({"id": "a", "prompt_token_ids": [2**31]}, r"prompt_token_ids\[0\]"),
+        ({"id": "a", "prompt": "x", "priority": 0.5}, "priority=0.5"),
+        ({"id": "a", "prompt": "x", "params": {}}, "params={}"),
+    ],
+)
+def test_requests_that_are_not_valid_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Request(**fields)
+
+
+def test_output_is_finished_when_all_samples_are_or_it_failed():
+    done, running = CompletionOutput(0, "x", (1,), "stop"), CompletionOutput(1, "", ())
+    metrics = RequestMetrics(arrival_time=0.0)
+    assert RequestOutput("a", "p", (1,), (done,), metrics).finished
+    assert not RequestOutput("a", "p", (1,), (done, running), metrics).finished
+    assert RequestOutput("a", "p", (), (), error="too long").finished
+
+
+@pytest.mark.parametrize("module", ["request", "config", "prompts", "tokenizer"])
+def test_import_loads_no_heavy_module(module):
+    heavy = ("jax", "transformers", "tokenizers", "orbax", "torch", "absl.flags")
+    code = f"import sys, jaxserve.{module}; print(*[name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # The package itself may import jax; these modules must not.
+    package = subprocess.run([sys.executable, "-c", code.replace(f".{module}", "")], capture_output=True, text=True)
+    assert set(done.stdout.split()) <= set(package.stdout.split())
