@@ -11,7 +11,7 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     import tokenizers
@@ -30,7 +30,7 @@ class Tokenizer:
         self.backend.no_truncation()  # a tokenizer.json may ask for either
         self.backend.no_padding()
         self.vocab_size: int = len(inner)  # added tokens included
-        self.eos_token_id: int | None = inner.eos_token_id
+        self.eos_token_id = cast("int | None", inner.eos_token_id)
         added = inner.added_tokens_decoder
         self.added_tokens: dict[int, str] = {token_id: token.content for token_id, token in added.items()}
         self.special_token_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
@@ -78,12 +78,13 @@ class Tokenizer:
                 "add chat_template.jinja to the directory, or pass a plain prompt"
             )
         try:
-            return self._inner.apply_chat_template(
+            text = self._inner.apply_chat_template(
                 [dict(message) for message in messages],
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **variables,
             )
+            return cast("str", text)
         except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 

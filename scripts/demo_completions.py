@@ -13,10 +13,13 @@ import ast
 import codeop
 import dataclasses
 import hashlib
+import pathlib
 import re
 import warnings
 
 import tokenizers
+
+import jaxserve
 
 PROMPT_TOKENS = 320
 MAX_NEW_TOKENS = 160
@@ -63,6 +66,14 @@ def _prompts_of(name: str, text: str, tokenizer: tokenizers.Tokenizer) -> list[P
     return found
 
 
+def generate(model_dir: pathlib.Path, prompts: list[Prompt], *, temperature: float) -> list[tuple[str, bool]]:
+    """Per prompt the text that the engine generates, and whether it stopped by itself."""
+    engine = jaxserve.Engine.from_pretrained(str(model_dir), dtype="float32")
+    params = jaxserve.SamplingParams(temperature=temperature, max_tokens=MAX_NEW_TOKENS, seed=0)
+    results = engine.generate([prompt.text for prompt in prompts], params)
+    return [(result.outputs[0].text, result.outputs[0].finish_reason == "stop") for result in results]
+
+
 def body_of(completion: str) -> tuple[str, bool]:
     """The function's body, and whether a new top-level statement ended it."""
     match = _TOP_LEVEL.search(completion)
@@ -70,7 +81,7 @@ def body_of(completion: str) -> tuple[str, bool]:
 
 
 def parses(head: str, completion: str, *, ended: bool) -> str:
-    """"complete", "beginning" or "no"; `ended`: the model stopped by itself."""
+    """ "complete", "beginning" or "no"; `ended`: the model stopped by itself."""
     body, closed = body_of(completion)
     if closed or ended:
         return "complete" if _is_valid(head + body + "\n", unfinished=False) else "no"
@@ -88,3 +99,21 @@ def _is_valid(source: str, *, unfinished: bool) -> bool:
         except (SyntaxError, ValueError, OverflowError):
             return False
     return True
+
+
+def report(prompts: list[Prompt], completions: list[tuple[str, bool]], num_shown: int = 5) -> dict[str, object]:
+    """Shares of what parses, and the first `num_shown` completions as they are.
+
+    Args:
+      prompts: what was completed.
+      completions: per prompt the text generated, and whether the model stopped by itself.
+      num_shown: how many to quote, from the first on.
+    """
+    verdicts = [parses(p.head, text, ended=ended) for p, (text, ended) in zip(prompts, completions, strict=True)]
+    counts = {verdict: verdicts.count(verdict) for verdict in ("complete", "beginning", "no")}
+    shown = [
+        {"name": prompt.name, "head": prompt.head, "body": body_of(text)[0], "parses": verdict}
+        for prompt, (text, _), verdict in zip(prompts, completions, verdicts, strict=True)
+    ]
+    share = 1 - counts["no"] / len(prompts)
+    return {"num_prompts": len(prompts), "parses": counts, "parse_share": share, "first": shown[:num_shown]}

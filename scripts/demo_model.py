@@ -7,14 +7,13 @@ import pathlib
 import demo_tokenizer
 import jax
 import jax.numpy as jnp
-import numpy as np
-import safetensors.numpy
 import tokenizers
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from jaxserve.models import Attend, ModelConfig, RopeConfig, Transformer
+from jaxserve.models import Attend, ModelConfig, RopeConfig, Transformer, graphdef_of
+from jaxserve.models.checkpoint import load_hugging_face, save_hugging_face
 
 CONFIG = ModelConfig(
     family="qwen3",
@@ -77,7 +76,7 @@ def _cross_entropy_forward(hidden, embedding, targets, chunk):
         total = exp.sum(axis=1, keepdims=True)
         hit = jnp.arange(embedding.shape[0])[None, :] == wanted[:, None]
         loss += jnp.sum(jnp.log(total)[:, 0] + peak[:, 0] - jnp.where(hit, logits, 0.0).sum(axis=1))
-        grad_logits = (exp / total - hit) / num_rows
+        grad_logits = (exp / total - hit.astype(exp.dtype)) / num_rows
         grad_hidden.append(grad_logits @ embedding)
         grad_embedding += lax.dot_general(grad_logits, rows, (((0,), (0,)), ((), ())))
     return loss / num_rows, (jnp.concatenate(grad_hidden), grad_embedding)
@@ -99,59 +98,15 @@ def hidden_states(model: Transformer, tokens: Int32[Array, "N T"]) -> Float32[Ar
     return model(tokens.reshape(-1), positions, attend=attend, kv=None)[0]
 
 
-def export(model: Transformer, tokenizer: tokenizers.Tokenizer, directory: pathlib.Path) -> None:
+def export(params: nnx.State, tokenizer: tokenizers.Tokenizer, directory: pathlib.Path) -> None:
     """Writes bfloat16 weights, configuration and tokenizer as `transformers` reads them (Qwen3ForCausalLM)."""
-    config = model.config
-    demo_tokenizer.save(tokenizer, directory, context=config.max_position)
-    weights = {name: np.asarray(w.astype(jnp.bfloat16)) for name, w in hugging_face_weights(model).items()}
-    safetensors.numpy.save_file(weights, str(directory / "model.safetensors"), metadata={"format": "pt"})
-    settings = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.embed_dim,
-        "intermediate_size": config.ffw_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope.theta,
-        "max_position_embeddings": config.max_position,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "use_sliding_window": False,
-        "initializer_range": 0.02,
-        "bos_token_id": demo_tokenizer.END_OF_TEXT_ID,
-        "eos_token_id": demo_tokenizer.END_OF_TEXT_ID,
-        "pad_token_id": demo_tokenizer.END_OF_TEXT_ID,
-        "torch_dtype": "bfloat16",
-    }
-    generation = {name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    end = demo_tokenizer.END_OF_TEXT_ID
+    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    save_hugging_face(params, CONFIG, directory, jnp.bfloat16, extra_config=special)
+    (directory / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
+    demo_tokenizer.save(tokenizer, directory, context=CONFIG.max_position)
 
 
-def hugging_face_weights(model: Transformer) -> dict[str, jax.Array]:
-    """The model's weights under their names and in the layout of transformers' Qwen3: output features first."""
-    config = model.config
-    weights = {"model.embed_tokens.weight": model.embedding[...], "model.norm.weight": model.final_norm.scale[...]}
-    for layer, block in enumerate(model.blocks):
-        prefix, attention, ffw = f"model.layers.{layer}.", block.attention, block.ffw
-        qkv = attention.qkv[...].reshape(config.embed_dim, config.num_kv_heads, config.group_size + 2, config.head_dim)
-        weights |= {
-            prefix + "self_attn.q_proj.weight": qkv[:, :, : config.group_size].reshape(config.embed_dim, -1).T,
-            prefix + "self_attn.k_proj.weight": qkv[:, :, config.group_size].reshape(config.embed_dim, -1).T,
-            prefix + "self_attn.v_proj.weight": qkv[:, :, config.group_size + 1].reshape(config.embed_dim, -1).T,
-            prefix + "self_attn.o_proj.weight": attention.out[...].T,
-            prefix + "self_attn.q_norm.weight": attention.q_norm.scale[...],
-            prefix + "self_attn.k_norm.weight": attention.k_norm.scale[...],
-            prefix + "mlp.gate_proj.weight": ffw.gate_up[...][:, 0].T,
-            prefix + "mlp.up_proj.weight": ffw.gate_up[...][:, 1].T,
-            prefix + "mlp.down_proj.weight": ffw.down[...].T,
-            prefix + "input_layernorm.weight": block.attention_norm.scale[...],
-            prefix + "post_attention_layernorm.weight": block.ffw_norm.scale[...],
-        }
-    return weights
+def load(directory: pathlib.Path) -> Transformer:
+    """An exported model, its bfloat16 weights widened to float32."""
+    return nnx.merge(graphdef_of(CONFIG), load_hugging_face(directory, CONFIG, dtype=jnp.float32))

@@ -57,7 +57,7 @@ def model_bits(model: Transformer, tokens: np.ndarray) -> float:
 def overlapping_windows(tokens: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
     """Windows [N, context + 1] every half context, the last one ending at the end, and where each starts to count.
 
-        tokens 0 1 2 3 4 5 6 7 8, context 4: windows at 0, 2, 4 scoring targets 1-4, 5-6, 7-8
+    tokens 0 1 2 3 4 5 6 7 8, context 4: windows at 0, 2, 4 scoring targets 1-4, 5-6, 7-8
     """
     if len(tokens) <= context:
         raise ValueError(f"{len(tokens)} tokens do not fill one window of {context + 1}: give more held-out text")

@@ -15,7 +15,10 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import demo_model
@@ -28,10 +31,14 @@ import safetensors
 import safetensors.numpy
 from absl import app, flags, logging
 from flax import nnx
+from jaxtyping import Array, Float32, Int32
 
-from jaxserve.models import ModelConfig, Transformer
+from jaxserve.models import ModelConfig, Transformer, graphdef_of
 
 Params = dict[str, jax.Array]
+HeldoutLoss = Callable[[Params], float]
+_LOG_EVERY = 20
+_SAVE_EVERY_SECONDS = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +58,8 @@ class Recipe:
     context: int = 512
     batch_size: int = 8
     microbatch_size: int = 2
-    matrix_rate: float = 0.02
-    vector_rate: float = 0.004
+    matrix_rate: float = 0.03
+    vector_rate: float = 0.008
     weight_decay: float = 0.05
     warmup_steps: int = 30
 
@@ -71,22 +78,26 @@ class Weights:
     """Between an nnx model and a flat dict of its weights by dotted name."""
 
     def __init__(self, config: ModelConfig):
-        self.graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+        self.graphdef = graphdef_of(config)
+        state = nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
         leaves, self.treedef = jax.tree_util.tree_flatten_with_path(state)
         self.names = [".".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path) for path, _ in leaves]
 
     def of(self, model: Transformer) -> Params:
         return dict(zip(self.names, jax.tree.leaves(nnx.state(model)), strict=True))
 
+    def state(self, params: Params) -> nnx.State:
+        return self.treedef.unflatten([params[name] for name in self.names])
+
     def model(self, params: Params) -> Transformer:
-        return nnx.merge(self.graphdef, self.treedef.unflatten([params[name] for name in self.names]))
+        return nnx.merge(self.graphdef, self.state(params))
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """Muon (Jordan et al., 2024) for the matrices of the blocks, Adam for the embedding and the norms."""
 
     def dimensions(params: Params) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
-        ndims = {name: getattr(p, "ndim", 0) for name, p in params.items()}  # optax masks some with nodes that have none.
+        ndims = {name: getattr(p, "ndim", 0) for name, p in params.items()}  # What optax masks has none.
         return {
             name: optax.contrib.MuonDimensionNumbers(0, ndim - 1) if ndim > 1 and "embedding" not in name else None
             for name, ndim in ndims.items()
@@ -106,20 +117,24 @@ def init_state(config: ModelConfig, recipe: Recipe, seed: int) -> TrainState:
     return TrainState(params, make_optimizer(recipe).init(params))
 
 
+def loss_of(model: Transformer, sequences: Int32[Array, "N T"]) -> Float32[Array, ""]:
+    """Mean negative log likelihood, in nats, of every token after the first of each sequence."""
+    hidden = demo_model.hidden_states(model, sequences[:, :-1])
+    return demo_model.cross_entropy(hidden, model.embedding[...], sequences[:, 1:].reshape(-1))
+
+
 def make_step(config: ModelConfig, recipe: Recipe):
     """Returns a jitted (params, optimizer, sequences[B, T + 1], rate_factor) -> (params, optimizer, loss)."""
     weights, optimizer = Weights(config), make_optimizer(recipe)
 
-    def loss_of(params: Params, sequences: jax.Array) -> jax.Array:
-        model = weights.model(params)
-        hidden = demo_model.hidden_states(model, sequences[:, :-1])
-        return demo_model.cross_entropy(hidden, model.embedding[...], sequences[:, 1:].reshape(-1))
+    def loss_and_grads(params: Params, part: jax.Array) -> tuple[jax.Array, Params]:
+        return jax.value_and_grad(lambda params: loss_of(weights.model(params), part))(params)
 
     def step(params, state, sequences, rate_factor):
         parts = sequences.reshape(-1, recipe.microbatch_size, sequences.shape[1])
 
         def accumulate(total, part):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, part)), None
+            return jax.tree.map(jnp.add, total, loss_and_grads(params, part)), None
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         total, _ = jax.lax.scan(accumulate, zeros, parts)
@@ -174,79 +189,99 @@ def load_checkpoint(path: pathlib.Path, like: TrainState) -> TrainState:
     return TrainState(params, jax.tree.unflatten(jax.tree.structure(like.optimizer), leaves), **counters)
 
 
-def make_heldout_loss(config: ModelConfig, tokens: np.ndarray, num_bytes: int, num_sequences: int = 48):
+def make_heldout_loss(config: ModelConfig, tokens: np.ndarray, num_bytes: int, num_sequences: int = 48) -> HeldoutLoss:
     """Returns params -> bits per byte of a fixed sample of held-out windows (no overlap: a little pessimistic)."""
-    weights, time_steps = Weights(config), config.max_position
-    starts = np.linspace(0, len(tokens) - time_steps - 1, num_sequences).astype(int)
-    rows = jnp.asarray(np.stack([tokens[s : s + time_steps + 1] for s in starts]).astype(np.int32).reshape(-1, 4, time_steps + 1))
+    weights, context = Weights(config), config.max_position
+    starts = np.linspace(0, len(tokens) - context - 1, num_sequences).astype(int)
+    rows = np.stack([tokens[start : start + context + 1] for start in starts]).astype(np.int32)
 
     @jax.jit
-    def loss(params):
-        def one(part):
-            model = weights.model(params)
-            hidden = demo_model.hidden_states(model, part[:, :-1])
-            return demo_model.cross_entropy(hidden, model.embedding[...], part[:, 1:].reshape(-1))
-
-        return jax.lax.map(one, rows).mean()
+    def loss(params: Params) -> jax.Array:
+        model = weights.model(params)
+        return jax.lax.map(lambda part: loss_of(model, part), rows.reshape(-1, 4, context + 1)).mean()
 
     return lambda params: float(loss(params)) / np.log(2) * len(tokens) / num_bytes
 
 
-def train(state: TrainState, recipe: Recipe, config: ModelConfig, tokens: np.ndarray, *, seconds: float, decay: bool, seed: int, path: pathlib.Path, heldout_loss) -> TrainState:
-    """Trains for `seconds`, logging every 20 steps and saving every 10 minutes."""
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long a run trains, and whether the learning rate falls to zero meanwhile."""
+
+    seconds: float
+    decay: bool
+
+    def rate_factor(self, elapsed: float, step: int, warmup_steps: int) -> float:
+        return 1.0 - elapsed / self.seconds if self.decay else min(1.0, (step + 1) / warmup_steps)
+
+
+def train(
+    state: TrainState, recipe: Recipe, config: ModelConfig, tokens: np.ndarray, schedule: Schedule, seed: int, save
+) -> TrainState:
+    """Trains until the schedule's time is up or SIGTERM comes; saves at the end and every 10 minutes."""
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     step = make_step(config, recipe)
     start = last_save = last_log = time.monotonic()
-    losses, logged_tokens = [], state.num_tokens
-    while (elapsed := time.monotonic() - start) < seconds:
-        factor = 1.0 - elapsed / seconds if decay else min(1.0, (state.step + 1) / recipe.warmup_steps)
+    losses: list[float] = []
+    while (elapsed := time.monotonic() - start) < schedule.seconds and not stopped.is_set():
+        factor = schedule.rate_factor(elapsed, state.step, recipe.warmup_steps)
         sequences = batch_at(tokens, state.num_tokens, recipe, seed)
         params, optimizer, loss = step(state.params, state.optimizer, sequences, np.float32(factor))
         state = TrainState(params, optimizer, state.step + 1, state.num_tokens + recipe.batch_size * recipe.context)
         losses.append(float(loss))
-        if state.step % 20 == 0:
-            now = time.monotonic()
-            rate = (state.num_tokens - logged_tokens) / (now - last_log)
-            logging.info("step %d, %.2f M tokens, loss %.4f, rate factor %.3f, %.0f tokens/s", state.step, state.num_tokens / 1e6, np.mean(losses), factor, rate)
-            losses, logged_tokens, last_log = [], state.num_tokens, now
-        if time.monotonic() - last_save > 600:
-            save_checkpoint(path, state)
-            logging.info("saved %s; held-out %.4f bits per byte", path.name, heldout_loss(state.params))
-            last_save = last_log = time.monotonic()
-            logged_tokens = state.num_tokens
-    save_checkpoint(path, state)
-    logging.info("done at step %d; held-out %.4f bits per byte", state.step, heldout_loss(state.params))
+        if len(losses) == _LOG_EVERY:
+            speed = len(losses) * recipe.batch_size * recipe.context / (time.monotonic() - last_log)
+            line = "step %d, %.2f M tokens, loss %.4f, rate factor %.3f, %.0f tokens/s"
+            logging.info(line, state.step, state.num_tokens / 1e6, np.mean(losses), factor, speed)
+            losses, last_log = [], time.monotonic()
+        if time.monotonic() - last_save > _SAVE_EVERY_SECONDS:
+            save(state)
+            losses, last_save, last_log = [], time.monotonic(), time.monotonic()
+    save(state)
     return state
 
 
 def main(_) -> None:
     work_dir = pathlib.Path(WORK_DIR.value)
     config = demo_model.CONFIG
-    recipe = Recipe(context=CONTEXT.value, batch_size=BATCH_SIZE.value, matrix_rate=MATRIX_RATE.value, vector_rate=VECTOR_RATE.value, microbatch_size=MICROBATCH_SIZE.value)
+    recipe = Recipe(
+        context=CONTEXT.value,
+        batch_size=BATCH_SIZE.value,
+        microbatch_size=MICROBATCH_SIZE.value,
+        matrix_rate=MATRIX_RATE.value,
+        vector_rate=VECTOR_RATE.value,
+    )
     stable, decayed = work_dir / "stable.safetensors", work_dir / "decayed.safetensors"
     state = init_state(config, recipe, SEED.value)
     if EXPORT_TO.value:
-        model = Weights(config).model(load_checkpoint(decayed, state).params)
-        demo_model.export(model, demo_tokenizer.load(work_dir / "tokenizer"), pathlib.Path(EXPORT_TO.value))
+        params = Weights(config).state(load_checkpoint(decayed, state).params)
+        demo_model.export(params, demo_tokenizer.load(work_dir / "tokenizer"), pathlib.Path(EXPORT_TO.value))
         return
     if stable.exists():
         state = load_checkpoint(stable, state)
     logging.info("%d parameters, at step %d, %s", sum(p.size for p in state.params.values()), state.step, recipe)
-    tokens = np.load(work_dir / "train.npy")
-    heldout = np.load(work_dir / "heldout.npy")
     heldout_bytes = json.loads((work_dir / "sizes.json").read_text())["heldout"]
-    path = decayed if DECAY.value else stable
-    train(state, recipe, config, tokens, seconds=60 * MINUTES.value, decay=DECAY.value, seed=SEED.value, path=path, heldout_loss=make_heldout_loss(config, heldout, heldout_bytes))
+    heldout_loss = make_heldout_loss(config, np.load(work_dir / "heldout.npy"), heldout_bytes)
+
+    def save(state: TrainState) -> None:
+        path = decayed if DECAY.value else stable
+        save_checkpoint(path, state)
+        logging.info("saved %s; held-out %.4f bits per byte", path.name, heldout_loss(state.params))
+
+    schedule = Schedule(60 * MINUTES.value, DECAY.value)
+    train(state, recipe, config, np.load(work_dir / "train.npy"), schedule, SEED.value, save)
 
 
 if __name__ == "__main__":
+    defaults = Recipe()
     WORK_DIR = flags.DEFINE_string("work_dir", None, "Tokens, tokenizer and checkpoints.", required=True)
     MINUTES = flags.DEFINE_float("minutes", 60.0, "How long to train.")
-    DECAY = flags.DEFINE_bool("decay", False, "Lower the learning rate to zero over the minutes, into decayed.safetensors.")
-    EXPORT_TO = flags.DEFINE_string("export_to", None, "Do not train: write decayed.safetensors here in Hugging Face layout.")
-    CONTEXT = flags.DEFINE_integer("context", 512, "Tokens per sequence.")
-    BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Sequences per step.")
-    MICROBATCH_SIZE = flags.DEFINE_integer("microbatch_size", 2, "Sequences per gradient.")
-    MATRIX_RATE = flags.DEFINE_float("matrix_rate", 0.02, "Learning rate of Muon.")
-    VECTOR_RATE = flags.DEFINE_float("vector_rate", 0.004, "Learning rate of Adam.")
+    DECAY = flags.DEFINE_bool("decay", False, "Lower the learning rate to zero meanwhile, into decayed.safetensors.")
+    EXPORT_TO = flags.DEFINE_string("export_to", None, "Train nothing: write decayed.safetensors here, bfloat16.")
+    CONTEXT = flags.DEFINE_integer("context", defaults.context, "Tokens per sequence.")
+    BATCH_SIZE = flags.DEFINE_integer("batch_size", defaults.batch_size, "Sequences per step.")
+    MICROBATCH_SIZE = flags.DEFINE_integer("microbatch_size", defaults.microbatch_size, "Sequences per gradient.")
+    MATRIX_RATE = flags.DEFINE_float("matrix_rate", defaults.matrix_rate, "Learning rate of Muon.")
+    VECTOR_RATE = flags.DEFINE_float("vector_rate", defaults.vector_rate, "Learning rate of Adam.")
     SEED = flags.DEFINE_integer("seed", 0, "Of the initial weights and the data order.")
     app.run(main)

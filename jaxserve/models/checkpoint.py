@@ -65,9 +65,7 @@ def load_hugging_face(
     """
     directory = pathlib.Path(directory)
     if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory} is not a directory: give the directory of a Hugging Face checkpoint"
-        )
+        raise CheckpointError(f"{directory} is not a directory: give the directory of a Hugging Face checkpoint")
     if config is None:
         config = read_model_config(directory)
     abstract = abstract_params(config, dtype)
@@ -79,9 +77,7 @@ def load_hugging_face(
     return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
 
 
-def _load_leaf(
-    stored: Mapping[str, StoredTensor], fusion: Fusion, leaf: jax.ShapeDtypeStruct, place: Any
-) -> jax.Array:
+def _load_leaf(stored: Mapping[str, StoredTensor], fusion: Fusion, leaf: jax.ShapeDtypeStruct, place: Any) -> jax.Array:
     tensors = [cast(stored[name].read(), leaf.dtype, name) for name in fusion.names]
     # A buffer that aliased numpy memory could not be donated. Waiting bounds the number of host buffers in flight.
     return jax.device_put(fusion.fuse(tensors, leaf.shape), place, may_alias=False).block_until_ready()
@@ -114,8 +110,8 @@ def _check_tensors(
         extra.remove(_LM_HEAD)
     if extra:
         raise CheckpointError(
-            f"{directory} has {len(extra)} tensor(s) for which this {config.family} model has no place, the first being "
-            f"{extra[0]}: use the config.json of this checkpoint"
+            f"{directory} has {len(extra)} tensor(s) for which this {config.family} model has no place, the first "
+            f"being {extra[0]}: use the config.json of this checkpoint"
         )
 
 

@@ -48,17 +48,18 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", "field", False, "some", True, 32, 128, 32768),
 }
 
-_READ = frozenset(
-    "model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
-    " num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings attention_bias mlp_bias"
-    " sliding_window use_sliding_window max_window_layers layer_types rope_theta rope_scaling rope_parameters"
-    " original_max_position_embeddings".split()
-)
+_READ = {
+    "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings",
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window",
+    "max_window_layers", "layer_types", "rope_theta", "rope_scaling", "rope_parameters",
+    "original_max_position_embeddings",
+}  # fmt: skip
 # Settings of training, generation and storage, which are not the model's.
-_IRRELEVANT = frozenset(
-    "_name_or_path transformers_version torch_dtype dtype initializer_range use_cache attention_dropout pretraining_tp"
-    " bos_token_id eos_token_id pad_token_id".split()
-)
+_IRRELEVANT = {
+    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "initializer_range", "use_cache",
+    "attention_dropout", "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
 # Fields that would change the computation, with the values (null aside) at which they do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -121,8 +122,7 @@ def from_hugging_face(mapping: Mapping[str, Any], *, strict: bool = False) -> Mo
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=read(mapping, "num_key_value_heads", SIZE, default=family.num_kv_heads) or num_heads,
-        head_dim=read(mapping, "head_dim", SIZE, default=family.head_dim)
-        or _default_head_dim(mapping, num_heads),
+        head_dim=read(mapping, "head_dim", SIZE, default=family.head_dim) or _default_head_dim(mapping, num_heads),
         norm_eps=1e-6 if eps is None else float(eps),
         rope=read_rope(mapping, max_position),
         windows=_read_windows(mapping, name, family, num_layers),
@@ -158,9 +158,7 @@ def _refuse_unknown_keys(mapping: Mapping[str, Any]) -> None:
 def _default_head_dim(mapping: Mapping[str, Any], num_heads: int) -> int:
     hidden = require(mapping, "hidden_size", SIZE)
     if hidden % num_heads:
-        raise ValueError(
-            f"hidden_size={hidden} is no multiple of num_attention_heads={num_heads}: give head_dim"
-        )
+        raise ValueError(f"hidden_size={hidden} is no multiple of num_attention_heads={num_heads}: give head_dim")
     return hidden // num_heads
 
 
@@ -168,18 +166,14 @@ def _read_biases(mapping: Mapping[str, Any], name: str, family: Family) -> dict[
     attention, ffw = read(mapping, "attention_bias", FLAG), read(mapping, "mlp_bias", FLAG)
     fixed = {"never": False, "qkv": True}.get(family.attention_bias)
     if fixed is not None and attention not in (None, fixed):
-        raise ValueError(
-            f"attention_bias={attention} is not supported for model_type {name!r}: it is always {fixed}"
-        )
+        raise ValueError(f"attention_bias={attention} is not supported for model_type {name!r}: it is always {fixed}")
     if ffw and not family.mlp_bias:
         raise ValueError(f"mlp_bias={ffw} is not supported for model_type {name!r}: it is always False")
     qkv = bool(attention) if fixed is None else fixed
     return {"qkv_bias": qkv, "out_bias": qkv and family.attention_bias == "field", "ffw_bias": bool(ffw)}
 
 
-def _read_windows(
-    mapping: Mapping[str, Any], name: str, family: Family, num_layers: int
-) -> tuple[int | None, ...]:
+def _read_windows(mapping: Mapping[str, Any], name: str, family: Family, num_layers: int) -> tuple[int | None, ...]:
     window = read(mapping, "sliding_window", SIZE, default=None if family.window == "never" else 4096)
     enabled = read(mapping, "use_sliding_window", FLAG)
     first = read(mapping, "max_window_layers", COUNT, default=28) if family.window == "some" else 0
@@ -188,18 +182,14 @@ def _read_windows(
     if window is not None and family.window == "never":
         raise ValueError(f"sliding_window={window} is not supported for model_type {name!r}: it must be null")
     if window is not None and enabled is False:
-        raise ValueError(
-            f"sliding_window={window} contradicts use_sliding_window=False: make sliding_window null"
-        )
+        raise ValueError(f"sliding_window={window} contradicts use_sliding_window=False: make sliding_window null")
     implied = [
         "sliding_attention" if window is not None and layer >= (first or 0) else "full_attention"
         for layer in range(num_layers)
     ]
     types = read(mapping, "layer_types", NAMES) or implied
     if len(types) != num_layers:
-        raise ValueError(
-            f"layer_types has {len(types)} entries but num_hidden_layers={num_layers}: give one per layer"
-        )
+        raise ValueError(f"layer_types has {len(types)} entries but num_hidden_layers={num_layers}: give one per layer")
     for kind in types:
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(f"layer type {kind!r} is not supported: use full_attention or sliding_attention")
@@ -288,9 +278,7 @@ def read_model_config(path: str | pathlib.Path, *, strict: bool = False) -> Mode
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}): correct it or download it again") from None
     if not isinstance(mapping, dict):
-        raise ValueError(
-            f"{file} holds a JSON {type(mapping).__name__}: it must be an object of model settings"
-        )
+        raise ValueError(f"{file} holds a JSON {type(mapping).__name__}: it must be an object of model settings")
     try:
         return from_hugging_face(mapping, strict=strict)
     except ValueError as error:

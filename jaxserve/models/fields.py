@@ -36,9 +36,7 @@ POSITIVE = Kind(lambda value: _is_number(value) and value > 0, "a number above 0
 NON_NEGATIVE = Kind(lambda value: _is_number(value) and value >= 0, "a number of at least 0")
 FLAG = Kind(lambda value: isinstance(value, bool), "true or false")
 NAME = Kind(lambda value: isinstance(value, str), "a string")
-NAMES = Kind(
-    lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of strings"
-)
+NAMES = Kind(lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of strings")
 OBJECT = Kind(lambda value: isinstance(value, Mapping), "an object")
 
 

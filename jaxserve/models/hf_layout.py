@@ -53,7 +53,7 @@ class Fusion:
     def split(self, leaf: np.ndarray) -> list[np.ndarray]:
         """The tensors that `fuse` makes the leaf of."""
         if self.columns is None:
-            fused = leaf.reshape(-1)
+            fused: np.ndarray = leaf.reshape(-1)
         else:
             fused = leaf.reshape(self.columns, -1).T if self.transposed else leaf
         fused = fused.reshape(self.groups, -1, *fused.shape[1:])

@@ -39,7 +39,7 @@ def read_rope(mapping: Mapping[str, Any], max_position: int) -> RopeConfig:
       max_position: its `max_position_embeddings`, the default of the length before stretching.
 
     Raises:
-      ValueError: if the kind is not supported, a field is missing, unknown or of the wrong type, or two fields disagree.
+      ValueError: if the kind is not supported, a field is missing, unknown or of the wrong type, or two disagree.
     """
     scaling = read(mapping, "rope_scaling", OBJECT) or {}
     parameters = read(mapping, "rope_parameters", OBJECT) or {}
@@ -72,17 +72,13 @@ def _with_one_name_of_the_kind(source: Mapping[str, Any]) -> dict[str, Any]:
 def _agreed(key: str, *sources: Mapping[str, Any]) -> Any:
     given = [source[key] for source in sources if source.get(key) is not None]
     if any(value != given[0] for value in given):
-        raise ValueError(
-            f"{key} is given more than once, as {' and '.join(map(repr, given))}: keep one of them"
-        )
+        raise ValueError(f"{key} is given more than once, as {' and '.join(map(repr, given))}: keep one of them")
     return given[0] if given else None
 
 
 def _check_kind(kind: str, merged: Mapping[str, Any]) -> None:
     if any(isinstance(value, Mapping) for value in merged.values()):
-        raise ValueError(
-            "rope_parameters per layer type are not supported: use one rotary embedding for all layers"
-        )
+        raise ValueError("rope_parameters per layer type are not supported: use one rotary embedding for all layers")
     if kind in LENGTH_DEPENDENT_KINDS:
         raise ValueError(
             f"rope type {kind!r} is not supported, because its frequencies change with the length of the sequence, so "
@@ -115,15 +111,15 @@ def _read_llama3(plain: RopeConfig, merged: Mapping[str, Any]) -> RopeConfig:
 
 
 def _read_yarn(plain: RopeConfig, merged: Mapping[str, Any]) -> RopeConfig:
-    def number(key: str, default: float | None) -> float | None:
-        value = read(merged, key, POSITIVE)
-        return default if value is None else float(value)
+    def number(key: str, default: float) -> float:
+        return float(read(merged, key, POSITIVE) or default)
 
+    attention_factor = read(merged, "attention_factor", POSITIVE)
     return dataclasses.replace(
         plain,
         beta_fast=number("beta_fast", 32.0),
         beta_slow=number("beta_slow", 1.0),
-        attention_factor=number("attention_factor", None),
+        attention_factor=None if attention_factor is None else float(attention_factor),
         mscale=number("mscale", 0.0),
         mscale_all_dim=number("mscale_all_dim", 0.0),
         truncate=bool(read(merged, "truncate", FLAG, default=True)),

@@ -39,9 +39,7 @@ def save_orbax(params: nnx.State, config: ModelConfig, directory: str | os.PathL
     unfinished.mkdir(parents=True)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(
-                unfinished / _PARAMS, {_name(path): leaf for path, leaf in leaves_with_paths(params)}
-            )
+            checkpointer.save(unfinished / _PARAMS, {_name(path): leaf for path, leaf in leaves_with_paths(params)})
         (unfinished / _CONFIG).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         unfinished.rename(directory)
     finally:

@@ -49,9 +49,7 @@ def weight_dtype(dtype: Any) -> np.dtype:
 def leaves_with_paths(params: nnx.State) -> list[tuple[Path, Any]]:
     """Every leaf in the order of `jax.tree.leaves`, with its path: ("blocks", 0, "attention", "qkv")."""
     leaves, _ = jax.tree.flatten_with_path(params)
-    return [
-        (tuple(k.key for k in keys if isinstance(k, jax.tree_util.DictKey)), leaf) for keys, leaf in leaves
-    ]
+    return [(tuple(k.key for k in keys if isinstance(k, jax.tree_util.DictKey)), leaf) for keys, leaf in leaves]
 
 
 def check_params(params: nnx.State, config: ModelConfig) -> None:
@@ -87,9 +85,7 @@ def random_params(config: ModelConfig, seed: int, dtype: Any, *, sharding: Place
     bound, period = 0.02 * 3**0.5, 1_000_003
     draws = jax.random.uniform(jax.random.key(seed), (period,), weight_dtype(dtype), -bound, bound)
     leaves, start = [], 0
-    for (path, leaf), place in zip(
-        leaves_with_paths(abstract), shardings_of(sharding, abstract), strict=True
-    ):
+    for (path, leaf), place in zip(leaves_with_paths(abstract), shardings_of(sharding, abstract), strict=True):
         if path[-1] == "scale":
             array = jnp.ones(leaf.shape, leaf.dtype)
         elif str(path[-1]).endswith("bias"):

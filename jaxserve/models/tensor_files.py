@@ -35,7 +35,7 @@ class StoredTensor(NamedTuple):
         """Its values, in memory of their own."""
         if self.dtype_name not in _DTYPES:
             raise CheckpointError(
-                f"tensor {self.name} in {self.file} is stored as {self.dtype_name}: use a checkpoint in BF16, F16 or F32"
+                f"tensor {self.name} in {self.file} is stored as {self.dtype_name}: use one in BF16, F16 or F32"
             )
         try:
             return self.handle.get_tensor(self.name)
@@ -77,12 +77,8 @@ def _open_file(path: pathlib.Path, stack: contextlib.ExitStack) -> list[StoredTe
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: download the whole checkpoint again") from None
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not a complete safetensors file ({error}): download it again"
-        ) from None
-    return [
-        StoredTensor(name, path, tuple(s.get_shape()), s.get_dtype(), handle) for name, s in slices.items()
-    ]
+        raise CheckpointError(f"{path} is not a complete safetensors file ({error}): download it again") from None
+    return [StoredTensor(name, path, tuple(s.get_shape()), s.get_dtype(), handle) for name, s in slices.items()]
 
 
 def _read_index(directory: pathlib.Path) -> dict[str, str]:
@@ -115,7 +111,7 @@ def _nothing_to_read(directory: pathlib.Path) -> str:
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         return (
-            f"{directory} holds {pickles[0]} but no safetensors, and pickled weights are never read because a pickle can "
+            f"{directory} holds {pickles[0]} but no safetensors, and pickled weights are never read, as they can "
             "run code: convert it with transformers' save_pretrained on a machine where you trust it"
         )
     return f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}: give the directory of a Hugging Face checkpoint"
@@ -161,9 +157,7 @@ def write_tensors(
             file.write(struct.pack("<Q", len(text)) + text)
             for (name, shape), array in zip(shapes.items(), arrays, strict=True):
                 if array.shape != shape or array.dtype != dtype:
-                    raise ValueError(
-                        f"tensor {name} is {array.dtype}{array.shape} but {dtype}{shape} was announced"
-                    )
+                    raise ValueError(f"tensor {name} is {array.dtype}{array.shape} but {dtype}{shape} was announced")
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         unfinished.replace(path)
     finally:

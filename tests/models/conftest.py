@@ -1,12 +1,14 @@
-"""The model zoo, built once per session."""
+"""The model zoo, built once per session, and a tiny checkpoint of our own."""
 
 import dataclasses
 import pathlib
 
+import jax.numpy as jnp
 import pytest
 import transformers
 
-from tests.models import zoo
+from jaxserve.models.checkpoint import save_hugging_face
+from tests.models import tiny, zoo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,3 +38,10 @@ def zoo_references(tmp_path_factory: pytest.TempPathFactory):
 def reference(request: pytest.FixtureRequest, zoo_references) -> Reference:
     """Every case of the zoo in turn."""
     return zoo_references(request.param)
+
+
+@pytest.fixture
+def saved(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A directory with an untied checkpoint of `tiny.CONFIG` in one file."""
+    save_hugging_face(tiny.randomised(tiny.CONFIG), tiny.CONFIG, tmp_path / "model", jnp.float32)
+    return tmp_path / "model"

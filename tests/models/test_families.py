@@ -121,10 +121,7 @@ def test_both_forms_of_rotary_settings_are_read(fields):
 
 def test_the_length_before_stretching_defaults_to_the_longest_context():
     yarn = {"rope_type": "yarn", "factor": 4.0}
-    assert (
-        from_hugging_face(mapping(rope_scaling=yarn, max_position_embeddings=64)).rope.original_max_position
-        == 64
-    )
+    assert from_hugging_face(mapping(rope_scaling=yarn, max_position_embeddings=64)).rope.original_max_position == 64
     fields = {"rope_scaling": yarn, "original_max_position_embeddings": 32}
     assert from_hugging_face(mapping(**fields)).rope.original_max_position == 32
 
@@ -234,9 +231,7 @@ def test_what_is_not_supported_is_refused_by_name(fields, words):
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize(
-    "file", sorted(pathlib.Path("configs/models").glob("*.json")), ids=lambda file: file.name
-)
+@pytest.mark.parametrize("file", sorted(pathlib.Path("configs/models").glob("*.json")), ids=lambda file: file.name)
 def test_our_own_model_files_are_read_strictly_and_written_back(file):
     config = read_model_config(file, strict=True)
     assert from_hugging_face(to_hugging_face(config), strict=True) == config
@@ -277,9 +272,7 @@ def file_refusal(path) -> str:
 def test_a_file_or_its_directory_can_be_given(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(mapping()))
     assert (
-        read_model_config(tmp_path)
-        == read_model_config(str(tmp_path / "config.json"))
-        == from_hugging_face(mapping())
+        read_model_config(tmp_path) == read_model_config(str(tmp_path / "config.json")) == from_hugging_face(mapping())
     )
 
 

@@ -104,7 +104,6 @@ def test_no_parameter_can_be_permuted_without_notice(name, zoo_references):
             order = np.arange(size)
             chosen = [first % size, (first + 1) % size]
             order[chosen] = order[chosen[::-1]]
-            changed = jax.tree.unflatten(
-                structure, leaves[:index] + [leaf[(slice(None),) * axis + (order,)]] + leaves[index + 1 :]
-            )
+            permuted = leaf[(slice(None),) * axis + (order,)]
+            changed = jax.tree.unflatten(structure, [*leaves[:index], permuted, *leaves[index + 1 :]])
             assert _worst_error(_logits(config, changed), expected) > TOLERANCE, f"leaf {index}, axis {axis}"

@@ -47,9 +47,7 @@ def test_frequencies_equal_those_of_transformers(name, head_dim, theta):
         max_position_embeddings=max_position,
         rope_parameters=dict(settings),
     )
-    init = ROPE_INIT_FUNCTIONS.get(
-        settings["rope_type"], LlamaRotaryEmbedding.compute_default_rope_parameters
-    )
+    init = ROPE_INIT_FUNCTIONS.get(settings["rope_type"], LlamaRotaryEmbedding.compute_default_rope_parameters)
     expected, expected_factor = init(config)
     rope = read_rope({"rope_parameters": settings}, max_position)
     actual, factor = frequencies(rope, head_dim)

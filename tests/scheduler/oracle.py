@@ -121,7 +121,9 @@ class Oracle:
                 self.events["one-token prompt"] += len(request.prompt) == 1
                 self.events["prompt at the maximum"] += len(request.prompt) == self.limits.max_model_len - 1
                 self.events["one token asked for"] += request.max_tokens == 1
-                self.events["max_tokens clipped"] += self._max_length(sequence) < len(request.prompt) + request.max_tokens
+                self.events["max_tokens clipped"] += (
+                    self._max_length(sequence) < len(request.prompt) + request.max_tokens
+                )
             else:
                 self._end(sequence, "error")
             handles.append((row, sequence.generation))
@@ -222,7 +224,9 @@ class Oracle:
             asking = [sequence for sequence in self.slots if sequence is not None and self._lacks_a_page(sequence)]
             if len(asking) <= len(self.free_pages):
                 break
-            victim = max((sequence for sequence in self.slots if sequence is not None), key=lambda sequence: sequence.urgency)
+            victim = max(
+                (sequence for sequence in self.slots if sequence is not None), key=lambda sequence: sequence.urgency
+            )
             self.events["preempted"] += 1
             self.events["preempted in mid-prefill"] += not victim.is_decoding
             self.events["preempted itself"] += victim in asking

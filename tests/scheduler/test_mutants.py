@@ -15,7 +15,8 @@ from jaxserve.cache import page_table
 from jaxserve.scheduler import InvariantError, policy, submission, transitions
 
 MODULES = (page_table, policy, submission, transitions)
-MAX_STEPS = 2048  # within which a bug must be found
+MAX_STEPS = 512  # within which a bug must be found
+SEED = 352  # by step 120 of its trace, everything that the bugs concern has happened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,65 +28,103 @@ class Edit:
     new: str
 
 
-MUTANTS = {
+MUTANTS: dict[str, Edit | tuple[Edit, ...]] = {
     # Pages.
     "a preempted sequence keeps its pages": Edit("preempt", "release(state.table, slot)", "state.table"),
     "a finished sequence keeps its pages": Edit("_vacate", "release_each(state.table, leaving)", "state.table"),
     "one page more is freed than given back": Edit(
-        "release", "table.num_free + jnp.sum(freed, dtype=jnp.int32)", "table.num_free + 1 + jnp.sum(freed, dtype=jnp.int32)"
+        "release",
+        "table.num_free + jnp.sum(freed, dtype=jnp.int32)",
+        "table.num_free + 1 + jnp.sum(freed, dtype=jnp.int32)",
     ),
     "a page given out stays free": Edit("_taken", "table.num_free - num_taken", "table.num_free"),
-    "reference counts are not taken down": Edit("release", "reference_count=count", "reference_count=table.reference_count"),
+    "reference counts are not taken down": Edit(
+        "release", "reference_count=count", "reference_count=table.reference_count"
+    ),
     "a new page goes to the wrong index": Edit("allocate_each", "granted, page_index", "granted, page_index + 1"),
     "full pages need one more": Edit(
         "admit",
         "_ceil_div(state.queue.num_tokens[row], config.page_size)",
         "state.queue.num_tokens[row] // config.page_size + 1",
     ),
-    "only the prompt is given pages on resuming": Edit("admit", "state.queue.num_tokens[row]", "state.queue.prompt_length[row]"),
-    "the page boundary is seen one token late": Edit("secure_pages", "state.slots.num_computed //", "(state.slots.num_computed - 1) //"),
+    "the page boundary is seen one token late": Edit(
+        "secure_pages", "state.slots.num_computed //", "(state.slots.num_computed - 1) //"
+    ),
     # Who goes first.
     "the shortest overtakes": Edit("next_waiting", "(first, queue.arrival", "(first, queue.num_tokens"),
     "priorities do not count": Edit("next_waiting", "first = waiting & (queue.priority == lowest)", "first = waiting"),
     "no page is kept for decoding slots": Edit("may_admit", "num_needed + num_decoding", "num_needed"),
-    "a page is kept for prefilling slots too": Edit("admit", "jnp.sum(decoding(state)", "jnp.sum(state.active"),
     "the next sequence gets a busy slot": Edit("admit", "jnp.argmin(state.active)", "jnp.argmax(state.active)"),
     "a resumed sequence counts as computed": Edit("admit", ".at[slot].set(0)", ""),
     # Who has to go.
     "the victim is the oldest": Edit(
-        "victim", "jnp.argmax(jnp.where(last, state.queue.arrival[row], -1))", "jnp.argmin(jnp.where(last, state.queue.arrival[row], _LAST))"
+        "victim",
+        "jnp.argmax(jnp.where(last, state.queue.arrival[row], -1))",
+        "jnp.argmin(jnp.where(last, state.queue.arrival[row], _LAST))",
     ),
-    "the victim's priority does not count": Edit("victim", "last = state.active & (priority == jnp.max(priority))", "last = state.active"),
+    "the victim's priority does not count": Edit(
+        "victim", "last = state.active & (priority == jnp.max(priority))", "last = state.active"
+    ),
     "a preempted sequence goes to the end of the queue": Edit(
-        "preempt", "queue = state.queue.replace(", "queue = state.queue.replace(arrival=state.queue.arrival.at[row].set(state.next_arrival),"
+        "preempt",
+        "queue = state.queue.replace(",
+        "queue = state.queue.replace(arrival=state.queue.arrival.at[row].set(state.next_arrival),",
     ),
     # What a step computes.
-    "chunks go by slot": Edit("service_order", "(group, state.queue.priority[row], state.queue.arrival[row], slots)", "(group, slots, slots, slots)"),
-    "decode rows come last": Edit("service_order", "jnp.where(decoding, 0, jnp.where(state.active, 1, 2))", "jnp.where(decoding, 1, jnp.where(state.active, 0, 2))"),
+    "chunks go by slot": Edit(
+        "service_order",
+        "(group, state.queue.priority[row], state.queue.arrival[row], slots)",
+        "(group, slots, slots, slots)",
+    ),
+    "decode rows come last": Edit(
+        "service_order",
+        "jnp.where(decoding, 0, jnp.where(state.active, 1, 2))",
+        "jnp.where(decoding, 1, jnp.where(state.active, 0, 2))",
+    ),
     "the chunk is one token too long": Edit("plan", "config.chunk_size - before", "config.chunk_size + 1 - before"),
-    "decode rows count against the chunk": Edit("plan", "prefill = jnp.where(wanted > 1, wanted, 0)", "prefill = wanted"),
-    "a slot's decode row is missing": Edit("plan", "before, 0, wanted), wanted)", "before, 0, wanted), jnp.where(order == 1, 0, wanted))"),
+    "a slot's decode row is missing": Edit(
+        "plan", "before, 0, wanted), wanted)", "before, 0, wanted), jnp.where(order == 1, 0, wanted))"
+    ),
     "every chunk draws a token": Edit("samples", "num_new == remaining(state)", "num_new > 0"),
     # How it ends.
-    "stop tokens do not count": Edit("advance", "jnp.any(stop_token_ids == token[:, None], axis=1)", "jnp.zeros_like(sampled)"),
+    "stop tokens do not count": Edit(
+        "advance", "jnp.any(stop_token_ids == token[:, None], axis=1)", "jnp.zeros_like(sampled)"
+    ),
     "length goes before stop": Edit(
         "advance",
         "jnp.where(stopped, Status.STOP.value, jnp.where(full, Status.LENGTH.value, Status.RUNNING.value))",
         "jnp.where(full, Status.LENGTH.value, jnp.where(stopped, Status.STOP.value, Status.RUNNING.value))",
     ),
     "one token too many": Edit("advance", "length + 1 >=", "length >="),
-    "slots are given back a step late": Edit("settle", "retire(advance(state, num_new, token))", "advance(retire(state), num_new, token)"),
+    "slots are given back a step late": Edit(
+        "settle", "retire(advance(state, num_new, token))", "advance(retire(state), num_new, token)"
+    ),
     # What owners do.
-    "waiting sequences cannot be aborted": Edit("apply_aborts", "queue.abort_requested & unfinished", "queue.abort_requested & (queue.status == Status.RUNNING)"),
-    "a later abort wins over a finish": Edit("abort", "mask & unfinished &", "mask & (queue.status != Status.FREE) &"),
-    "an abort hits the row's next sequence": Edit("abort", "(generation == queue.generation)", "(generation <= queue.generation)"),
-    "a sequence is collected while it runs": Edit("collect", "queue.status >= Status.STOP", "queue.status >= Status.RUNNING"),
-    "max_tokens is not clipped": Edit("submit", "submission.max_tokens, queue.tokens.shape[1] - submission.prompt_length", "submission.max_tokens, 2 * queue.tokens.shape[1]"),
+    "waiting sequences cannot be aborted": Edit(
+        "apply_aborts", "queue.abort_requested & unfinished", "queue.abort_requested & (queue.status == Status.RUNNING)"
+    ),
+    "a later abort wins over a finish": (
+        Edit("abort", "mask & unfinished &", "mask &"),
+        Edit("apply_aborts", "queue.abort_requested & unfinished", "queue.abort_requested"),
+    ),
+    "an abort hits the row's next sequence": Edit(
+        "abort", "(generation == queue.generation)", "(generation <= queue.generation)"
+    ),
+    "a sequence is collected while it runs": Edit(
+        "collect", "queue.status >= Status.STOP", "queue.status >= Status.RUNNING"
+    ),
+    "max_tokens is not clipped": Edit(
+        "submit",
+        "submission.max_tokens, queue.tokens.shape[1] - submission.prompt_length",
+        "submission.max_tokens, 2 * queue.tokens.shape[1]",
+    ),
 }
 
 
 def apply(edit: Edit, monkeypatch: pytest.MonkeyPatch) -> None:
-    (home,) = [module for module in MODULES if getattr(vars(module).get(edit.function), "__module__", None) == module.__name__]
+    (home,) = [
+        module for module in MODULES if getattr(vars(module).get(edit.function), "__module__", None) == module.__name__
+    ]
     original = vars(home)[edit.function]
     source = textwrap.dedent(inspect.getsource(original))
     assert source.count(edit.old) == 1, f"{edit.old!r} is not (once) in {edit.function}: restate the bug"
@@ -96,9 +135,9 @@ def apply(edit: Edit, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, edit.function, scratch[edit.function])
 
 
-def run(num_steps: int = MAX_STEPS) -> None:
+def run() -> None:
     device = traces.Device(traces.CONFIGS["minimal pool"], compiler_options=traces.FAST_COMPILE)
-    traces.run_trace(device, seed=7, num_steps=num_steps)
+    traces.run_trace(device, seed=SEED, num_steps=MAX_STEPS)
 
 
 def test_without_a_bug_nothing_is_found():
@@ -108,7 +147,8 @@ def test_without_a_bug_nothing_is_found():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_each_seeded_bug_is_found(name, monkeypatch):
-    apply(MUTANTS[name], monkeypatch)
-    with pytest.raises((traces.Mismatch, InvariantError)) as caught:
+    edits = MUTANTS[name]
+    for edit in edits if isinstance(edits, tuple) else (edits,):
+        apply(edit, monkeypatch)
+    with pytest.raises((traces.Mismatch, InvariantError)):
         run()
-    print(name, ":", str(caught.value)[:150])

@@ -99,9 +99,7 @@ def run_operations(
 ) -> tuple[tuple[EngineState, Array], Observation]:
     """Applies stacked operations, a step after each."""
 
-    def one(
-        carry: tuple[EngineState, Array], operations: Operations
-    ) -> tuple[tuple[EngineState, Array], Observation]:
+    def one(carry: tuple[EngineState, Array], operations: Operations) -> tuple[tuple[EngineState, Array], Observation]:
         state, marks = carry
         state = submission.collect(state, operations.collected, operations.collected_generation)
         state = submission.abort(state, operations.aborted, operations.aborted_generation)
@@ -169,7 +167,9 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitter
 class Device:
     """The compiled side. Make a new one for every patched scheduler: what is traced is what is patched then."""
 
-    def __init__(self, config: EngineConfig, *, steps_per_call: int = 128, compiler_options: dict[str, Any] | None = None):
+    def __init__(
+        self, config: EngineConfig, *, steps_per_call: int = 128, compiler_options: dict[str, Any] | None = None
+    ):
         self.config = config
         self.steps_per_call = steps_per_call
 
@@ -233,7 +233,9 @@ def seen_state(state: EngineState, config: EngineConfig) -> dict[str, Any]:
         queue.tokens,
     )
     rows: list[tuple[Any, ...] | None] = []
-    for status, generation, abort, preemptions, length, tokens in zip(*(field.tolist() for field in fields), strict=True):
+    for status, generation, abort, preemptions, length, tokens in zip(
+        *(field.tolist() for field in fields), strict=True
+    ):
         if status == Status.FREE:
             rows.append(None)
         elif status == Status.ERROR:
@@ -371,7 +373,9 @@ def draw_request(rng: random.Random, workload: Workload, max_model_len: int) -> 
         max_tokens=rng.choice(workload.max_tokens),
         prompt_length=length,
         priority=rng.choice(workload.priorities),
-        stop_token_ids=tuple(rng.sample(range(VOCAB_SIZE), rng.choice((1, 2)))) if rng.random() < workload.stop_rate else (),
+        stop_token_ids=tuple(rng.sample(range(VOCAB_SIZE), rng.choice((1, 2))))
+        if rng.random() < workload.stop_rate
+        else (),
     )
     if rng.random() >= workload.invalid_rate:
         return request
@@ -512,7 +516,9 @@ def run_trace(device: Device, *, seed: int, num_steps: int) -> collections.Count
             compare(seen(observation, config), expected[index], where, num_decode_rows[index])
             check_invariants(observation.state.replace(pool=pool))
         num_done += device.steps_per_call
-    assert sorted(number for number, _ in oracle.endings) == list(range(oracle.num_arrived)), "not all ended exactly once"
+    assert sorted(number for number, _ in oracle.endings) == list(range(oracle.num_arrived)), (
+        "not all ended exactly once"
+    )
     return oracle.events + collections.Counter(steps=num_done)
 
 

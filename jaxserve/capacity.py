@@ -1,0 +1,54 @@
+"""Capacities that depend on the machine: how many pages the KV pool gets."""
+
+import dataclasses
+import logging
+
+import jax
+from flax import nnx
+
+from jaxserve.cache import bytes_per_page
+from jaxserve.config import EngineConfig
+from jaxserve.models import ModelConfig
+
+_log = logging.getLogger(__name__)
+
+_SHARE_OF_FREE_MEMORY = 0.9
+_POOL_BYTES_UNREPORTED = 1 << 30  # pool where the platform does not report free memory, as on CPU
+
+
+def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.State) -> EngineConfig:
+    """The configuration with everything chosen that was left open, and logs what fits.
+
+    The dtype of keys and values is that of the weights. The pool gets 90% of the memory that the device reports as free
+    (weights are on it by then), else 1 GiB; never less than one longest sequence, nor more than all slots can use.
+    """
+    kv_dtype = config.kv_dtype or str(jax.tree.leaves(params)[0].dtype)
+    page_bytes = bytes_per_page(model, config.page_size, kv_dtype)
+    num_pages = config.num_pages
+    if num_pages is None:
+        useful = config.max_slots * config.pages_per_slot
+        num_pages = max(min(_pool_bytes() // page_bytes, useful), config.pages_per_slot)
+    resolved = dataclasses.replace(config, num_pages=num_pages, kv_dtype=kv_dtype)
+    _log.info(
+        "KV pool: %d pages of %d tokens in %s hold %d tokens, %.1f MB; %d slots, %d queue rows, sequences of at most "
+        "%d tokens, %d prompt tokens per step, at most %d logprobs and %d stop tokens per request",
+        num_pages,
+        config.page_size,
+        kv_dtype,
+        num_pages * config.page_size,
+        num_pages * page_bytes / 1e6,
+        config.max_slots,
+        config.num_rows,
+        config.max_model_len,
+        config.chunk_size,
+        config.max_logprobs,
+        config.max_stop_token_ids,
+    )
+    return resolved
+
+
+def _pool_bytes() -> int:
+    reported = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" not in reported:
+        return _POOL_BYTES_UNREPORTED
+    return int(_SHARE_OF_FREE_MEMORY * (reported["bytes_limit"] - reported.get("bytes_in_use", 0)))

@@ -1,0 +1,370 @@
+"""The Engine: requests in, results out. The one mutable object; all it does to the device is three calls.
+
+    host queue --- update ---> queue rows --- run_steps ---> outputs --- process ---> updates, results
+    (unbounded)   (collect, abort, submit)    (up to n steps)       (text, stop reasons)
+
+One call is kept in flight: while the device works on a call, the host reads the output of the one before. A row that
+finishes is collected with the next `update`, so Q, the queue rows, is a multiple of the slots: waiting rows fill the slots.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
+from typing import Any, Self
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxserve.capacity import resolve_capacities
+from jaxserve.config import EngineConfig
+from jaxserve.models import ModelConfig
+from jaxserve.request import Request, RequestOutput, SamplingParams
+from jaxserve.rows import check_prompt, derived_seed, empty_submission, fill_row
+from jaxserve.scheduler import Handles, Status, check_invariants, init_state
+from jaxserve.sequence import Sequence, Update
+from jaxserve.stats import EngineStats
+from jaxserve.step import Changes, StepOutput, StepOutputs, programs
+from jaxserve.tokenizer import Tokenizer, load_eos_token_ids, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One call in flight."""
+
+    submitted: list[Sequence]
+    handles: Handles | None  # of `submitted`
+    outputs: StepOutputs
+
+
+class Engine:
+    """Serves one model: continuous batching with paged attention, text in and out.
+
+    Attributes:
+      model: the model's hyperparameters.
+      config: the configuration, with all capacities chosen.
+      tokenizer: None if the engine serves token ids only.
+      eos_token_ids: what ends a sequence unless a request sets `ignore_eos`.
+      stats: running totals.
+    """
+
+    def __init__(
+        self,
+        params: nnx.State,
+        model: ModelConfig,
+        config: EngineConfig | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        eos_token_ids: SequenceOf[int] = (),
+        seed: int = 0,
+    ) -> None:
+        """Allocates the KV pool.
+
+        Args:
+          params: weights, as from `nnx.split(Transformer(model))`, on the device. May be replaced by `set_params`.
+          model: hyperparameters.
+          config: capacities; those left at None are chosen here.
+          tokenizer: for text prompts and text results.
+          eos_token_ids: end-of-sequence ids.
+          seed: seeds of requests without one are derived from it.
+
+        Raises:
+          ValueError: if the longest sequence is longer than the model was made for, or the pool too large.
+        """
+        config = config or EngineConfig(max_model_len=min(EngineConfig.max_model_len, model.max_position))
+        if config.max_model_len > model.max_position:
+            raise ValueError(
+                f"max_model_len={config.max_model_len} is longer than the {model.max_position} positions that the model "
+                f"was made for: use at most {model.max_position}"
+            )
+        self.model = model
+        self.config = resolve_capacities(config, model, params)
+        self.tokenizer = tokenizer
+        self.eos_token_ids = tuple(eos_token_ids)
+        self._params = params
+        self._seed = seed
+        self._num_added = 0
+        self._programs = programs(model, self.config)
+        self._state = init_state(model, self.config)
+        self._waiting: collections.deque[Sequence] = collections.deque()  # not on the device yet
+        self._unfinished: dict[str, Sequence] = {}
+        self._by_row: dict[int, Sequence] = {}
+        self._generation = np.zeros(self.config.num_rows, np.int32)
+        self._to_collect: list[int] = []  # finished rows
+        self._num_on_device = 0  # rows that are not free
+        self._calls: collections.deque[_Call] = collections.deque()
+        self._warm = False
+        self.stats = EngineStats(self.config.max_slots, self.config.num_pages or 0)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str,
+        *,
+        dtype: str | None = None,
+        config: EngineConfig | None = None,
+        load_format: str = "auto",
+        seed: int = 0,
+    ) -> Self:
+        """An engine for a checkpoint in Hugging Face layout.
+
+        Args:
+          path_or_id: a directory, or a model id on the Hugging Face hub, which is downloaded into the hub's cache. With
+            load_format "dummy" also a config.json file.
+          dtype: "float32", "bfloat16" or "float16"; None: bfloat16 (on CPU too).
+          config: capacities.
+          load_format: "auto", or "dummy" for random weights and no tokenizer.
+          seed: for random weights, and for requests without a seed.
+
+        Raises:
+          ValueError: if the checkpoint is not there, malformed, or of an architecture that is not supported.
+        """
+        from jaxserve.models import checkpoint, families
+        from jaxserve.models import params as weights
+
+        dtype = dtype or "bfloat16"
+        if load_format == "dummy":
+            model = families.read_model_config(path_or_id)
+            return cls(weights.random_params(model, seed, dtype), model, config, seed=seed)
+        if load_format != "auto":
+            raise ValueError(f"load_format={load_format!r} must be auto or dummy")
+        directory = checkpoint.resolve_model(path_or_id)
+        model = families.read_model_config(directory)
+        tokenizer = load_tokenizer(directory)
+        eos_token_ids = load_eos_token_ids(directory)
+        params = checkpoint.load_hugging_face(directory, model, dtype=dtype)
+        return cls(params, model, config, tokenizer=tokenizer, eos_token_ids=eos_token_ids, seed=seed)
+
+    def generate(
+        self,
+        prompts: str | SequenceOf[str] | SequenceOf[SequenceOf[int]],
+        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        *,
+        priorities: SequenceOf[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Results for prompts, in their order.
+
+        Args:
+          prompts: texts, or lists of token ids; a single text is one prompt.
+          params: for all prompts, or one per prompt; None: the defaults.
+          priorities: one per prompt, lower first; None: all alike.
+
+        Raises:
+          ValueError: before anything is generated, if a prompt or its parameters are not valid; the message has the
+            prompt's index.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        one_for_all = params is None or isinstance(params, SamplingParams)
+        each = [params or SamplingParams()] * len(texts) if one_for_all else list(params)
+        if len(each) != len(texts):
+            raise ValueError(f"{len(each)} SamplingParams for {len(texts)} prompts: give one, or one per prompt")
+        if priorities is not None and len(priorities) != len(texts):
+            raise ValueError(f"{len(priorities)} priorities for {len(texts)} prompts: give one per prompt")
+        first = self._num_added
+        requests = []
+        for index, (prompt, wanted) in enumerate(zip(texts, each, strict=True)):
+            fields: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+            priority = 0 if priorities is None else priorities[index]
+            try:
+                request = Request(id=f"generate-{first + index}", params=wanted, priority=priority, **fields)
+                self._prompt_tokens(request)
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from None
+            requests.append(request)
+        results = {
+            update.request_id: update.output for update in self.serve(requests) if update.output is not None
+        }
+        return [results[request.id] for request in requests]
+
+    def serve(self, requests: Iterable[Request], *, steps_per_call: int | None = None) -> Iterator[Update]:
+        """Adds requests and yields what becomes of them as it comes.
+
+        Args:
+          requests: all are added before the first step; an invalid one raises ValueError then.
+          steps_per_call: as `step`'s `max_steps`.
+        """
+        for request in requests:
+            self.add_request(request)
+        while self.has_unfinished:
+            yield from self.step(steps_per_call)
+
+    def add_request(self, request: Request) -> None:
+        """Accepts a request; `step` works on it.
+
+        Raises:
+          ValueError: if it is not valid, or its id is that of an unfinished request.
+        """
+        if request.id in self._unfinished:
+            raise ValueError(f"request id {request.id!r} is in use by an unfinished request: ids must differ")
+        prompt_token_ids = self._prompt_tokens(request)
+        seed = request.params.seed
+        seed = derived_seed(self._seed, self._num_added) if seed is None else seed
+        sequence = Sequence(request, prompt_token_ids, seed, self.tokenizer, self.eos_token_ids)
+        self._num_added += 1
+        self._unfinished[request.id] = sequence
+        self._waiting.append(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request with reason "abort" and what it has generated by then. Finished and unknown ones: no effect."""
+        sequence = self._unfinished.get(request_id)
+        if sequence is not None:
+            sequence.abort_requested = True
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._unfinished)
+
+    def set_params(self, params: nnx.State) -> None:
+        """New weights of the same structure, from the next step on. Nothing is compiled."""
+        self._params = params
+
+    def reset_stats(self) -> None:
+        """Starts the totals again."""
+        self.stats = EngineStats(self.config.max_slots, self.config.num_pages or 0)
+
+    def step(self, max_steps: int | None = None) -> list[Update]:
+        """Dispatches one call of up to `max_steps` steps, and returns what the call before it did.
+
+        Args:
+          max_steps: at least 1, at most `max_steps_per_call` (also the default). Fewer give updates sooner.
+        """
+        self.warm_up()
+        start = time.monotonic()
+        limit = self.config.max_steps_per_call if max_steps is None else max_steps
+        updates = self._abort_waiting()
+        depth = 0 if self.config.debug_checks else 1  # calls in flight when this returns
+        if self.has_unfinished:
+            self._dispatch(1 if self.config.debug_checks else limit)
+        while len(self._calls) > (depth if self.has_unfinished else 0):
+            updates += self._process(self._calls.popleft())
+        if self.config.debug_checks:
+            check_invariants(self._state)
+        self.stats.busy_seconds += time.monotonic() - start
+        return updates
+
+    def warm_up(self) -> None:
+        """Compiles all programs, unless that was done: nothing is compiled afterwards, whatever the requests."""
+        if self._warm:
+            return
+        start = time.monotonic()
+        changes = self._changes([], [], [])
+        self._state, handles = self._programs["update"](self._state, changes)
+        self._state, outputs = self._programs["run_steps"](self._params, self._state, np.int32(0))
+        jax.block_until_ready((handles, outputs))
+        self._warm = True
+        self.stats.compile_seconds = time.monotonic() - start
+
+    def _prompt_tokens(self, request: Request) -> tuple[int, ...]:
+        token_ids = request.prompt_token_ids
+        if token_ids is None:
+            if self.tokenizer is None:
+                raise ValueError("this engine has no tokenizer: give prompt_token_ids in place of text")
+            token_ids = tuple(self.tokenizer.encode(request.prompt or ""))
+        check_prompt(
+            token_ids, request.params, model=self.model, config=self.config, eos_token_ids=self.eos_token_ids
+        )
+        return token_ids
+
+    def _abort_waiting(self) -> list[Update]:
+        """Ends aborted requests that the device has not seen."""
+        aborted = [sequence for sequence in self._waiting if sequence.abort_requested]
+        for sequence in aborted:
+            self._waiting.remove(sequence)
+            self._finish(sequence, Status.ABORT)
+        updates = (sequence.take_update() for sequence in aborted)
+        return [update for update in updates if update is not None]
+
+    def _dispatch(self, max_steps: int) -> None:
+        aborted = [row for row, sequence in self._by_row.items() if sequence.abort_requested]
+        num_free = self.config.num_rows - self._num_on_device + len(self._to_collect)
+        num_new = min(len(self._waiting), num_free, self.config.max_slots)
+        submitted = [self._waiting.popleft() for _ in range(num_new)]
+        handles = None
+        if submitted or aborted or self._to_collect:
+            changes = self._changes(submitted, self._to_collect, aborted)
+            self._num_on_device += num_new - len(self._to_collect)
+            self._to_collect = []
+            self._state, handles = self._programs["update"](self._state, changes)
+        self._state, outputs = self._programs["run_steps"](self._params, self._state, np.int32(max_steps))
+        self._calls.append(_Call(submitted, handles if submitted else None, outputs))
+
+    def _changes(self, submitted: list[Sequence], collected: list[int], aborted: list[int]) -> Changes:
+        rows = empty_submission(self.config.max_slots, self.config)
+        for index, sequence in enumerate(submitted):
+            request = sequence.request
+            fill_row(
+                rows,
+                index,
+                sequence.prompt_token_ids,
+                request.params,
+                seed=sequence.seed,
+                priority=request.priority,
+                eos_token_ids=self.eos_token_ids,
+            )
+        return Changes(
+            submission=rows,
+            collected=self._mask(collected),
+            aborted=self._mask(aborted),
+            generation=self._generation.copy(),
+        )
+
+    def _mask(self, rows: list[int]) -> np.ndarray:
+        mask = np.zeros(self.config.num_rows, bool)
+        mask[rows] = True
+        return mask
+
+    def _process(self, call: _Call) -> list[Update]:
+        handles, outputs = jax.device_get((call.handles, call.outputs))
+        if handles is not None:
+            for sequence, row, generation in zip(call.submitted, handles.row_id, handles.generation, strict=False):
+                self._by_row[int(row)] = sequence
+                self._generation[row] = generation
+        touched = self._take_tokens(outputs)
+        for row, sequence in list(self._by_row.items()):
+            status = Status(int(outputs.status[row]))
+            sequence.num_preemptions = int(outputs.num_preemptions[row])
+            if status >= Status.STOP:
+                del self._by_row[row]
+                self._to_collect.append(row)
+                self._finish(sequence, status)
+                touched.setdefault(row, sequence)
+        self._count(outputs.steps, int(outputs.num_steps))
+        updates = (sequence.take_update() for sequence in touched.values())
+        return [update for update in updates if update is not None]
+
+    def _take_tokens(self, outputs: StepOutputs) -> dict[int, Sequence]:
+        """Hands every drawn token to its sequence; returns the sequences that got some, by row."""
+        steps, touched = outputs.steps, {}
+        drawn = steps.drawn
+        for index, slot in np.argwhere(steps.sampled[: int(outputs.num_steps)]).tolist():
+            row = int(steps.row_id[index, slot])
+            sequence = touched[row] = self._by_row[row]
+            sequence.append(
+                int(drawn.token[index, slot]),
+                float(drawn.logprob[index, slot]),
+                int(drawn.rank[index, slot]),
+                drawn.top_ids[index, slot],
+                drawn.top_logprobs[index, slot],
+                Status(int(steps.status[index, slot])),
+            )
+        return touched
+
+    def _finish(self, sequence: Sequence, status: Status) -> None:
+        sequence.finish(status)
+        del self._unfinished[sequence.request.id]
+        self.stats.num_requests += 1
+        self.stats.num_prompt_tokens += len(sequence.prompt_token_ids)
+
+    def _count(self, steps: StepOutput, num_steps: int) -> None:
+        stats = self.stats
+        stats.num_steps += num_steps
+        stats.num_slot_steps += int(np.sum(steps.row_id[:num_steps] < self.config.num_rows))
+        stats.num_computed_tokens += int(np.sum(steps.num_new[:num_steps]))
+        stats.num_generated_tokens += int(np.sum(steps.sampled[:num_steps]))
+        stats.num_preemptions += int(np.sum(steps.num_preempted[:num_steps]))
+        if num_steps:
+            used = stats.num_pages - int(np.min(steps.num_free_pages[:num_steps]))
+            stats.peak_pages = max(stats.peak_pages, used)

@@ -1,0 +1,162 @@
+"""Requests made into rows of the queue: everything a request asks for is checked here, before any device work."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxserve.config import EngineConfig
+from jaxserve.models import ModelConfig
+from jaxserve.request import SamplingParams
+from jaxserve.sampling import SamplingRows
+from jaxserve.scheduler.submission import Submission
+
+
+def check_prompt(
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    *,
+    model: ModelConfig,
+    config: EngineConfig,
+    eos_token_ids: Sequence[int] = (),
+) -> None:
+    """Refuses what this engine cannot do.
+
+    Raises:
+      ValueError: naming the value, the rule and the remedy, if the prompt is empty, too long or has ids outside the
+        vocabulary, if there are more stop tokens or logprobs than the engine has room for.
+    """
+    num_tokens, vocab_size = len(prompt_token_ids), model.vocab_size
+    if not num_tokens:
+        raise ValueError("the prompt has no tokens: give at least one")
+    if num_tokens >= config.max_model_len:
+        raise ValueError(
+            f"the prompt has {num_tokens} tokens, but max_model_len={config.max_model_len} tokens hold prompt and "
+            f"output together: shorten the prompt to {config.max_model_len - 1} or raise max_model_len"
+        )
+    for name, ids in (("prompt_token_ids", prompt_token_ids), ("stop_token_ids", params.stop_token_ids)):
+        outside = [token for token in ids if not 0 <= token < vocab_size]
+        if outside:
+            raise ValueError(f"{name} has {outside[0]}, but the model's token ids go from 0 to {vocab_size - 1}")
+    num_stops = len(_stops(params, eos_token_ids))
+    if num_stops > config.max_stop_token_ids:
+        raise ValueError(
+            f"the request has {num_stops} stop tokens, end-of-sequence included, but max_stop_token_ids="
+            f"{config.max_stop_token_ids}: use fewer or raise max_stop_token_ids"
+        )
+    if params.logprobs is not None and params.logprobs > config.max_logprobs:
+        raise ValueError(
+            f"logprobs={params.logprobs} is above max_logprobs={config.max_logprobs}: ask for fewer or raise max_logprobs"
+        )
+
+
+def make_submission(
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    model: ModelConfig,
+    config: EngineConfig,
+    eos_token_ids: Sequence[int] = (),
+    priorities: Sequence[int] | None = None,
+    seed: int = 0,
+    num_rows: int | None = None,
+) -> Submission:
+    """Rows for `jaxserve.submit`, one per prompt, as host arrays.
+
+    Args:
+      prompts: token ids.
+      params: for all prompts, or one per prompt; None: the defaults. Without a seed of its own, request i gets
+        `derived_seed(seed, i)`.
+      model: gives the vocabulary.
+      config: gives the capacities.
+      eos_token_ids: end the sequences of requests that do not set `ignore_eos`.
+      priorities: one per prompt; None: all 0.
+      seed: of the requests without one.
+      num_rows: rows of the submission, padding included, so that submissions of all sizes share one program;
+        None: one per prompt.
+
+    Raises:
+      ValueError: as `check_prompt`, naming the prompt by its index; or if there are more prompts than `num_rows`.
+    """
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * len(prompts)
+    if len(params) != len(prompts):
+        raise ValueError(f"{len(params)} SamplingParams for {len(prompts)} prompts: give one, or one per prompt")
+    if priorities is not None and len(priorities) != len(prompts):
+        raise ValueError(f"{len(priorities)} priorities for {len(prompts)} prompts: give one per prompt")
+    width = len(prompts) if num_rows is None else num_rows
+    if len(prompts) > width:
+        raise ValueError(f"{len(prompts)} prompts do not fit num_rows={width}: submit them in several parts")
+    rows = empty_submission(width, config)
+    for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+        try:
+            check_prompt(prompt, wanted, model=model, config=config, eos_token_ids=eos_token_ids)
+        except ValueError as error:
+            raise ValueError(f"prompt {index}: {error}") from None
+        own_seed = derived_seed(seed, index) if wanted.seed is None else wanted.seed
+        priority = 0 if priorities is None else priorities[index]
+        fill_row(rows, index, prompt, wanted, seed=own_seed, priority=priority, eos_token_ids=eos_token_ids)
+    return rows
+
+
+def derived_seed(seed: int, number: int) -> int:
+    """The seed of a request that has none: a hash of the engine's seed and the request's running number."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
+
+
+def key_data(seed: int) -> np.ndarray:
+    """The threefry key of a seed in [0, 2^64), uint32[2]."""
+    return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
+
+
+def empty_submission(num_rows: int, config: EngineConfig) -> Submission:
+    """A submission of nothing: host arrays, to be filled by `fill_row`."""
+    zeros = np.zeros(num_rows, np.int32)
+    sampling = SamplingRows(
+        temperature=np.zeros(num_rows, np.float32),
+        top_k=zeros.copy(),
+        top_p=np.ones(num_rows, np.float32),
+        min_p=np.zeros(num_rows, np.float32),
+        key_data=np.zeros((num_rows, 2), np.uint32),
+        sample_index=zeros.copy(),
+        num_logprobs=np.full(num_rows, -1, np.int32),
+    )
+    return Submission(
+        tokens=np.zeros((num_rows, config.max_model_len), np.int32),
+        prompt_length=zeros.copy(),
+        max_tokens=zeros.copy(),
+        stop_token_ids=np.full((num_rows, config.max_stop_token_ids), -1, np.int32),
+        sampling=sampling,
+        priority=zeros.copy(),
+        valid=np.zeros(num_rows, bool),
+    )
+
+
+def fill_row(
+    rows: Submission,
+    index: int,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    *,
+    seed: int,
+    priority: int,
+    eos_token_ids: Sequence[int],
+) -> None:
+    """Writes one checked request into row `index` of an `empty_submission`."""
+    stops = _stops(params, eos_token_ids)
+    rows.tokens[index, : len(prompt_token_ids)] = prompt_token_ids
+    rows.prompt_length[index] = len(prompt_token_ids)
+    rows.max_tokens[index] = params.max_tokens
+    rows.stop_token_ids[index, : len(stops)] = stops
+    rows.priority[index] = priority
+    rows.valid[index] = True
+    sampling = rows.sampling
+    sampling.temperature[index] = params.temperature
+    sampling.top_k[index] = params.top_k
+    sampling.top_p[index] = params.top_p
+    sampling.min_p[index] = params.min_p
+    sampling.key_data[index] = key_data(seed)
+    sampling.num_logprobs[index] = -1 if params.logprobs is None else params.logprobs
+
+
+def _stops(params: SamplingParams, eos_token_ids: Sequence[int]) -> list[int]:
+    return list(dict.fromkeys([*([] if params.ignore_eos else eos_token_ids), *params.stop_token_ids]))
