@@ -5,6 +5,7 @@ Nothing is defined on import: a command line calls `define_engine_flags` and `de
 
 import dataclasses
 import json
+import logging
 import pathlib
 import typing
 from typing import Any
@@ -52,6 +53,7 @@ def define_engine_flags() -> None:
     flags.DEFINE_enum("load_format", "auto", ["auto", "dummy"], "dummy: random weights for a config.json file.")
     flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Of the weights, and of keys and values.")
     flags.DEFINE_string("config", None, "Engine configuration, a JSON file; flags override it.")
+    flags.DEFINE_string("compilation_cache_dir", "~/.cache/jaxserve/compiled", "Keeps compiled programs; empty: do not.")
     flags.DEFINE_integer("seed", 0, "What the seeds of requests without one are derived from.")
     for name, text in _CAPACITIES.items():
         flags.DEFINE_integer(name, None, text)
@@ -86,9 +88,15 @@ def make_engine() -> Any:
     Raises:
       ValueError: if the model, the configuration file or a flag is not valid.
     """
+    import jax
+
     from jaxserve.engine import Engine
     from jaxserve.models import checkpoint, families
 
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    if flags.FLAGS.compilation_cache_dir:
+        cache = pathlib.Path(flags.FLAGS.compilation_cache_dir).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     path = flags.FLAGS.model or str(DEMO_MODEL)
     if flags.FLAGS.load_format == "auto":
         path = str(checkpoint.resolve_model(path))

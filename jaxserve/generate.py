@@ -85,7 +85,7 @@ def _serve(entries: list[Request | PromptError], sink: "_Sink") -> int:
     try:
         if engine.has_unfinished:
             engine.warm_up()
-        with _progress(len(entries) - num_bad) as advance:
+        with _Progress(len(entries) - num_bad) as advance:
             while engine.has_unfinished:
                 for update in engine.step(_STREAM_STEPS if _STREAM.value else None):
                     sink.take(update)
@@ -114,7 +114,7 @@ def _add(engine: Any, request: Request) -> str | None:
     return None
 
 
-class _progress:
+class _Progress:
     """A bar that counts finished requests, on a terminal and unless text is streamed."""
 
     def __init__(self, total: int) -> None:

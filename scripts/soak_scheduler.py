@@ -3,8 +3,8 @@
     python scripts/soak_scheduler.py --steps=1000000
     python scripts/soak_scheduler.py --seconds=600 --seed=7
 
-Random traces over all configurations of `tests/scheduler/traces.py`, the same runner as in the tests; the first difference is
-printed with the seed and the configuration that repeat it, and the exit status is 1.
+Random traces over all configurations of `tests/scheduler/traces.py`, run as in the tests; the first difference is printed
+with the seed and the configuration that repeat it, and the exit status is 1.
 """
 
 import collections
@@ -14,7 +14,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests" / "scheduler"))
 
-import traces
+import traces  # pyright: ignore[reportMissingImports]
 from absl import app, flags, logging
 
 from jaxserve.scheduler import InvariantError

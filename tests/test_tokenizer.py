@@ -31,7 +31,9 @@ def _byte_level(may_split: bool = False) -> tokenizers.Tokenizer:
     if may_split:
         tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
     return tokenizer
 
@@ -218,7 +220,9 @@ def test_time_per_token_does_not_grow_with_the_sequence(kind):
 
 def _save(directory, kind="byte level", **fields) -> None:
     backend = KINDS[kind]()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", **fields).save_pretrained(directory)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", **fields).save_pretrained(
+        directory
+    )
 
 
 def test_truncation_and_padding_of_the_file_are_not_applied(tmp_path):
@@ -231,7 +235,9 @@ def test_truncation_and_padding_of_the_file_are_not_applied(tmp_path):
 
 
 def test_chat_template_is_rendered(tmp_path):
-    template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    template = (
+        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
     _save(tmp_path, chat_template=template)
     tokenizer = load_tokenizer(tmp_path)
     messages = [{"role": "user", "content": "hi"}]
@@ -275,7 +281,10 @@ def test_missing_and_malformed_tokenizers_are_refused(tmp_path):
 def test_code_of_a_checkpoint_is_never_run(tmp_path):
     _save(tmp_path)
     path = tmp_path / "tokenizer_config.json"
-    settings = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": [None, "evil.Evil"]}, "tokenizer_class": "Evil"}
+    settings = json.loads(path.read_text()) | {
+        "auto_map": {"AutoTokenizer": [None, "evil.Evil"]},
+        "tokenizer_class": "Evil",
+    }
     path.write_text(json.dumps(settings))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     try:
@@ -303,7 +312,9 @@ def test_eos_ids_come_from_the_generation_config_first(tmp_path, generation, con
     assert load_eos_token_ids(tmp_path) == expected
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [-1]}', '{"eos_token_id": true}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [-1]}', '{"eos_token_id": true}']
+)
 def test_malformed_eos_ids_are_refused_with_the_file(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json"):

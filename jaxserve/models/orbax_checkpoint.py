@@ -86,6 +86,11 @@ def load_orbax(
             raise CheckpointError(
                 f"{directory / _PARAMS} cannot be read ({type(error).__name__}): restore the checkpoint from a copy"
             ) from error
+    for name, array in arrays.items():
+        if array.dtype == jnp.float16 != stored[name].dtype and not jnp.isfinite(array).all():
+            raise CheckpointError(
+                f"parameter {name} in {directory} has values that float16 cannot hold: use bfloat16 or float32"
+            )
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in leaves]), config
 
 

@@ -72,7 +72,8 @@ def shardings_of(placement: Placement, params: nnx.State) -> list[Sharding | Non
         return [None] * len(leaves)
     if callable(placement):
         return [placement(path, leaf) for path, leaf in leaves]
-    return jax.tree.leaves(jax.tree.broadcast(placement, params))
+    shardings: list[Any] = jax.tree.leaves(jax.tree.broadcast(placement, params))
+    return shardings
 
 
 def random_params(config: ModelConfig, seed: int, dtype: Any, *, sharding: Placement = None) -> nnx.State:

@@ -39,6 +39,12 @@ def test_orbax_parameters_are_cast_and_placed(orbax):
     assert {leaf.sharding for leaf in jax.tree.leaves(params)} == {whole}
 
 
+def test_orbax_values_too_large_for_float16_are_named(tmp_path):
+    save_orbax(jax.tree.map(lambda leaf: leaf * 1e6, randomised(CONFIG)), CONFIG, tmp_path / "orbax")
+    with pytest.raises(CheckpointError, match="float16 cannot hold"):
+        load_orbax(tmp_path / "orbax", jnp.float16)
+
+
 def test_orbax_overwrites_nothing(orbax):
     with pytest.raises(ValueError, match="exists already"):
         save_orbax(randomised(CONFIG), CONFIG, orbax)

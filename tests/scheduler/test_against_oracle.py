@@ -137,8 +137,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 def test_any_order_of_operations_is_as_the_oracle_predicts():
-    settings = hypothesis.settings(
-        max_examples=40, stateful_step_count=30, deadline=None, derandomize=True, database=None,
-        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
-    )  # fmt: skip
+    slow = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
+    settings = hypothesis.settings(max_examples=25, stateful_step_count=30, suppress_health_check=slow)
     run_state_machine_as_test(SchedulerMachine, settings=settings)

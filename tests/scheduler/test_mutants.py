@@ -1,7 +1,7 @@
-"""Seeded bugs: each must be caught by the oracle or by the invariants, or the tests of the scheduler are worth less than they seem.
+"""Seeded bugs: each must be caught by the oracle or by the invariants, else the scheduler's tests are worth little.
 
-A bug is a replacement in the source of one function, so that it stands here as it would stand in a careless change. If the
-text to be replaced is gone, the code has moved on: restate the bug in the new words.
+A bug is a replacement in the source of a function, so that it stands here as it would stand in a careless change. If
+the text to be replaced is gone, the code has moved on: restate the bug in the new words.
 """
 
 import dataclasses

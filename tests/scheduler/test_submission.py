@@ -168,8 +168,7 @@ def test_an_invalid_row_ends_with_error_and_its_neighbours_are_served(invalid):
 
 
 def test_tokens_behind_the_prompt_do_not_matter():
-    submission = traces.submission_of([request(1, 2, 77, -3, prompt_length=2)], CONFIG)
-    state, _ = submit(start(), submission, model=traces.MODEL, config=CONFIG)
+    state, _ = put(start(), request(1, 2, 77, -3, prompt_length=2))
     assert state.queue.status[0] == Status.WAITING
 
 

@@ -1,10 +1,10 @@
 """Random traces for the scheduler, run by jaxserve and by the oracle side by side.
 
-The oracle goes first: it needs nothing from the device to know which handles exist, so a whole stretch of operations is made up
-and predicted on the host, run on the device as one `lax.scan`, read back at once and compared step by step.
+The oracle goes first: it needs nothing from the device to know which handles exist, so a whole stretch of operations is
+made up and predicted on the host, run on the device as one `lax.scan`, read back at once and compared step by step.
 
-The stub model writes a mark (sequence number, position) where a model would write keys and values, and after each step reads
-back the marks of all computed tokens through the page table: so a page granted twice, or at a wrong place, is seen.
+The stub model writes a mark (sequence number, position) where a model would write keys and values, and reads back the
+marks of all computed tokens through the page table: so a page granted twice, or at a wrong place, is seen.
 """
 
 import collections
@@ -36,7 +36,7 @@ MAX_SUBMITTED = 3  # W, sequences submitted between two steps
 
 @dataclasses.dataclass(frozen=True)
 class TinyConfig(EngineConfig):
-    """An engine with pages of any size: that they hold 8 tokens at least serves the kernels, the scheduler knows nothing of it."""
+    """An engine with pages of any size: the least of 8 tokens serves the kernels, the scheduler knows nothing of it."""
 
     tile_rows: int | None = 1
     max_logprobs: int = 0
