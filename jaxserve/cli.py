@@ -53,11 +53,15 @@ def define_engine_flags() -> None:
     flags.DEFINE_enum("load_format", "auto", ["auto", "dummy"], "dummy: random weights for a config.json file.")
     flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Of the weights, and of keys and values.")
     flags.DEFINE_string("config", None, "Engine configuration, a JSON file; flags override it.")
-    flags.DEFINE_string("compilation_cache_dir", "~/.cache/jaxserve/compiled", "Keeps compiled programs; empty: do not.")
+    flags.DEFINE_string(
+        "compilation_cache_dir", "~/.cache/jaxserve/compiled", "Keeps compiled programs; empty: do not."
+    )
     flags.DEFINE_integer("seed", 0, "What the seeds of requests without one are derived from.")
     for name, text in _CAPACITIES.items():
         flags.DEFINE_integer(name, None, text)
-    flags.DEFINE_boolean("deterministic", None, "Bitwise independence of a request from its neighbours (on by default).")
+    flags.DEFINE_boolean(
+        "deterministic", None, "Bitwise independence of a request from its neighbours (on by default)."
+    )
     flags.DEFINE_boolean("debug_checks", None, "Check the invariants of the state after every step; slow.")
 
 

@@ -158,9 +158,7 @@ def _ordered_bits(x: Float32[Array, "R V"]) -> UInt32[Array, "R V"]:
     return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _largest(
-    holds: Callable[[UInt32[Array, "R 1"]], Bool[Array, " R"]], shape: tuple[int, ...]
-) -> UInt32[Array, " R"]:
+def _largest(holds: Callable[[UInt32[Array, "R 1"]], Bool[Array, " R"]], shape: tuple[int, ...]) -> UInt32[Array, " R"]:
     """The largest uint32 per row for which `holds`, a condition that is true at 0 and, once false, stays false."""
 
     def settle_bit(index: Int32[Array, ""], value: UInt32[Array, " R"]) -> UInt32[Array, " R"]:

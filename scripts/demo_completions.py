@@ -7,6 +7,8 @@ statement, at `<|endoftext|>`, or after `MAX_NEW_TOKENS`. It parses
   - complete: it ended by itself, and signature and body are valid Python;
   - as a beginning: the budget ran out, and what stands up to the last line end can still be continued to valid Python
     (decided by `codeop`, which the interactive interpreter uses to ask for another line).
+
+Either way the body must have a statement of its own, so that blanks, comments or a lone docstring are no completion.
 """
 
 import ast
@@ -84,8 +86,15 @@ def parses(head: str, completion: str, *, ended: bool) -> str:
     """ "complete", "beginning" or "no"; `ended`: the model stopped by itself."""
     body, closed = body_of(completion)
     if closed or ended:
-        return "complete" if _is_valid(head + body + "\n", unfinished=False) else "no"
-    return "beginning" if _is_valid(head + body[: body.rfind("\n") + 1], unfinished=True) else "no"
+        return "complete" if _has_statement(body) and _is_valid(head + body + "\n", unfinished=False) else "no"
+    body = body[: body.rfind("\n") + 1]
+    return "beginning" if _has_statement(body) and _is_valid(head + body, unfinished=True) else "no"
+
+
+def _has_statement(body: str) -> bool:
+    lines = body.split("\n")
+    starts = ("\n".join(lines[: i + 1]) for i in range(len(lines)))
+    return any(_is_valid(f"def _():{start}\n", unfinished=False) for start in starts)
 
 
 def _is_valid(source: str, *, unfinished: bool) -> bool:

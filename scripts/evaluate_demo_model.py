@@ -69,36 +69,49 @@ def overlapping_windows(tokens: np.ndarray, context: int) -> tuple[np.ndarray, n
     return rows, np.array([end - start for start, end in zip(starts, ends, strict=True)])
 
 
-def main(_) -> None:
-    work_dir, model_dir = pathlib.Path(WORK_DIR.value), pathlib.Path(MODEL_DIR.value)
+def measure_bits(work_dir: pathlib.Path, model_dir: pathlib.Path) -> dict[str, float]:
+    """Bits per byte of the held-out files, by the 5-gram and by the model."""
     heldout = np.load(work_dir / "heldout.npy")
     num_bytes = json.loads((work_dir / "sizes.json").read_text())["heldout"]
     ngram = ngram_bits(np.load(work_dir / "train.npy"), heldout, demo_tokenizer.VOCAB_SIZE) / num_bytes
     logging.info("Kneser-Ney %d-gram: %.4f bits per byte", NGRAM_ORDER, ngram)
     model = model_bits(demo_model.load(model_dir), heldout) / num_bytes
     logging.info("model: %.4f bits per byte, %.1f%% fewer", model, 100 * (1 - model / ngram))
-    results = {
+    return {
         "heldout_bytes": num_bytes,
         "heldout_tokens": len(heldout),
         "ngram_bits_per_byte": round(ngram, 4),
         "model_bits_per_byte": round(model, 4),
         "fewer_bits_percent": round(100 * (1 - model / ngram), 2),
     }
+
+
+def measure_completions(
+    work_dir: pathlib.Path, model_dir: pathlib.Path, num_prompts: int, temperature: float
+) -> dict[str, object]:
+    """Shares of held-out completions that parse."""
+    sources = demo_corpus.load(work_dir / "heldout.jsonl")
+    prompts = demo_completions.prompts(sources, demo_tokenizer.load(model_dir), num_prompts)
+    completions = demo_completions.generate(model_dir, prompts, temperature=temperature)
+    return {"temperature": temperature, **demo_completions.report(prompts, completions)}
+
+
+def main(_) -> None:
+    work_dir, model_dir, out = map(pathlib.Path, (WORK_DIR.value, MODEL_DIR.value, OUT_FILE.value))
+    results = json.loads(out.read_text()) if out.exists() else {}
+    if BITS.value:
+        results["bits"] = measure_bits(work_dir, model_dir)
     if NUM_COMPLETIONS.value:
-        sources = demo_corpus.load(work_dir / "heldout.jsonl")
-        tokenizer = demo_tokenizer.load(model_dir)
-        prompts = demo_completions.prompts(sources, tokenizer, NUM_COMPLETIONS.value)
-        completions = demo_completions.generate(model_dir, prompts, temperature=TEMPERATURE.value)
-        results["completions"] = demo_completions.report(prompts, completions)
-    OUT = pathlib.Path(OUT_FILE.value)
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(results, indent=2) + "\n")
+        results["completions"] = measure_completions(work_dir, model_dir, NUM_COMPLETIONS.value, TEMPERATURE.value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
     WORK_DIR = flags.DEFINE_string("work_dir", None, "Corpus and tokens.", required=True)
     MODEL_DIR = flags.DEFINE_string("model_dir", "jaxserve/demo_model", "The exported model.")
     OUT_FILE = flags.DEFINE_string("out", "scripts/results/demo_model.json", "Where the numbers go.")
-    NUM_COMPLETIONS = flags.DEFINE_integer("num_completions", 200, "Held-out completions; 0: none.")
+    BITS = flags.DEFINE_bool("bits", True, "Measure bits per byte; off: keep what the file has.")
+    NUM_COMPLETIONS = flags.DEFINE_integer("num_completions", 200, "Held-out completions; 0: keep what the file has.")
     TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of the completions; 0 is greedy.")
     app.run(main)

@@ -3,8 +3,8 @@
     python scripts/soak_scheduler.py --steps=1000000
     python scripts/soak_scheduler.py --seconds=600 --seed=7
 
-Random traces over all configurations of `tests/scheduler/traces.py`, run as in the tests; the first difference is printed
-with the seed and the configuration that repeat it, and the exit status is 1.
+Random traces over all configurations of `tests/scheduler/traces.py`, run as in the tests; the first difference is
+printed with the seed and the configuration that repeat it, and the exit status is 1.
 """
 
 import collections

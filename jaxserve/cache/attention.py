@@ -9,9 +9,7 @@ from jaxserve.models import Attend
 from pallas_kernels.paged_attention import paged_attention
 
 
-def paged_attend(
-    page_ids: Int32[Array, "S P"], slot: Int32[Array, " B"], position: Int32[Array, " B"]
-) -> Attend:
+def paged_attend(page_ids: Int32[Array, "S P"], slot: Int32[Array, " B"], position: Int32[Array, " B"]) -> Attend:
     """An `attend` for rows that belong to slots; its `kv` is one layer's (k_pages, v_pages).
 
     Rows of one slot may come in one call or in many: every row is written before any attends, and attends to positions up

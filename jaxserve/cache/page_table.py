@@ -47,9 +47,7 @@ def init_page_table(max_slots: int, pages_per_slot: int, num_pages: int) -> Page
     )
 
 
-def allocate(
-    table: PageTable, slot: Int32[Array, ""], num_new: Int32[Array, ""]
-) -> tuple[PageTable, Bool[Array, ""]]:
+def allocate(table: PageTable, slot: Int32[Array, ""], num_new: Int32[Array, ""]) -> tuple[PageTable, Bool[Array, ""]]:
     """Gives an empty slot its first `num_new` pages, all of them or none.
 
     Returns:

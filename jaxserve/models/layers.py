@@ -46,16 +46,12 @@ class Attend(Protocol):
 
 def matmul(x: Float[Array, "B I"], w: Float[Array, "I O"]) -> Float32[Array, "B O"]:
     """The one product of the model: operands in the weight's dtype, accumulated in float32."""
-    return lax.dot_general(
-        x.astype(w.dtype), w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    return lax.dot_general(x.astype(w.dtype), w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def matmul_transposed(x: Float[Array, "B I"], w: Float[Array, "O I"]) -> Float32[Array, "B O"]:
     """`matmul` with a weight stored output-first, as embeddings are."""
-    return lax.dot_general(
-        x.astype(w.dtype), w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    return lax.dot_general(x.astype(w.dtype), w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _kernel(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any) -> nnx.Param:

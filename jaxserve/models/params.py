@@ -65,15 +65,14 @@ def check_params(params: nnx.State, config: ModelConfig) -> None:
             )
 
 
-def shardings_of(placement: Placement, params: nnx.State) -> list[Sharding | None]:
+def shardings_of(placement: Placement, params: nnx.State) -> list[Any]:
     """The sharding of every leaf, in the order of `jax.tree.leaves`; None: the default device."""
     leaves = leaves_with_paths(params)
     if placement is None:
         return [None] * len(leaves)
     if callable(placement):
         return [placement(path, leaf) for path, leaf in leaves]
-    shardings: list[Any] = jax.tree.leaves(jax.tree.broadcast(placement, params))
-    return shardings
+    return jax.tree.leaves(jax.tree.broadcast(placement, params))
 
 
 def random_params(config: ModelConfig, seed: int, dtype: Any, *, sharding: Placement = None) -> nnx.State:

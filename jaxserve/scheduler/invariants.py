@@ -41,7 +41,9 @@ def check_invariants(state: EngineState) -> None:
     if page_size is not None:
         needed = -(-slots.num_computed[active] // page_size)
         _require(bool(np.all(num_held[active] >= needed)), "a slot's computed tokens exceed its pages")
-    _require(bool(np.all(slots.num_computed[active] < queue.num_tokens[rows])), "a running row has nothing left to compute")
+    _require(
+        bool(np.all(slots.num_computed[active] < queue.num_tokens[rows])), "a running row has nothing left to compute"
+    )
 
     used = queue.status != Status.FREE
     _require(bool(np.all(queue.num_tokens[used] >= queue.prompt_length[used])), "a row lost tokens of its prompt")

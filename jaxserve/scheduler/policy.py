@@ -22,9 +22,7 @@ def next_waiting(state: EngineState) -> tuple[Int32[Array, ""], Bool[Array, ""]]
     return jnp.argmin(jnp.where(first, queue.arrival, _LAST)).astype(jnp.int32), jnp.any(waiting)
 
 
-def may_admit(
-    state: EngineState, num_needed: Int32[Array, ""], num_decoding: Int32[Array, ""]
-) -> Bool[Array, ""]:
+def may_admit(state: EngineState, num_needed: Int32[Array, ""], num_decoding: Int32[Array, ""]) -> Bool[Array, ""]:
     """Whether a sequence that needs `num_needed` pages may start now.
 
     One page per decoding slot stays free, so that an admission does not cause a preemption in the next steps; when

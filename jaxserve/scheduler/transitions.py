@@ -1,6 +1,6 @@
 """The transitions of a step on the state, apart from the model: pure functions, composed in `jaxserve.step`.
 
-    schedule: apply_aborts -> admit -> secure_pages -> plan    (forward, sample)    settle: advance -> retire
+schedule: apply_aborts -> admit -> secure_pages -> plan    (forward, sample)    settle: advance -> retire
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """The scheduler a second time, in plain Python: lists, sets and deques, no arrays, nothing clever.
 
-Written from the design's rules, not from the implementation: a sequence is an object that moves between a waiting list and
-a list of slots, pages are the elements of sets, and every rule is spelled out where it applies. The model is a stub: the
-token at a position is a fixed function of the sequence's number and the position.
+Written from the design's rules, not from the implementation: a sequence is an object that moves between a waiting list
+and a list of slots, pages are the elements of sets, and every rule is spelled out where it applies. The model is a
+stub: the token at a position is a fixed function of the sequence's number and the position.
 
 `Oracle.events` counts what happened, so that a test can show that its traces were worth running.
 """

@@ -181,7 +181,7 @@ def test_model_bits_add_up_to_the_mean_loss():
     assert evaluate_demo_model.model_bits(model, tokens) == pytest.approx(16 * float(loss) / np.log(2), rel=1e-5)
 
 
-HEAD = "def f(x):"
+HEAD = "def f(x):\n    'Doc.'"
 
 
 @pytest.mark.parametrize(
@@ -190,9 +190,11 @@ HEAD = "def f(x):"
         ("\n    return x\n", True, "complete"),
         ("\n    return x\n\n\ndef g(:", False, "complete"),
         ("\n    return (x\n\n\ndef g():", False, "no"),
-        ("\n    if x:\n        y = [x,", False, "beginning"),
-        ("\n    if x:\n        y = [x,", True, "no"),
+        ("\n    z = x\n    if z:\n        y = [x,", False, "beginning"),
+        ("\n    z = x\n    if z:\n        y = [x,", True, "no"),
         ("\n    x = = 1\n    retu", False, "no"),
+        ("\n      \n      \n", False, "no"),
+        ("\n    # x\n\n\nclass A:", False, "no"),
     ],
 )
 def test_a_completion_parses_as_a_whole_or_as_a_beginning(completion, ended, verdict):
