@@ -1,6 +1,7 @@
 """jaxserve: LLM inference as a pure function, with continuous batching inside one jitted JAX program."""
 
 from jaxserve.config import EngineConfig
+from jaxserve.demo import DEMO_MODEL
 from jaxserve.engine import Engine
 from jaxserve.models import ModelConfig, Transformer
 from jaxserve.request import (
@@ -28,6 +29,7 @@ from jaxserve.sequence import Update
 from jaxserve.step import RunResults, StepOutput, StepOutputs, run, run_steps, step
 
 __all__ = [
+    "DEMO_MODEL",
     "CompletionOutput",
     "Engine",
     "EngineConfig",

@@ -13,9 +13,9 @@ from typing import Any
 from absl import flags
 
 from jaxserve.config import EngineConfig
+from jaxserve.demo import DEMO_MODEL
 from jaxserve.request import SamplingParams
 
-DEMO_MODEL = pathlib.Path(__file__).parent / "demo_model"
 DTYPES = ("bfloat16", "float32", "float16")
 
 _CAPACITIES = {
@@ -101,7 +101,7 @@ def make_engine() -> Any:
     if flags.FLAGS.compilation_cache_dir:
         cache = pathlib.Path(flags.FLAGS.compilation_cache_dir).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    path = flags.FLAGS.model or str(DEMO_MODEL)
+    path = flags.FLAGS.model or DEMO_MODEL
     if flags.FLAGS.load_format == "auto":
         path = str(checkpoint.resolve_model(path))
     model = families.read_model_config(path)

@@ -155,28 +155,31 @@ def test_heavy_libraries_are_imported_on_first_use_only():
 
 
 _MEASURE = """
-import resource, sys
+import sys
 import jax, jax.numpy as jnp
 from jaxserve.models.checkpoint import load_hugging_face
 from jaxserve.models.families import read_model_config
 from jaxserve.models.params import abstract_params
 
+def peak_bytes():  # not ru_maxrss, which begins at the parent's
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+
 abstract_params(read_model_config(sys.argv[1]), jnp.bfloat16)
 jax.device_put(jnp.ones(3)).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_bytes()
 params = load_hugging_face(sys.argv[1], dtype=jnp.bfloat16)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((peak - before) * 1024 / sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+print((peak_bytes() - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_loading_never_holds_a_second_copy_of_the_model(tmp_path):
     config = ModelConfig("llama", 1000, 512, 2048, 24, num_heads=8, num_kv_heads=4, head_dim=64)
     save_hugging_face(random_params(config, 0, jnp.bfloat16), config, tmp_path, jnp.bfloat16)
     command = [sys.executable, "-c", _MEASURE, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(result.stdout) < 1.5
+    assert 0.8 < float(result.stdout) < 1.5
 
 
 def test_a_missing_directory_is_named(tmp_path):

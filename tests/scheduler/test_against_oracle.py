@@ -10,6 +10,7 @@ import traces
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from oracle import UNFINISHED, VOCAB_SIZE, Oracle, Request
+from workloads import MAX_SUBMITTED
 
 from jaxserve.scheduler import check_invariants
 
@@ -92,9 +93,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.oracle = Oracle(traces.limits_of(CONFIG))
         self.state, self.marks = self.device.start()
 
-    @rule(wanted=st.lists(requests(CONFIG.max_model_len), min_size=1, max_size=traces.MAX_SUBMITTED))
+    @rule(wanted=st.lists(requests(CONFIG.max_model_len), min_size=1, max_size=MAX_SUBMITTED))
     def submit(self, wanted):
-        padding = [None] * (traces.MAX_SUBMITTED - len(wanted))
+        padding = [None] * (MAX_SUBMITTED - len(wanted))
         self.state, handles = self.device.submit(self.state, traces.submission_of(wanted + padding, CONFIG))
         assert traces.seen_handles(jax.device_get(handles), CONFIG) == self.oracle.submit(wanted) + padding
 
