@@ -44,7 +44,7 @@ def _listen() -> None:
     jax.monitoring.register_event_duration_secs_listener(_on_event)
 
 
-def _on_event(event: str, duration: float, **attributes: Any) -> None:
+def _on_event(event: str, duration_secs: float, **attributes: Any) -> None:
     if event == _COMPILED and _forbidden.get():
         raise UnexpectedCompilation(
             f"XLA compiled {attributes.get('fun_name', 'a program')!r} in {duration:.2f} s where compilation is forbidden: "

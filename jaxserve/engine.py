@@ -23,7 +23,7 @@ from jaxserve.capacity import resolve_capacities
 from jaxserve.config import EngineConfig
 from jaxserve.models import ModelConfig
 from jaxserve.request import Request, RequestOutput, SamplingParams
-from jaxserve.rows import check_prompt, derived_seed, empty_submission, fill_row
+from jaxserve.rows import check_prompt, derived_seed, empty_submission, fill_row, one_per_prompt
 from jaxserve.scheduler import Handles, Status, check_invariants, init_state
 from jaxserve.sequence import Sequence, Update
 from jaxserve.stats import EngineStats
@@ -92,7 +92,7 @@ class Engine:
         self._waiting: list[tuple[int, int, Sequence]] = []  # not on the device yet: a heap of (priority, number, ...)
         self._unfinished: dict[str, Sequence] = {}
         self._by_row: dict[int, Sequence] = {}
-        self._generation = np.zeros(self.config.num_rows, np.int32)
+        self._generation: Any = np.zeros(self.config.num_rows, np.int32)  # of rows in `_by_row` and `_to_collect`
         self._to_collect: list[int] = []  # finished rows
         self._num_on_device = 0  # rows that are not free
         self._calls: collections.deque[_Call] = collections.deque()
@@ -157,17 +157,11 @@ class Engine:
             prompt's index.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        one_for_all = params is None or isinstance(params, SamplingParams)
-        each = [params or SamplingParams()] * len(texts) if one_for_all else list(params)
-        if len(each) != len(texts):
-            raise ValueError(f"{len(each)} SamplingParams for {len(texts)} prompts: give one, or one per prompt")
-        if priorities is not None and len(priorities) != len(texts):
-            raise ValueError(f"{len(priorities)} priorities for {len(texts)} prompts: give one per prompt")
+        each = one_per_prompt(len(texts), params, priorities)
         first = self._num_added
         requests = []
-        for index, (prompt, wanted) in enumerate(zip(texts, each, strict=True)):
+        for index, (prompt, (wanted, priority)) in enumerate(zip(texts, each, strict=True)):
             fields: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
-            priority = 0 if priorities is None else priorities[index]
             try:
                 request = Request(id=f"generate-{first + index}", params=wanted, priority=priority, **fields)
                 self._prompt_tokens(request)
@@ -310,7 +304,7 @@ class Engine:
             generation=self._generation.copy(),
         )
 
-    def _mask(self, rows: list[int]) -> np.ndarray:
+    def _mask(self, rows: list[int]) -> Any:
         mask = np.zeros(self.config.num_rows, bool)
         mask[rows] = True
         return mask
@@ -337,7 +331,7 @@ class Engine:
     def _take_tokens(self, outputs: StepOutputs) -> dict[int, Sequence]:
         """Hands every drawn token to its sequence; returns the sequences that got some, by row."""
         steps, touched = outputs.steps, {}
-        drawn = steps.drawn
+        drawn: Any = steps.drawn
         for index, slot in np.argwhere(steps.sampled[: int(outputs.num_steps)]).tolist():
             row = int(steps.row_id[index, slot])
             sequence = touched[row] = self._by_row[row]

@@ -1,6 +1,7 @@
 """Requests made into rows of the queue: everything a request asks for is checked here, before any device work."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +50,27 @@ def check_prompt(
         )
 
 
+def one_per_prompt(
+    num_prompts: int,
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    priorities: Sequence[int] | None,
+) -> list[tuple[SamplingParams, int]]:
+    """Parameters and priority of each prompt, from one for all or one per prompt.
+
+    Raises:
+      ValueError: if there are more or fewer of them than prompts.
+    """
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * num_prompts
+    if len(params) != num_prompts:
+        raise ValueError(f"{len(params)} SamplingParams for {num_prompts} prompts: give one, or one per prompt")
+    if priorities is None:
+        priorities = [0] * num_prompts
+    if len(priorities) != num_prompts:
+        raise ValueError(f"{len(priorities)} priorities for {num_prompts} prompts: give one per prompt")
+    return list(zip(params, priorities, strict=True))
+
+
 def make_submission(
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -77,23 +99,17 @@ def make_submission(
     Raises:
       ValueError: as `check_prompt`, naming the prompt by its index; or if there are more prompts than `num_rows`.
     """
-    if params is None or isinstance(params, SamplingParams):
-        params = [params or SamplingParams()] * len(prompts)
-    if len(params) != len(prompts):
-        raise ValueError(f"{len(params)} SamplingParams for {len(prompts)} prompts: give one, or one per prompt")
-    if priorities is not None and len(priorities) != len(prompts):
-        raise ValueError(f"{len(priorities)} priorities for {len(prompts)} prompts: give one per prompt")
+    each = one_per_prompt(len(prompts), params, priorities)
     width = len(prompts) if num_rows is None else num_rows
     if len(prompts) > width:
         raise ValueError(f"{len(prompts)} prompts do not fit num_rows={width}: submit them in several parts")
     rows = empty_submission(width, config)
-    for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+    for index, (prompt, (wanted, priority)) in enumerate(zip(prompts, each, strict=True)):
         try:
             check_prompt(prompt, wanted, model=model, config=config, eos_token_ids=eos_token_ids)
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
         own_seed = derived_seed(seed, index) if wanted.seed is None else wanted.seed
-        priority = 0 if priorities is None else priorities[index]
         fill_row(rows, index, prompt, wanted, seed=own_seed, priority=priority, eos_token_ids=eos_token_ids)
     return rows
 
@@ -110,24 +126,23 @@ def key_data(seed: int) -> np.ndarray:
 
 def empty_submission(num_rows: int, config: EngineConfig) -> Submission:
     """A submission of nothing: host arrays, to be filled by `fill_row`."""
-    zeros = np.zeros(num_rows, np.int32)
     sampling = SamplingRows(
-        temperature=np.zeros(num_rows, np.float32),
-        top_k=zeros.copy(),
-        top_p=np.ones(num_rows, np.float32),
-        min_p=np.zeros(num_rows, np.float32),
-        key_data=np.zeros((num_rows, 2), np.uint32),
-        sample_index=zeros.copy(),
-        num_logprobs=np.full(num_rows, -1, np.int32),
+        temperature=_rows((num_rows,), 0, np.float32),
+        top_k=_rows((num_rows,), 0),
+        top_p=_rows((num_rows,), 1, np.float32),
+        min_p=_rows((num_rows,), 0, np.float32),
+        key_data=_rows((num_rows, 2), 0, np.uint32),
+        sample_index=_rows((num_rows,), 0),
+        num_logprobs=_rows((num_rows,), -1),
     )
     return Submission(
-        tokens=np.zeros((num_rows, config.max_model_len), np.int32),
-        prompt_length=zeros.copy(),
-        max_tokens=zeros.copy(),
-        stop_token_ids=np.full((num_rows, config.max_stop_token_ids), -1, np.int32),
+        tokens=_rows((num_rows, config.max_model_len), 0),
+        prompt_length=_rows((num_rows,), 0),
+        max_tokens=_rows((num_rows,), 0),
+        stop_token_ids=_rows((num_rows, config.max_stop_token_ids), -1),
         sampling=sampling,
-        priority=zeros.copy(),
-        valid=np.zeros(num_rows, bool),
+        priority=_rows((num_rows,), 0),
+        valid=_rows((num_rows,), False, bool),
     )
 
 
@@ -156,6 +171,10 @@ def fill_row(
     sampling.min_p[index] = params.min_p
     sampling.key_data[index] = key_data(seed)
     sampling.num_logprobs[index] = -1 if params.logprobs is None else params.logprobs
+
+
+def _rows(shape: tuple[int, ...], value: float, dtype: Any = np.int32) -> Any:
+    return np.full(shape, value, dtype)
 
 
 def _stops(params: SamplingParams, eos_token_ids: Sequence[int]) -> list[int]:

@@ -85,7 +85,9 @@ def dense_logits():
     return logits
 
 
-def assert_dense_agrees(params: nnx.State, requests: Sequence[Asked], tokens: Sequence[Sequence[int]], logprobs) -> None:
+def assert_dense_agrees(
+    params: nnx.State, requests: Sequence[Asked], tokens: Sequence[Sequence[int]], logprobs
+) -> None:
     """Each token is the dense model's most likely one after those before it, near-ties aside."""
     rows = np.zeros((CONFIG.num_rows, LENGTH), np.int32)
     for row, request, generated in zip(rows, requests, tokens, strict=False):
@@ -167,15 +169,19 @@ def test_results_do_not_depend_on_own_preemptions(setup):
 def test_results_do_not_depend_on_what_neighbours_ask_for(setup):
     asking = workload.crowd(9, 8)
     everything = SamplingParams(temperature=1.0, top_p=0.5, top_k=3, min_p=0.1, logprobs=3, max_tokens=MAX_NEW, seed=5)
-    for neighbour in (greedy(logprobs=None), everything, greedy(logprobs=3), greedy(temperature=1.0, seed=6, top_p=0.3)):
+    for neighbour in (
+        greedy(logprobs=None),
+        everything,
+        greedy(logprobs=3),
+        greedy(temperature=1.0, seed=6, top_p=0.3),
+    ):
         setup.check([*setup.targets, *(dataclasses.replace(asked, params=neighbour) for asked in asking)])
 
 
-@pytest.mark.parametrize("chunk_size", [5, 25])
-def test_results_do_not_depend_on_the_chunk_size(setup, chunk_size):
-    config = dataclasses.replace(setup.config, chunk_size=chunk_size)
-    for seen in setup.check([*setup.targets, *workload.crowd(4, 6)], config)[:1]:
-        assert max(seen.chunks) <= chunk_size
+def test_results_do_not_depend_on_the_chunk_size(setup):
+    config = dataclasses.replace(setup.config, chunk_size=5)
+    for seen in setup.check([*setup.targets, *workload.crowd(4, 6)], config):
+        assert max(seen.chunks) <= config.chunk_size
 
 
 def test_what_the_pool_holds_outside_of_computed_positions_is_never_read(setup):
@@ -217,7 +223,9 @@ def test_step_run_steps_and_run_give_the_same(setup):
     requests = [*setup.targets, *workload.crowd(5, 8)]
     traced = workload.trace(requests, setup.params, setup.config)
     assert sum(seen.num_preemptions for seen in traced)
-    final, results = jax.device_get(workload.run_program(setup.config)(setup.params, workload.start(requests, setup.config)))
+    final, results = jax.device_get(
+        workload.run_program(setup.config)(setup.params, workload.start(requests, setup.config))
+    )
     for row, expected in enumerate(traced):
         workload.assert_run_agrees(results, row, expected)
         assert final.queue.num_preemptions[row] == expected.num_preemptions
@@ -273,5 +281,5 @@ def test_run_steps_does_as_many_steps_as_it_is_told_without_compiling_for_each_n
 
 
 def test_run_steps_stops_when_nothing_is_left(params):
-    state, num_steps = run_steps(params, workload.start([], CONFIG), 16)
+    _, num_steps = run_steps(params, workload.start([], CONFIG), 16)
     assert num_steps == 0

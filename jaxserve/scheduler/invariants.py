@@ -41,6 +41,8 @@ def check_invariants(state: EngineState) -> None:
     if page_size is not None:
         needed = -(-slots.num_computed[active] // page_size)
         _require(bool(np.all(num_held[active] >= needed)), "a slot's computed tokens exceed its pages")
+        useful = -(-queue.num_tokens[rows] // page_size)
+        _require(bool(np.all(num_held[active] <= useful)), "a slot holds more pages than its tokens need")
     _require(
         bool(np.all(slots.num_computed[active] < queue.num_tokens[rows])), "a running row has nothing left to compute"
     )

@@ -17,6 +17,7 @@ from jaxserve.cache.kv_pool import stores_bits
 from jaxserve.config import EngineConfig
 from jaxserve.models import ModelConfig
 from jaxserve.pytree import Record, record
+from jaxserve.request import FinishReason
 from jaxserve.sampling import SamplingRows, greedy_rows
 
 
@@ -32,9 +33,17 @@ class Status(enum.IntEnum):
     ERROR = 6  # was not valid when submitted
 
     @property
-    def finish_reason(self) -> str | None:
+    def finish_reason(self) -> FinishReason | None:
         """The reason as users see it; None while not finished."""
-        return self.name.lower() if self >= Status.STOP else None
+        return _REASONS.get(self)
+
+
+_REASONS: dict[Status, FinishReason] = {
+    Status.STOP: "stop",
+    Status.LENGTH: "length",
+    Status.ABORT: "abort",
+    Status.ERROR: "error",
+}
 
 
 @record
@@ -71,7 +80,7 @@ class EngineState(Record):
     slots: Slots
     table: PageTable
     pool: KVPool
-    next_arrival: Int32[Array, ""]  # number for the next submission; wraps after 2^31 of them
+    next_arrival: Int32[Array, ""]  # number for the next submission; good for 2^31 of them, then make a new state
 
     @property
     def active(self) -> Bool[Array, " S"]:

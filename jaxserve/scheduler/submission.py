@@ -97,7 +97,7 @@ def _acceptable(submission: Submission, model: ModelConfig, config: EngineConfig
         & jnp.all(in_vocab | ~in_prompt, axis=1)
         & (submission.max_tokens >= 1)
         & (sampling.temperature >= 0)
-        & jnp.isfinite(sampling.temperature)
+        & (sampling.temperature <= 2)
         & (sampling.top_k >= 0)
         & (sampling.top_p > 0)
         & (sampling.top_p <= 1)

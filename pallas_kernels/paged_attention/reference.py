@@ -72,7 +72,7 @@ def paged_attention(
     zeros = jnp.zeros(q.shape[:3], jnp.float32)
     carry = (lax.div(first, jnp.int32(positions_per_block)), zeros - jnp.inf, zeros, jnp.zeros(q.shape, jnp.float32))
     _, _, total, out = lax.while_loop(lambda carry: carry[0] < num_blocks, fold, carry)
-    out = jnp.where(total[..., None] > 0, out / total[..., None], 0)
+    out = jnp.where(total[..., None] == 0, 0, out / total[..., None])
     return out.reshape(num_rows, num_heads, head_dim)
 
 

@@ -161,7 +161,9 @@ def marks_intact(
 
 
 # XLA options under which the scheduler compiles in half the time; it runs slower, which matters to long runs only.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+FAST_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):  # later ones know this option no more
+    FAST_COMPILE["xla_cpu_use_fusion_emitters"] = False
 
 
 class Device:
