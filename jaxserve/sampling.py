@@ -108,7 +108,8 @@ def _draw(
     logits: Float32[Array, "R V"], rows: SamplingRows, position: Int32[Array, " R"], random: Bool[Array, " R"]
 ) -> Int32[Array, " R"]:
     temperature = jnp.where(random, rows.temperature, 1.0)
-    scaled = logits / temperature[:, None] + 0.0  # + 0.0 turns -0.0 into 0.0, which must compare equal
+    scaled = logits / temperature[:, None]
+    scaled = jnp.where(scaled == 0, 0, scaled)  # -0.0 and 0.0 must compare equal; adding 0.0 is optimised away
     weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))  # the largest is exactly 1
     weights = jnp.where(weights >= rows.min_p[:, None], weights, 0)
     ordered = _ordered_bits(scaled)
