@@ -17,17 +17,29 @@ _POOL_BYTES_UNREPORTED = 1 << 30  # pool where the platform does not report free
 
 
 def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.State) -> EngineConfig:
-    """The configuration with everything chosen that was left open, and logs what fits.
+    """The configuration with everything chosen that was left open; logs what fits.
 
-    The dtype of keys and values is that of the weights. The pool gets 90% of the memory that the device reports as free
+    `max_model_len` is lowered to what the model was made for if it was left at its default. The dtype of keys and values is
+    that of the weights. The pool gets 90% of the memory that the device reports as free
     (weights are on it by then), else 1 GiB; never less than one longest sequence, nor more than all slots can use.
+
+    Raises:
+      ValueError: if `max_model_len` is longer than the model was made for.
     """
-    kv_dtype = config.kv_dtype or str(jax.tree.leaves(params)[0].dtype)
+    if config.max_model_len > model.max_position:
+        if config.max_model_len != EngineConfig.max_model_len:
+            raise ValueError(
+                f"max_model_len={config.max_model_len} is longer than the {model.max_position} positions that the model "
+                f"was made for: use at most {model.max_position}"
+            )
+        config = dataclasses.replace(config, max_model_len=model.max_position)
+    embedding: jax.Array = params["embedding"][...]
+    kv_dtype = config.kv_dtype or str(embedding.dtype)
     page_bytes = bytes_per_page(model, config.page_size, kv_dtype)
     num_pages = config.num_pages
     if num_pages is None:
         useful = config.max_slots * config.pages_per_slot
-        num_pages = max(min(_pool_bytes() // page_bytes, useful), config.pages_per_slot)
+        num_pages = max(min(_pool_bytes(embedding) // page_bytes, useful), config.pages_per_slot)
     resolved = dataclasses.replace(config, num_pages=num_pages, kv_dtype=kv_dtype)
     _log.info(
         "KV pool: %d pages of %d tokens in %s hold %d tokens, %.1f MB; %d slots, %d queue rows, sequences of at most "
@@ -47,8 +59,8 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
     return resolved
 
 
-def _pool_bytes() -> int:
-    reported = jax.devices()[0].memory_stats() or {}
+def _pool_bytes(weight: jax.Array) -> int:
+    reported = next(iter(weight.devices())).memory_stats() or {}
     if "bytes_limit" not in reported:
         return _POOL_BYTES_UNREPORTED
     return int(_SHARE_OF_FREE_MEMORY * (reported["bytes_limit"] - reported.get("bytes_in_use", 0)))

@@ -3,8 +3,6 @@
 Nothing is defined on import: a command line calls `define_engine_flags` and `define_sampling_flags` itself.
 """
 
-import dataclasses
-import json
 import logging
 import pathlib
 import typing
@@ -12,7 +10,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, read_json_object
 from jaxserve.demo import DEMO_MODEL
 from jaxserve.request import SamplingParams
 
@@ -95,7 +93,7 @@ def make_engine() -> Any:
     import jax
 
     from jaxserve.engine import Engine
-    from jaxserve.models import checkpoint, families
+    from jaxserve.models import checkpoint
 
     logging.getLogger("jax").setLevel(logging.WARNING)
     if flags.FLAGS.compilation_cache_dir:
@@ -104,8 +102,7 @@ def make_engine() -> Any:
     path = flags.FLAGS.model or DEMO_MODEL
     if flags.FLAGS.load_format == "auto":
         path = str(checkpoint.resolve_model(path))
-    model = families.read_model_config(path)
-    config = _engine_config(model.max_position)
+    config = _engine_config()
     return Engine.from_pretrained(
         path,
         dtype=flags.FLAGS.dtype,
@@ -115,18 +112,10 @@ def make_engine() -> Any:
     )
 
 
-def _engine_config(max_position: int) -> EngineConfig:
-    fields: dict[str, Any] = {"max_model_len": min(EngineConfig.max_model_len, max_position)}
-    if flags.FLAGS.config is not None:
-        fields |= _set_fields(EngineConfig.from_json(flags.FLAGS.config), flags.FLAGS.config)
+def _engine_config() -> EngineConfig:
+    fields = read_json_object(flags.FLAGS.config, "engine config") if flags.FLAGS.config is not None else {}
     for name in (*_CAPACITIES, "deterministic", "debug_checks"):
         value = flags.FLAGS[name].value
         if value is not None:
             fields[name] = value
     return EngineConfig.from_dict(fields)
-
-
-def _set_fields(config: EngineConfig, path: str) -> dict[str, Any]:
-    """The fields that a configuration file sets."""
-    names = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    return {name: value for name, value in dataclasses.asdict(config).items() if name in names}

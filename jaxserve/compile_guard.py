@@ -47,6 +47,6 @@ def _listen() -> None:
 def _on_event(event: str, duration_secs: float, **attributes: Any) -> None:
     if event == _COMPILED and _forbidden.get():
         raise UnexpectedCompilation(
-            f"XLA compiled {attributes.get('fun_name', 'a program')!r} in {duration_secs:.2f} s where compilation is forbidden: "
+            f"XLA compiled {attributes.get('fun_name', 'a program')!r} in {duration_secs:.2f} s where that is forbidden: "
             "an argument has another shape, dtype, sharding or weak type than during warm-up, or the warm-up left it out"
         )

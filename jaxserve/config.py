@@ -19,7 +19,8 @@ class EngineConfig:
       max_slots: S, sequences that run at the same time.
       num_pages: N, pages in the KV pool; None: as many as fit, chosen at start-up.
       page_size: T, tokens per page; a power of two from 8 to 256.
-      max_model_len: M, longest sequence, tokens of prompt and output together.
+      max_model_len: M, longest sequence, tokens of prompt and output together. The Engine lowers the default to what
+        the model was made for.
       chunk_size: C, most prompt tokens that one step prefills, over all sequences.
       max_queue: Q, rows for sequences that wait, run, or are finished and not collected; None: 4 * max_slots.
       max_logprobs: most tokens a request may ask logprobs for.
@@ -55,6 +56,10 @@ class EngineConfig:
         for name in ("deterministic", "debug_checks"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
+        if self.num_rows < self.max_slots:
+            raise ValueError(
+                f"max_queue={self.max_queue} must be at least max_slots={self.max_slots}: a slot needs a row"
+            )
         if self.page_size not in _PAGE_SIZES:
             raise ValueError(f"page_size={self.page_size} must be one of {', '.join(map(str, _PAGE_SIZES))}")
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
@@ -70,7 +75,7 @@ class EngineConfig:
         if value is None and name in ("num_pages", "max_queue"):
             return
         if type(value) is not int or not low <= value < 2**31:
-            raise ValueError(f"{name}={value!r} must be an integer of at least {low}")
+            raise ValueError(f"{name}={value!r} must be an integer from {low} to {2**31 - 1}")
 
     @property
     def pages_per_slot(self) -> int:
@@ -114,14 +119,35 @@ class EngineConfig:
             valid; the message names the file.
         """
         try:
-            fields = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-            if not isinstance(fields, dict):
-                raise ValueError("must be a JSON object of engine options")
-            return cls.from_dict(fields)
-        except OSError as error:
-            raise ValueError(f"cannot read engine config {path}: {error.strerror}") from error
+            return cls.from_dict(read_json_object(path, "engine config"))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+
+
+def read_json_object(path: str | pathlib.Path, kind: str) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+      ValueError: naming the file, which is a `kind`, if it cannot be read, is not JSON or not an object, or has a key twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+        return dict(pairs)
+
+    try:
+        fields = json.loads(pathlib.Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except OSError as error:
+        raise ValueError(f"cannot read {kind} {path}: {error.strerror}") from error
+    except RecursionError:
+        raise ValueError(f"{path}: not valid JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: must be a JSON object")
+    return fields
 
 
 _PAGE_SIZES = (8, 16, 32, 64, 128, 256)

@@ -1,4 +1,4 @@
-"""The Engine: requests in, results out. The one mutable object; all it does to the device is three calls.
+"""The Engine: requests in, results out. The one mutable object; it drives two compiled programs and reads outputs back.
 
     host queue --- update ---> queue rows --- run_steps ---> outputs --- process ---> updates, results
     (unbounded)   (collect, abort, submit)    (up to n steps)       (text, stop reasons)
@@ -74,30 +74,32 @@ class Engine:
         Raises:
           ValueError: if the longest sequence is longer than the model was made for, or the pool too large.
         """
-        config = config or EngineConfig(max_model_len=min(EngineConfig.max_model_len, model.max_position))
-        if config.max_model_len > model.max_position:
-            raise ValueError(
-                f"max_model_len={config.max_model_len} is longer than the {model.max_position} positions that the model "
-                f"was made for: use at most {model.max_position}"
-            )
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed={seed} must lie in [0, 2^64)")
         self.model = model
-        self.config = resolve_capacities(config, model, params)
+        self.config = resolve_capacities(config or EngineConfig(), model, params)
         self.tokenizer = tokenizer
         self.eos_token_ids = tuple(eos_token_ids)
-        self._params = params
+        self._params = _commit(params)
         self._seed = seed
         self._num_added = 0
         self._programs = programs(model, self.config)
-        self._state = init_state(model, self.config)
+        self._undelivered: list[Update] = []  # of requests that another caller of `serve` waits for
+        self._reset()
+        self._warm = False
+        self.stats = EngineStats(self.config.max_slots, self.config.num_pages or 0)
+
+    def _reset(self) -> None:
+        """Forgets all requests, and everything on the device but the weights."""
+        self._state = jax.device_put(init_state(self.model, self.config), _replicated(self._params))
         self._waiting: list[tuple[int, int, Sequence]] = []  # not on the device yet: a heap of (priority, number, ...)
         self._unfinished: dict[str, Sequence] = {}
         self._by_row: dict[int, Sequence] = {}
         self._generation: Any = np.zeros(self.config.num_rows, np.int32)  # of rows in `_by_row` and `_to_collect`
         self._to_collect: list[int] = []  # finished rows
         self._num_on_device = 0  # rows that are not free
+        self._num_aborts = 0  # requested since the last step
         self._calls: collections.deque[_Call] = collections.deque()
-        self._warm = False
-        self.stats = EngineStats(self.config.max_slots, self.config.num_pages or 0)
 
     @classmethod
     def from_pretrained(
@@ -158,30 +160,55 @@ class Engine:
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         each = one_per_prompt(len(texts), params, priorities)
-        first = self._num_added
-        requests = []
+        sequences = []
         for index, (prompt, (wanted, priority)) in enumerate(zip(texts, each, strict=True)):
             fields: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+            number = self._num_added + index
             try:
-                request = Request(id=f"generate-{first + index}", params=wanted, priority=priority, **fields)
-                self._prompt_tokens(request)
+                request = Request(id=f"generate-{number}", params=wanted, priority=priority, **fields)
+                sequences.append(self._accept(request, number))
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from None
-            requests.append(request)
-        results = {update.request_id: update.output for update in self.serve(requests) if update.output is not None}
-        return [results[request.id] for request in requests]
+        results = {update.request_id: update.output for update in self._serve(sequences) if update.output is not None}
+        return [results[sequence.request.id] for sequence in sequences]
 
     def serve(self, requests: Iterable[Request], *, steps_per_call: int | None = None) -> Iterator[Update]:
         """Adds requests and yields what becomes of them as it comes.
 
+        Other requests go on beside them; their updates are kept for whoever asks for them. Closing the iterator early
+        aborts what is unfinished.
+
         Args:
-          requests: all are added before the first step; an invalid one raises ValueError then.
+          requests: checked all before any is added.
           steps_per_call: as `step`'s `max_steps`.
+
+        Raises:
+          ValueError: on the first `next`, if a request is not valid; none is added then.
         """
+        sequences: list[Sequence] = []
         for request in requests:
-            self.add_request(request)
-        while self.has_unfinished:
-            yield from self.step(steps_per_call)
+            sequence = self._accept(request, self._num_added + len(sequences))
+            if any(request.id == other.request.id for other in sequences):
+                raise ValueError(f"request id {request.id!r} is there twice: ids must differ")
+            sequences.append(sequence)
+        yield from self._serve(sequences, steps_per_call)
+
+    def _serve(self, sequences: list[Sequence], steps_per_call: int | None = None) -> Iterator[Update]:
+        for sequence in sequences:
+            self._enqueue(sequence)
+        unfinished = {sequence.request.id for sequence in sequences}
+        try:
+            while unfinished:
+                updates = self.step(steps_per_call)
+                self._undelivered += [update for update in updates if update.request_id not in unfinished]
+                for update in updates:
+                    if update.request_id in unfinished:
+                        if update.output is not None:
+                            unfinished.remove(update.request_id)
+                        yield update
+        finally:
+            for request_id in unfinished:
+                self.abort(request_id)
 
     def add_request(self, request: Request) -> None:
         """Accepts a request; `step` works on it.
@@ -189,14 +216,18 @@ class Engine:
         Raises:
           ValueError: if it is not valid, or its id is that of an unfinished request.
         """
+        self._enqueue(self._accept(request, self._num_added))
+
+    def _accept(self, request: Request, number: int) -> Sequence:
+        """Checks a request, which is to be the engine's `number`-th."""
         if request.id in self._unfinished:
             raise ValueError(f"request id {request.id!r} is in use by an unfinished request: ids must differ")
-        prompt_token_ids = self._prompt_tokens(request)
-        seed = request.params.seed
-        seed = derived_seed(self._seed, self._num_added) if seed is None else seed
-        sequence = Sequence(request, prompt_token_ids, seed, self.tokenizer, self.eos_token_ids)
-        self._unfinished[request.id] = sequence
-        heapq.heappush(self._waiting, (request.priority, self._num_added, sequence))
+        seed = derived_seed(self._seed, number) if request.params.seed is None else request.params.seed
+        return Sequence(request, self._prompt_tokens(request), seed, self.tokenizer, self.eos_token_ids)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        self._unfinished[sequence.request.id] = sequence
+        heapq.heappush(self._waiting, (sequence.request.priority, self._num_added, sequence))
         self._num_added += 1
 
     def abort(self, request_id: str) -> None:
@@ -204,6 +235,7 @@ class Engine:
         sequence = self._unfinished.get(request_id)
         if sequence is not None:
             sequence.abort_requested = True
+            self._num_aborts += 1
 
     @property
     def has_unfinished(self) -> bool:
@@ -211,8 +243,21 @@ class Engine:
         return bool(self._unfinished)
 
     def set_params(self, params: nnx.State) -> None:
-        """New weights of the same structure, from the next step on. Nothing is compiled."""
-        self._params = params
+        """New weights, from the next step on. Nothing is compiled; running sequences keep their keys and values.
+
+        Raises:
+          ValueError: if a leaf is missing, or has another shape or dtype than the old one.
+        """
+        old, new = (jax.tree_util.tree_flatten_with_path(tree) for tree in (self._params, params))
+        if old[1] != new[1]:
+            raise ValueError("the new weights have another structure than the old ones: they must be of the same model")
+        for (path, old_leaf), (_, leaf) in zip(old[0], new[0], strict=True):
+            if (old_leaf.shape, old_leaf.dtype) != (leaf.shape, leaf.dtype):
+                raise ValueError(
+                    f"{jax.tree_util.keystr(path)} is {leaf.dtype}{list(leaf.shape)}, but the engine was made for "
+                    f"{old_leaf.dtype}{list(old_leaf.shape)}: convert it first"
+                )
+        self._params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, self._params))
 
     def reset_stats(self) -> None:
         """Starts the totals again."""
@@ -223,10 +268,28 @@ class Engine:
 
         Args:
           max_steps: at least 1, at most `max_steps_per_call` (also the default). Fewer give updates sooner.
+
+        Raises:
+          ValueError: if `max_steps` is out of range. After any other exception, an interrupt included, all unfinished
+            requests are gone and the engine is ready for new ones.
         """
+        limit = self.config.max_steps_per_call if max_steps is None else max_steps
+        if not 1 <= limit <= self.config.max_steps_per_call:
+            raise ValueError(
+                f"max_steps={max_steps} must lie in [1, max_steps_per_call={self.config.max_steps_per_call}]"
+            )
         self.warm_up()
         start = time.monotonic()
-        limit = self.config.max_steps_per_call if max_steps is None else max_steps
+        updates, self._undelivered = self._undelivered, []
+        try:
+            updates += self._turn(limit)
+        except BaseException:  # work in flight is lost, and the state may have been donated
+            self._reset()
+            raise
+        self.stats.busy_seconds += time.monotonic() - start
+        return updates
+
+    def _turn(self, limit: int) -> list[Update]:
         updates = self._abort_waiting()
         depth = 0 if self.config.debug_checks else 1  # calls in flight when this returns
         if self.has_unfinished:
@@ -235,7 +298,6 @@ class Engine:
             updates += self._process(self._calls.popleft())
         if self.config.debug_checks:
             check_invariants(self._state)
-        self.stats.busy_seconds += time.monotonic() - start
         return updates
 
     def warm_up(self) -> None:
@@ -244,9 +306,10 @@ class Engine:
             return
         start = time.monotonic()
         changes = self._changes([], [], [])
-        self._state, handles = self._programs["update"](self._state, changes)
-        self._state, outputs = self._programs["run_steps"](self._params, self._state, np.int32(0))
-        jax.block_until_ready((handles, outputs))
+        for _ in range(2):  # where weights are sharded, the state that comes back may lie otherwise than the first one
+            self._state, handles = self._programs["update"](self._state, changes)
+            self._state, outputs = self._programs["run_steps"](self._params, self._state, np.int32(0))
+            jax.device_get((handles, self._readable(outputs)))
         self._warm = True
         self.stats.compile_seconds = time.monotonic() - start
 
@@ -261,10 +324,12 @@ class Engine:
 
     def _abort_waiting(self) -> list[Update]:
         """Ends aborted requests that the device has not seen."""
+        if not self._num_aborts:
+            return []
+        self._num_aborts = 0
         aborted = [sequence for _, _, sequence in self._waiting if sequence.abort_requested]
-        if aborted:
-            self._waiting = [entry for entry in self._waiting if not entry[2].abort_requested]
-            heapq.heapify(self._waiting)
+        self._waiting = [entry for entry in self._waiting if not entry[2].abort_requested]
+        heapq.heapify(self._waiting)
         for sequence in aborted:
             self._finish(sequence, Status.ABORT)
         updates = (sequence.take_update() for sequence in aborted)
@@ -310,7 +375,7 @@ class Engine:
         return mask
 
     def _process(self, call: _Call) -> list[Update]:
-        handles, outputs = jax.device_get((call.handles, call.outputs))
+        handles, outputs = jax.device_get((call.handles, self._readable(call.outputs)))
         if handles is not None:
             for sequence, row, generation in zip(call.submitted, handles.row_id, handles.generation, strict=False):
                 self._by_row[int(row)] = sequence
@@ -327,6 +392,11 @@ class Engine:
         self._count(outputs.steps, int(outputs.num_steps))
         updates = (sequence.take_update() for sequence in touched.values())
         return [update for update in updates if update is not None]
+
+    def _readable(self, outputs: StepOutputs) -> StepOutputs:
+        """What the host has use for: the rest stays on the device."""
+        unused: dict[str, Any] = {"prompt_slot": None, "prompt_position": None, "prompt_logprob": None}
+        return outputs.replace(steps=outputs.steps.replace(**unused))
 
     def _take_tokens(self, outputs: StepOutputs) -> dict[int, Sequence]:
         """Hands every drawn token to its sequence; returns the sequences that got some, by row."""
@@ -361,3 +431,16 @@ class Engine:
         if num_steps:
             used = stats.num_pages - int(np.min(steps.num_free_pages[:num_steps]))
             stats.peak_pages = max(stats.peak_pages, used)
+
+
+def _commit(params: nnx.State) -> nnx.State:
+    """The same arrays, bound to where they are: what a program is compiled for must not change afterwards."""
+    return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, params))
+
+
+def _replicated(params: nnx.State) -> jax.sharding.Sharding:
+    """Where the state starts: on the device of the weights, or on each device of their mesh."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding

@@ -41,21 +41,34 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()  # the reader of stdout has gone: nobody is left to tell
         return 1
+    except (OSError, MemoryError, OverflowError, RuntimeError) as error:
+        sentence = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        print(f"error: {sentence} (if memory ran out: lower --num_pages, --max_slots or --max_queue)", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
 
 
 def _run() -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     params = cli.sampling_params()
     if not _PROMPT.value and _PROMPTS_FILE.value is None:
         raise ValueError('there is nothing to do: give --prompt "some text" or --prompts_file FILE')
     if _STREAM.value and _OUTPUT.value is not None:
         raise ValueError("--stream prints text and --output writes a file: use one of them")
+    if not 0 <= FLAGS.seed < 2**64:
+        raise ValueError(f"--seed={FLAGS.seed} must lie in [0, 2^64)")
     entries = list(_entries(params))
+    if not entries:
+        raise ValueError(f"{_PROMPTS_FILE.value!r} has no prompts: give one per line")
+    ids = [entry.id for entry in entries]
+    if len(set(ids)) < len(ids):
+        repeated = next(name for name in ids if ids.count(name) > 1)
+        raise ValueError(f"id {repeated!r} is that of a --prompt and of a line of the file: change the line's")
     if _OUTPUT.value is None:
         return _serve(entries, _StreamPrinter(entries) if _STREAM.value else _TextPrinter(entries))
     with ResultsFile(_OUTPUT.value) as file:
@@ -89,6 +102,9 @@ def _serve(entries: list[Request | PromptError], sink: "_Sink") -> int:
             while engine.has_unfinished:
                 for update in engine.step(_STREAM_STEPS if _STREAM.value else None):
                     sink.take(update)
+                    if update.output is not None and update.output.error is not None:
+                        print(f"error: {update.request_id}: {update.output.error}", file=sys.stderr)
+                        status = 1
                     advance(update.output is not None)
     except KeyboardInterrupt:
         status = _INTERRUPTED
@@ -198,11 +214,17 @@ class _StreamPrinter(_Sink):
         self._alone = len(entries) == 1
         self._lines: dict[str, str] = {}
         self._at_line_start = True
+        self._begun: set[str] = set()  # requests that have been heard of
         prompts = {entry.id: entry.prompt or "" for entry in entries if isinstance(entry, Request)}
         if not _CHAT.value:
             self._lines = prompts
 
+    def refuse(self, request_id: str, error: str) -> None:
+        super().refuse(request_id, error)
+        self._lines.pop(request_id, None)
+
     def take(self, update: Update) -> None:
+        self._begun.add(update.request_id)
         text = self._lines.pop(update.request_id, "") + update.text
         if self._alone:
             self._write(text)
@@ -216,7 +238,7 @@ class _StreamPrinter(_Sink):
 
     def end(self) -> None:
         for request_id, rest in self._lines.items():
-            if rest and not self._alone:
+            if rest and not self._alone and request_id in self._begun:
                 self._write(f"{request_id}| {rest}\n")
         if not self._at_line_start:
             self._write("\n")
@@ -239,6 +261,8 @@ def _as_json(result: RequestOutput) -> dict[str, Any]:
         "seed": result.seed,
         "num_preemptions": result.metrics.num_preemptions if result.metrics is not None else 0,
     }
+    if result.error is not None:
+        record["error"] = result.error
     if result.prompt is None:
         record["prompt_token_ids"] = list(result.prompt_token_ids)
     if completion.logprobs is not None:

@@ -77,7 +77,8 @@ def parse_prompts(
             yield PromptError(default_id, f"{name}:{number}: byte {error.start + 1} is not valid UTF-8")
         except ValueError as error:
             own_id = _json_object(text).get("id") if file_format == "jsonl" else None
-            yield PromptError(own_id if isinstance(own_id, str) else default_id, f"{name}:{number}: {error}")
+            usable = isinstance(own_id, str) and own_id and own_id not in line_of_id and _is_unicode(own_id)
+            yield PromptError(own_id if usable else default_id, f"{name}:{number}: {error}")
         else:
             yield request
 
@@ -97,9 +98,15 @@ class ResultsFile:
         Raises:
           ValueError: if it cannot be written.
         """
+        if not str(path):
+            raise ValueError("the path of the results file is empty: name a file")
         direct = os.path.exists(path) and not os.path.isfile(path)
         self.path = pathlib.Path(path if direct else os.path.realpath(path))  # a link stays a link
         self.partial_path = self.path if direct else self.path.with_name(self.path.name + ".partial")
+        if not direct and self.partial_path.is_file() and self.partial_path.stat().st_size:
+            raise ValueError(
+                f"{str(self.partial_path)!r} holds results of a run that was interrupted: move it away, or delete it"
+            )
         try:
             if os.path.isfile(path) and not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -119,6 +126,8 @@ class ResultsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        if kind is not None and self.partial_path != self.path and not self.partial_path.stat().st_size:
+            self.partial_path.unlink()
         if kind is None and self.partial_path != self.path:
             os.replace(self.partial_path, self.path)
 
@@ -137,6 +146,10 @@ def _json_object(text: str) -> dict[str, Any]:
         if isinstance(fields, dict):
             return fields
     return {}
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _parse_json(text: str, default_id: str, defaults: SamplingParams) -> Request:

@@ -10,6 +10,8 @@ import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
 
+import numpy as np
+
 GREEDY_BELOW = 1e-5  # temperatures under this take the most likely token
 MAX_INT32 = 2**31 - 1
 
@@ -82,13 +84,13 @@ class SamplingParams:
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
             "temperature": _check_float("temperature", self.temperature, 0, 2),
-            "top_k": max(_check_int("top_k", self.top_k, -1), 0),
+            "top_k": max(check_int("top_k", self.top_k, -1), 0),
             "top_p": _check_float("top_p", self.top_p, 0, 1, above=True),
             "min_p": _check_float("min_p", self.min_p, 0, 1),
-            "seed": None if self.seed is None else _check_int("seed", self.seed, 0, 2**64 - 1),
-            "max_tokens": _check_int("max_tokens", self.max_tokens, 1),
-            "stop_token_ids": _check_ids("stop_token_ids", self.stop_token_ids),
-            "logprobs": None if self.logprobs is None else _check_int("logprobs", self.logprobs, 0),
+            "seed": None if self.seed is None else check_int("seed", self.seed, 0, 2**64 - 1),
+            "max_tokens": check_int("max_tokens", self.max_tokens, 1),
+            "stop_token_ids": check_ids("stop_token_ids", self.stop_token_ids),
+            "logprobs": None if self.logprobs is None else check_int("logprobs", self.logprobs, 0),
         }
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens"):
             checked[name] = _check_bool(name, getattr(self, name))
@@ -99,8 +101,11 @@ class SamplingParams:
 
     def _check_default(self, name: str) -> object:
         value, default = getattr(self, name), getattr(type(self), name)
-        off = not value if default in ((), False) or name == "logit_bias" else value == default
-        if not off or (isinstance(value, bool) and not isinstance(default, bool)):
+        if isinstance(default, tuple) or name == "logit_bias":
+            off = value is None or (not isinstance(value, bool | int | float) and not value)
+        else:
+            off = type(value) in (type(default), int) and value == default
+        if not off:
             raise UnsupportedError(f"{name}={value!r} is not supported yet: leave it at its default, {default!r}")
         return default
 
@@ -165,18 +170,19 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
             raise ValueError(f"id={self.id!r} must be a string that is not empty")
+        _check_text("id", self.id)
         if self.prompt is None and self.prompt_token_ids is None:
             raise ValueError(f"request {self.id!r} has no prompt: give prompt or prompt_token_ids")
         if self.prompt is not None:
             _check_text("prompt", self.prompt)
         if self.prompt_token_ids is not None:
-            ids = _check_ids("prompt_token_ids", self.prompt_token_ids)
+            ids = check_ids("prompt_token_ids", self.prompt_token_ids)
             if not ids:
                 raise ValueError("prompt_token_ids=[] must have at least one token id")
             object.__setattr__(self, "prompt_token_ids", ids)
         if not isinstance(self.params, SamplingParams):
             raise ValueError(f"params={self.params!r} must be a SamplingParams")
-        object.__setattr__(self, "priority", _check_int("priority", self.priority, -MAX_INT32))
+        object.__setattr__(self, "priority", check_int("priority", self.priority, -MAX_INT32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,13 +247,18 @@ def _check_float(name: str, value: object, low: float, high: float, above: bool 
     rule = f"must be a number in {'(' if above else '['}{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name}={value!r} {rule}")
-    number = float(value)
-    if not (low <= number <= high) or (above and number == low) or math.isnan(number):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    # The device has float32: 1e-46 is 0 there.
+    if not (low <= number <= high) or (above and np.float32(number) == low) or math.isnan(number):
         raise ValueError(f"{name}={value!r} {rule}")
     return number
 
 
-def _check_int(name: str, value: object, low: int, high: int = MAX_INT32) -> int:
+def check_int(name: str, value: object, low: int, high: int = MAX_INT32) -> int:
+    """The integer, of any integral type; ValueError if it is none or out of range."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
         raise ValueError(f"{name}={value!r} must be an integer from {low} to {high}")
     return int(value)
@@ -259,10 +270,11 @@ def _check_bool(name: str, value: object) -> bool:
     return value
 
 
-def _check_ids(name: str, value: object) -> tuple[int, ...]:
+def check_ids(name: str, value: object) -> tuple[int, ...]:
+    """Token ids as a tuple; ValueError if `value` is no list of integers from 0 on."""
     if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
         raise ValueError(f"{name}={value!r} must be a list of token ids")
-    return tuple(_check_int(f"{name}[{i}]", token, 0) for i, token in enumerate(value))
+    return tuple(check_int(f"{name}[{i}]", token, 0) for i, token in enumerate(value))
 
 
 def _check_text(name: str, value: object) -> None:

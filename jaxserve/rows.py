@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxserve.config import EngineConfig
 from jaxserve.models import ModelConfig
-from jaxserve.request import SamplingParams
+from jaxserve.request import MAX_INT32, SamplingParams, check_ids, check_int
 from jaxserve.sampling import SamplingRows
 from jaxserve.scheduler.submission import Submission
 
@@ -100,6 +100,9 @@ def make_submission(
       ValueError: as `check_prompt`, naming the prompt by its index; or if there are more prompts than `num_rows`.
     """
     each = one_per_prompt(len(prompts), params, priorities)
+    prompts = [check_ids(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
+    each = [(wanted, check_int("priority", priority, -MAX_INT32)) for wanted, priority in each]
+    check_int("seed", seed, 0, 2**64 - 1)
     width = len(prompts) if num_rows is None else num_rows
     if len(prompts) > width:
         raise ValueError(f"{len(prompts)} prompts do not fit num_rows={width}: submit them in several parts")

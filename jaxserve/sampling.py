@@ -18,10 +18,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jaxserve.pytree import Record, record
+from jaxserve.request import GREEDY_BELOW
 
 T = TypeVar("T")
 
-_GREEDY_BELOW = 1e-5  # temperature
 _BLOCK = 128  # tokens per block of the two-level draw
 
 
@@ -79,7 +79,7 @@ def sample(
       active: rows that count; what the others get is meaningless.
       max_logprobs: K, size of the top lists.
     """
-    random = active & (rows.temperature >= _GREEDY_BELOW)
+    random = active & (rows.temperature >= GREEDY_BELOW)
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     token = _if_any(random, lambda token: jnp.where(random, _draw(logits, rows, position, random), token), token)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)

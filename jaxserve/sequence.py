@@ -10,6 +10,8 @@ from jaxserve.request import CompletionOutput, Request, RequestMetrics, RequestO
 from jaxserve.scheduler.state import Status
 from jaxserve.tokenizer import IncrementalDecoder, Tokenizer
 
+_ERROR = "the model's logits were not finite: its weights are damaged, or dtype is too narrow for them (try bfloat16)"
+
 
 @dataclasses.dataclass(frozen=True)
 class Update:
@@ -114,6 +116,7 @@ class Sequence:
                 finish_time=self._finish_time,
                 num_preemptions=self.num_preemptions,
             ),
+            error=_ERROR if self.status == Status.ERROR else None,
             seed=None if params.greedy and params.seed is None else self.seed,
         )
 

@@ -79,18 +79,23 @@ def step(
       state: what the previous step returned; may be donated.
       model: static.
       config: static.
+
+    Raises:
+      ValueError: while tracing, if the state was made with another configuration.
     """
+    _check_shapes(state, config)
     num_preempted = jnp.sum(state.queue.num_preemptions, dtype=jnp.int32)
     state, plan = schedule(state, config=config)
     sampled = samples(state, plan.num_new)
     pool, hidden = _forward(params, state, plan, model=model, config=config)
     drawn = _sample(params, state, hidden, sampled, model=model, config=config)
+    failed = ~jnp.isfinite(drawn.logprob)  # of any logit that is NaN or infinite
     before = state
-    state = settle(state.replace(pool=pool), plan.num_new, drawn.token)
+    state = settle(state.replace(pool=pool), plan.num_new, drawn.token, failed)
     output = StepOutput(
         row_id=before.slots.row_id,
         num_new=plan.num_new,
-        sampled=sampled,
+        sampled=sampled & ~failed,
         drawn=drawn,
         status=state.queue.status.at[before.slots.row_id].get(mode="fill", fill_value=Status.FREE),
         prompt_slot=plan.slot,
@@ -117,8 +122,7 @@ def run_steps(
       num_steps: at most `config.max_steps_per_call`; a larger number counts as that.
     """
     capacity = config.max_steps_per_call
-    one = jax.eval_shape(functools.partial(step, model=model, config=config), params, state)[1]
-    ring = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), one)
+    ring = _empty_outputs(capacity, config)
     limit = jnp.minimum(num_steps, capacity)
 
     def go_on(carry: tuple[EngineState, StepOutput, Array, Array]) -> Bool[Array, ""]:
@@ -129,9 +133,10 @@ def run_steps(
         state, ring, index, _ = carry
         state, output = step(params, state, model=model, config=config)
         ring = jax.tree.map(lambda stack, leaf: stack.at[index].set(leaf), ring, output)
-        finished = jnp.any(output.status >= Status.STOP)
+        finished = _num_finished(state) > num_finished
         return state, ring, index + 1, finished & ~jnp.any(state.queue.status == Status.WAITING)
 
+    num_finished = _num_finished(state)
     start = (state, ring, jnp.int32(0), jnp.asarray(False))
     state, ring, num_done, _ = lax.while_loop(go_on, one_step, start)
     queue = state.queue
@@ -160,8 +165,10 @@ def run(
       num_top_logprobs: K of the results, at most `config.max_logprobs`; filled for rows that ask for logprobs.
 
     Raises:
-      ValueError: if `num_top_logprobs` is above `config.max_logprobs`.
+      ValueError: if `num_top_logprobs` is above `config.max_logprobs`, or `max_new_tokens` below 1.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1: it is the width of the results")
     if not 0 <= num_top_logprobs <= config.max_logprobs:
         raise ValueError(
             f"num_top_logprobs={num_top_logprobs} must lie in [0, max_logprobs={config.max_logprobs}]: "
@@ -203,9 +210,63 @@ def run(
     )
 
 
+def _check_shapes(state: EngineState, config: EngineConfig) -> None:
+    queue, table, pages = state.queue, state.table, state.pool.k[0]
+    shapes = {
+        "num_rows": (queue.tokens.shape[0], config.num_rows),
+        "max_model_len": (queue.tokens.shape[1], config.max_model_len),
+        "max_slots": (table.page_ids.shape[0], config.max_slots),
+        "page_size": (pages.shape[2], config.page_size),
+        "num_pages": (pages.shape[0], config.num_pages or pages.shape[0]),
+        "max_stop_token_ids": (queue.stop_token_ids.shape[1], config.max_stop_token_ids),
+    }
+    for name, (actual, wanted) in shapes.items():
+        if actual != wanted:
+            raise ValueError(
+                f"the state was made for {name}={actual}, but config has {wanted}: use one config for both"
+            )
+
+
+def _num_finished(state: EngineState) -> Int32[Array, ""]:
+    return jnp.sum(state.queue.status >= Status.STOP, dtype=jnp.int32)
+
+
 def has_work(state: EngineState) -> Bool[Array, ""]:
     """Whether any row waits or runs."""
     return jnp.any((state.queue.status == Status.WAITING) | (state.queue.status == Status.RUNNING))
+
+
+def _empty_outputs(num_steps: int, config: EngineConfig) -> StepOutput:
+    """Room for the outputs of `num_steps` steps."""
+
+    def zeros(*shape: int, dtype: Any = jnp.int32) -> Array:
+        return jnp.zeros((num_steps, *shape), dtype)
+
+    slots, rows = config.max_slots, config.max_rows
+    return StepOutput(
+        row_id=zeros(slots),
+        num_new=zeros(slots),
+        sampled=zeros(slots, dtype=bool),
+        drawn=jax.tree.map(lambda leaf: zeros(*leaf.shape, dtype=leaf.dtype), _nothing_drawn(config)),
+        status=zeros(slots),
+        prompt_slot=zeros(rows),
+        prompt_position=zeros(rows),
+        prompt_logprob=zeros(rows, dtype=jnp.float32),
+        num_waiting=zeros(),
+        num_free_pages=zeros(),
+        num_preempted=zeros(),
+    )
+
+
+def _nothing_drawn(config: EngineConfig) -> Sampled:
+    slots, tops = config.max_slots, config.max_logprobs
+    return Sampled(
+        token=jnp.zeros((slots,), jnp.int32),
+        logprob=jnp.zeros((slots,), jnp.float32),
+        rank=jnp.zeros((slots,), jnp.int32),
+        top_ids=jnp.full((slots, tops), -1, jnp.int32),
+        top_logprobs=jnp.zeros((slots, tops), jnp.float32),
+    )
 
 
 def _forward(
@@ -269,14 +330,7 @@ def _sample(
         new = sample(logits, rows, position, slot < num_slots, max_logprobs=config.max_logprobs)
         return start + size, jax.tree.map(lambda old, leaf: old.at[slot].set(leaf, mode="drop"), drawn, new)
 
-    nothing = Sampled(
-        token=jnp.zeros((num_slots,), jnp.int32),
-        logprob=jnp.zeros((num_slots,), jnp.float32),
-        rank=jnp.zeros((num_slots,), jnp.int32),
-        top_ids=jnp.full((num_slots, config.max_logprobs), -1, jnp.int32),
-        top_logprobs=jnp.zeros((num_slots, config.max_logprobs), jnp.float32),
-    )
-    return lax.while_loop(lambda carry: carry[0] < num_sampling, tile, (jnp.int32(0), nothing))[1]
+    return lax.while_loop(lambda carry: carry[0] < num_sampling, tile, (jnp.int32(0), _nothing_drawn(config)))[1]
 
 
 @record

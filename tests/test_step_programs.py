@@ -121,7 +121,9 @@ def test_a_donated_write_in_a_loop_is_in_place():
             id="select",
         ),
         pytest.param(
-            lambda pages, rows: write(pages, pages[rows].sum(axis=(1, 2, 3)).astype(jnp.int32)) + pages[rows[0], 0, 0, 0],
+            lambda pages, rows: (
+                write(pages, pages[rows].sum(axis=(1, 2, 3)).astype(jnp.int32)) + pages[rows[0], 0, 0, 0]
+            ),
             jnp.float32,
             {"donate_argnums": 0},
             id="arithmetic on all of it",

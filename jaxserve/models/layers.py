@@ -46,12 +46,21 @@ class Attend(Protocol):
 
 def matmul(x: Float[Array, "B I"], w: Float[Array, "I O"]) -> Float32[Array, "B O"]:
     """The one product of the model: operands in the weight's dtype, accumulated in float32."""
-    return lax.dot_general(x.astype(w.dtype), w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        x.astype(w.dtype), w, (((1,), (0,)), ((), ())), _precision(w), preferred_element_type=jnp.float32
+    )
 
 
 def matmul_transposed(x: Float[Array, "B I"], w: Float[Array, "O I"]) -> Float32[Array, "B O"]:
     """`matmul` with a weight stored output-first, as embeddings are."""
-    return lax.dot_general(x.astype(w.dtype), w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        x.astype(w.dtype), w, (((1,), (1,)), ((), ())), _precision(w), preferred_element_type=jnp.float32
+    )
+
+
+def _precision(w: Float[Array, "..."]) -> lax.Precision | None:
+    """float32 means float32: the default is a narrower format on accelerators."""
+    return lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
 
 
 def _kernel(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any) -> nnx.Param:

@@ -32,9 +32,19 @@ def schedule(state: EngineState, *, config: EngineConfig) -> tuple[EngineState, 
     return state, plan(state, config=config)
 
 
-def settle(state: EngineState, num_new: Int32[Array, " S"], token: Int32[Array, " S"]) -> EngineState:
-    """All that follows the model in a step; `token` counts only for slots that sample."""
+def settle(
+    state: EngineState, num_new: Int32[Array, " S"], token: Int32[Array, " S"], failed: Bool[Array, " S"] | None = None
+) -> EngineState:
+    """All that follows the model in a step; `token` and `failed` count only for slots that sample."""
+    state = state if failed is None else fail(state, failed & samples(state, num_new))
     return retire(advance(state, num_new, token))
+
+
+def fail(state: EngineState, failed: Bool[Array, " S"]) -> EngineState:
+    """Ends sequences for which the model gave no distribution to draw from: they get no token, and status ERROR."""
+    row = jnp.where(failed, state.slots.row_id, state.queue.status.shape[0])
+    status = state.queue.status.at[row].set(Status.ERROR.value, mode="drop")
+    return _vacate(state.replace(queue=state.queue.replace(status=status)), failed)
 
 
 def remaining(state: EngineState) -> Int32[Array, " S"]:

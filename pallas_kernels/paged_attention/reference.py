@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int32, Shaped
 
+_EXACT = lax.Precision.HIGHEST  # float32 means float32 on accelerators too
 _BLOCK_POSITIONS = 64  # fastest of 16..256 on CPU
 
 
@@ -32,6 +33,9 @@ def paged_attention(
       slot: slot of each row; S = none, the row's result is 0.
       position: position of each row.
       window: number of latest positions a row sees, its own included; None: all.
+
+    Every row reads its slot's pages for itself, also when rows of one prompt stand side by side: simple, and slow for long
+    prompts.
 
     Returns:
       The attention output, accumulated in float32. Positions that a row does not see never reach it, be they NaN.
@@ -56,13 +60,13 @@ def paged_attention(
         visible = (key_positions <= position[:, None, None]) & (key_positions >= oldest[:, None, None])
         k = _load(k_pages.at[pages].get(mode="clip"))
         v = jnp.where(visible[:, :, None, :, None], _load(v_pages.at[pages].get(mode="clip")), 0)
-        scores = jnp.where(visible[:, None, None], jnp.einsum("bkgd,bpktd->bkgpt", q, k), -jnp.inf)
+        scores = jnp.where(visible[:, None, None], jnp.einsum("bkgd,bpktd->bkgpt", q, k, precision=_EXACT), -jnp.inf)
         new_largest = jnp.maximum(largest, jnp.max(scores, axis=(3, 4)))
         base = jnp.where(new_largest == -jnp.inf, 0, new_largest)
         weights = jnp.exp(scores - base[..., None, None])
         correction = jnp.exp(largest - base)
         total = total * correction + jnp.sum(weights, axis=(3, 4))
-        out = out * correction[..., None] + jnp.einsum("bkgpt,bpktd->bkgd", weights, v)
+        out = out * correction[..., None] + jnp.einsum("bkgpt,bpktd->bkgd", weights, v, precision=_EXACT)
         return block + 1, new_largest, total, out
 
     positions_per_block = pages_per_block * page_size
