@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -227,3 +228,98 @@ def test_a_sequence_longer_than_the_model_was_made_for_is_refused(checkpoint: pa
 def test_a_generation_is_clipped_to_the_longest_sequence(engine: Engine) -> None:
     (result,) = engine.generate([[1] * 90], SamplingParams(max_tokens=50, ignore_eos=True))
     assert len(result.outputs[0].token_ids) == 6 and result.outputs[0].finish_reason == "length"
+
+
+PLACEMENTS = {
+    "uncommitted": lambda params: params,
+    "committed": lambda params: jax.device_put(params, jax.devices()[0]),
+    "second device": lambda params: jax.device_put(params, jax.devices()[1]),
+    "mesh": lambda params: jax.device_put(
+        params, jax.sharding.NamedSharding(jax.make_mesh((2,), ("x",)), jax.sharding.PartitionSpec())
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACEMENTS.values(), ids=PLACEMENTS)
+def test_a_new_engine_compiles_nothing_after_its_warm_up_wherever_its_weights_are(place) -> None:
+    engine = Engine(place(small_model.make_params()), small_model.MODEL, CONFIG)
+    engine.warm_up()
+    with forbid_compilation():
+        first = engine.generate(make_prompts(6), SamplingParams(max_tokens=4, seed=1))
+        engine.set_params(small_model.make_params())
+        second = engine.generate(make_prompts(6), SamplingParams(max_tokens=4, seed=1))
+    assert [result.outputs for result in first] == [result.outputs for result in second]
+
+
+def test_weights_of_another_dtype_or_shape_are_refused(engine: Engine) -> None:
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jax.numpy.bfloat16), small_model.make_params())
+    with pytest.raises(ValueError, match="is bfloat16.* but the engine was made for float32"):
+        engine.set_params(narrow)
+    with pytest.raises(ValueError, match="another structure"):
+        engine.set_params(narrow["blocks"])
+
+
+def test_callers_that_overlap_each_get_what_is_theirs(engine: Engine) -> None:
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    outer = [Request(id=str(index), prompt_token_ids=(5, 6, index + 1), params=params) for index in range(3)]
+    engine.add_request(Request(id="mine", prompt_token_ids=(9,), params=params))
+    finished = {}
+    for update in engine.serve(outer, steps_per_call=2):
+        if update.output is not None:
+            finished[update.request_id] = update.output
+        (inner,) = engine.generate([[1, 2]], params)
+        assert inner.outputs[0].finish_reason == "length"
+    assert set(finished) == {"0", "1", "2"}
+    assert "mine" in {update.request_id for update in engine.step() + drain(engine) if update.output is not None}
+
+
+def test_closing_an_iterator_early_aborts_what_it_served(engine: Engine) -> None:
+    params = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+    updates = engine.serve([Request(id=str(i), prompt_token_ids=(i + 1,), params=params) for i in range(8)])
+    next(updates)
+    updates.close()
+    engine.reset_stats()
+    engine.generate([[1, 2]], SamplingParams(max_tokens=1))
+    assert not engine.has_unfinished and engine.stats.num_steps < 20
+
+
+def test_one_bad_request_of_several_adds_none(engine: Engine) -> None:
+    requests = [Request(id="good", prompt_token_ids=(1,)), Request(id="bad", prompt_token_ids=(300,))]
+    with pytest.raises(ValueError, match="300"):
+        next(engine.serve(requests))
+    assert not engine.has_unfinished
+
+
+@pytest.mark.parametrize("max_steps", [0, -5, 9, 2**40])
+def test_a_number_of_steps_out_of_range_is_refused(engine: Engine, max_steps: int) -> None:
+    with pytest.raises(ValueError, match=f"max_steps={max_steps} must lie in"):
+        engine.step(max_steps)
+
+
+def test_an_interrupted_engine_forgets_its_requests_and_serves_new_ones(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    (expected,) = engine.generate([[1, 2, 3]], params)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "_process", interrupted)
+        engine.generate(make_prompts(9), params)
+    assert not engine.has_unfinished
+    with forbid_compilation():
+        (again,) = engine.generate([[1, 2, 3]], params)
+    assert again.outputs == expected.outputs
+
+
+def test_logits_that_are_not_finite_end_a_request_with_an_error(engine: Engine) -> None:
+    (good,) = engine.generate([[1, 2]], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    engine.set_params(jax.tree.map(lambda leaf: leaf * np.nan, small_model.make_params()))
+    (bad,) = engine.generate([[1, 2]], SamplingParams(temperature=0, max_tokens=3, logprobs=1))
+    engine.set_params(small_model.make_params())
+    assert bad.outputs[0].finish_reason == "error" and bad.outputs[0].token_ids == ()
+    assert "not finite" in bad.error
+    (again,) = engine.generate([[1, 2]], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    assert again.outputs == good.outputs
