@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from typing import Any
 
 import jax
 from flax import nnx
@@ -33,13 +34,14 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
                 f"was made for: use at most {model.max_position}"
             )
         config = dataclasses.replace(config, max_model_len=model.max_position)
-    embedding: jax.Array = params["embedding"][...]
-    kv_dtype = config.kv_dtype or str(embedding.dtype)
+    embedding: Any = params["embedding"]
+    weight: jax.Array = embedding[...]
+    kv_dtype = config.kv_dtype or str(weight.dtype)
     page_bytes = bytes_per_page(model, config.page_size, kv_dtype)
     num_pages = config.num_pages
     if num_pages is None:
         useful = config.max_slots * config.pages_per_slot
-        num_pages = max(min(_pool_bytes(embedding) // page_bytes, useful), config.pages_per_slot)
+        num_pages = max(min(_pool_bytes(weight) // page_bytes, useful), config.pages_per_slot)
     resolved = dataclasses.replace(config, num_pages=num_pages, kv_dtype=kv_dtype)
     _log.info(
         "KV pool: %d pages of %d tokens in %s hold %d tokens, %.1f MB; %d slots, %d queue rows, sequences of at most "

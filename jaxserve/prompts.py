@@ -77,8 +77,9 @@ def parse_prompts(
             yield PromptError(default_id, f"{name}:{number}: byte {error.start + 1} is not valid UTF-8")
         except ValueError as error:
             own_id = _json_object(text).get("id") if file_format == "jsonl" else None
-            usable = isinstance(own_id, str) and own_id and own_id not in line_of_id and _is_unicode(own_id)
-            yield PromptError(own_id if usable else default_id, f"{name}:{number}: {error}")
+            if not isinstance(own_id, str) or not own_id or own_id in line_of_id or not _is_unicode(own_id):
+                own_id = default_id
+            yield PromptError(own_id, f"{name}:{number}: {error}")
         else:
             yield request
 
