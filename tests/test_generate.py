@@ -112,6 +112,10 @@ def test_a_chat_goes_through_the_template(checkpoint: pathlib.Path, tmp_path: pa
         (("--prompt", "x", "--config", "/nonexistent.json"), "/nonexistent.json"),
         (("--prompt", "x", "--no_such_flag"), "no_such_flag"),
         (("stray",), "stray"),
+        (("--prompt", "x", "--output", ""), "path of the results file is empty"),
+        (("--prompt", "x", "--seed=-1"), "--seed=-1"),
+        (("--prompt", "x", "--max_queue=2"), "max_queue=2 must be at least max_slots=4"),
+        (("--prompts_file", "/dev/null"), "has no prompts"),
     ],
 )
 def test_bad_flags_get_one_sentence_and_status_1(
@@ -145,3 +149,6 @@ def test_interrupting_keeps_what_has_finished(checkpoint: pathlib.Path, tmp_path
     records = [json.loads(line) for line in partial.read_text().splitlines()]
     assert 4 <= len(records) < 3000 and all(record["finish_reason"] == "length" for record in records)
     assert not output.exists()
+    again = run(checkpoint, "--prompts_file", str(prompts), "--output", str(output))
+    assert again.returncode == 1 and str(partial) in again.stderr
+    assert len(partial.read_text().splitlines()) == len(records)

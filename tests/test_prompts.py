@@ -135,3 +135,36 @@ def test_results_go_straight_to_what_is_no_file_and_through_links(tmp_path):
     with ResultsFile(link) as results:
         results.write({})
     assert link.is_symlink() and target.read_text() == "{}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "default_id", "message"),
+    [
+        ('{"prompt": "x", "temperature": 1' + "0" * 400 + "}", "line-2", "temperature"),
+        ('{"prompt": "x", "id": "\\ud800"}', "line-2", "half a surrogate"),
+        ('{"prompt": "x", "id": ""}', "line-2", "not empty"),
+        ('{"prompt": "x", "top_p": 1e-46}', "line-2", "top_p=1e-46"),
+        ('{"prompt": "x", "presence_penalty": ""}', "line-2", "presence_penalty"),
+        ('{"prompt": "x", "min_tokens": null}', "line-2", "min_tokens"),
+        ('{"prompt": "x", "id": "a"}', "line-2", "'a' was used in line 1"),
+    ],
+)
+def test_what_json_allows_and_a_request_does_not_is_an_error_of_its_line(tmp_path, line, default_id, message):
+    first, bad, last = _read(tmp_path, f'{{"prompt": "y", "id": "a"}}\n{line}\n{{"prompt": "z"}}\n')
+    assert (first.prompt, last.prompt) == ("y", "z")
+    assert isinstance(bad, PromptError) and bad.id == default_id
+    assert "prompts.jsonl:2:" in bad.message and message in bad.message
+
+
+def test_results_of_an_interrupted_run_are_not_overwritten(tmp_path):
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_text("{}\n")
+    with pytest.raises(ValueError, match="holds results of a run that was interrupted"):
+        ResultsFile(tmp_path / "out.jsonl")
+    assert partial.read_text() == "{}\n"
+
+
+def test_a_failure_before_any_result_leaves_no_file(tmp_path):
+    with pytest.raises(ValueError), ResultsFile(tmp_path / "out.jsonl"):
+        raise ValueError
+    assert list(tmp_path.iterdir()) == []
