@@ -131,12 +131,12 @@ def run_steps(
 
     def one_step(carry: tuple[EngineState, StepOutput, Array, Array]) -> tuple[EngineState, StepOutput, Array, Array]:
         state, ring, index, _ = carry
+        num_finished = _num_finished(state)
         state, output = step(params, state, model=model, config=config)
         ring = jax.tree.map(lambda stack, leaf: stack.at[index].set(leaf), ring, output)
         finished = _num_finished(state) > num_finished
         return state, ring, index + 1, finished & ~jnp.any(state.queue.status == Status.WAITING)
 
-    num_finished = _num_finished(state)
     start = (state, ring, jnp.int32(0), jnp.asarray(False))
     state, ring, num_done, _ = lax.while_loop(go_on, one_step, start)
     queue = state.queue
