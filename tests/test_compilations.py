@@ -120,7 +120,7 @@ def test_the_counter_counts_every_program_once():
 
 def test_the_guard_raises_at_the_offending_call():
     program, x, reached = fresh_program(), np.ones(3, np.float32), []
-    with pytest.raises(UnexpectedCompilation, match="lambda.* where compilation is forbidden"), forbid_compilation():
+    with pytest.raises(UnexpectedCompilation, match="lambda"), forbid_compilation():
         reached.append("before")
         program(x)
         reached.append("after")

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxserve import EngineConfig, SamplingParams
 from jaxserve.compile_guard import forbid_compilation
 from jaxserve.models import Transformer, causal_attend, graphdef_of
-from jaxserve.scheduler import EngineState, Status
+from jaxserve.scheduler import EngineState, Status, abort
 from jaxserve.step import programs
 from tests import workload
 from tests.workload import BF16, CONFIG, MAX_NEW, MODEL, Asked, Traced, assert_same, greedy
@@ -46,8 +46,8 @@ class Setup:
 def make_targets() -> list[Asked]:
     rng = np.random.default_rng(7)
     kinds = [
-        (30, greedy()),
-        (37, greedy(temperature=1.2, seed=2**63 + 11)),
+        (75, greedy()),
+        (57, greedy(temperature=1.2, seed=2**63 + 11)),
         (17, greedy(temperature=0.9, seed=3, top_p=0.9, top_k=20, min_p=0.02)),
         (5, greedy(temperature=1.5, seed=4, logprobs=None)),
     ]
@@ -159,7 +159,7 @@ def test_results_do_not_depend_on_neighbours_slots_arrival_order_or_chunks(setup
 def test_results_do_not_depend_on_own_preemptions(setup):
     for target in setup.targets:
         victim = dataclasses.replace(target, priority=1)  # whoever runs out of pages, it has to go
-        growing = [dataclasses.replace(short(20, MAX_NEW), arrival=arrival) for arrival in (5, 6, 7, 20, 24)]
+        growing = [dataclasses.replace(short(30, MAX_NEW), arrival=arrival) for arrival in (5, 6, 7, 20, 24)]
         (seen,) = setup.check([victim, *growing])
         assert seen.num_preemptions >= 1
         recomputed = sum(seen.chunks) - (len(target.prompt) + len(seen.tokens) - 1)
@@ -179,7 +179,7 @@ def test_results_do_not_depend_on_what_neighbours_ask_for(setup):
 
 
 def test_results_do_not_depend_on_the_chunk_size(setup):
-    config = dataclasses.replace(setup.config, chunk_size=5)
+    config = dataclasses.replace(setup.config, chunk_size=7)
     for seen in setup.check([*setup.targets, *workload.crowd(4, 6)], config):
         assert max(seen.chunks) <= config.chunk_size
 
@@ -192,14 +192,28 @@ def test_what_the_pool_holds_outside_of_computed_positions_is_never_read(setup):
         assert_same(seen, expected)
 
 
-def test_poison_bites_where_it_is_read(params):
-    """The control of the test above: a poisoned position that was computed shows up in the result."""
-    (asked,) = workload.crowd(1, 1)
+def test_a_sequence_that_reads_nan_ends_with_an_error_and_disturbs_nobody(setup):
+    """Also the control of the test above: a poisoned position that was computed does reach the result."""
+    requests = [*workload.crowd(1, 1), *setup.targets]
+    num_steps = iter(range(1000))
 
-    def poison_all(state: EngineState) -> EngineState:
-        return state.replace(pool=jax.tree.map(lambda pages: jnp.full_like(pages, jnp.nan), state.pool))
+    def poison_first_row_after_six_steps(state: EngineState) -> EngineState:
+        (slot,) = np.flatnonzero(np.asarray(state.slots.row_id) == 0) if next(num_steps) == 6 else (None,)
+        if slot is None:
+            return state
+        page = int(state.table.page_ids[slot, 0])
+        nan = 0x7FC0 if state.pool.k[0].dtype == jnp.uint16 else jnp.nan
+        return state.replace(pool=jax.tree.map(lambda pages: pages.at[page].set(nan), state.pool))
 
-    assert np.isnan(workload.trace([asked], params, CONFIG, after_step=poison_all)[0].logprobs).any()
+    (untouched, *_), (seen, *others) = (
+        workload.trace(requests, setup.params, setup.config, **options)
+        for options in ({}, {"after_step": poison_first_row_after_six_steps})
+    )
+    assert seen.status == Status.ERROR
+    assert 0 < len(seen.tokens) < len(untouched.tokens)
+    assert seen.tokens == untouched.tokens[: len(seen.tokens)]
+    for other, expected in zip(others, setup.alone, strict=True):
+        assert_same(other, expected)
 
 
 def poison(state: EngineState) -> EngineState:
@@ -258,10 +272,18 @@ def test_run_steps_returns_when_a_row_finishes_and_none_waits(params):
 
 
 def test_run_steps_goes_on_after_a_finish_while_rows_wait(params):
-    state = workload.start([short(2, 2), *(short(2, 12) for _ in range(3)), short(2, 3)], CONFIG)
+    state = workload.start([short(2, 2), *(short(2, 12) for _ in range(3)), short(2, 3), short(2, 4)], CONFIG)
     state, num_steps = run_steps(params, state, 16)
-    assert num_steps == 2 + 3  # the fifth takes the first one's slot and is the first to finish with nobody waiting
-    assert state.queue.status[:5].tolist() == [4, 2, 2, 2, 4]
+    assert num_steps == 2 + 3 + 1  # in the first slot, the last row is admitted in the sixth step
+    assert state.queue.status[:6].tolist() == [4, 2, 2, 2, 4, 2]
+
+
+def test_run_steps_returns_when_a_row_was_aborted_and_none_waits(params):
+    state = workload.start([short(2, 12), short(2, 12)], CONFIG)
+    state = abort(state, jnp.arange(CONFIG.num_rows) == 0, state.queue.generation)
+    state, num_steps = run_steps(params, state, 16)
+    assert num_steps == 1
+    assert state.queue.status[:2].tolist() == [Status.ABORT, Status.RUNNING]
 
 
 def test_run_steps_does_as_many_steps_as_it_is_told_without_compiling_for_each_number(params):

@@ -18,10 +18,10 @@ from jaxserve.step import programs, run
 MODEL = ModelConfig("mistral", 128, 32, 64, 2, num_heads=4, num_kv_heads=2, head_dim=8, windows=(None, 24))
 CONFIG = EngineConfig(
     max_slots=4,
-    num_pages=13,  # four sequences of 64 tokens would need 32
+    num_pages=17,  # four longest sequences would need 64
     page_size=8,
-    max_model_len=64,
-    chunk_size=12,
+    max_model_len=128,  # two of the blocks in which keys are read
+    chunk_size=20,
     max_queue=12,
     tile_rows=8,
     max_logprobs=3,
@@ -82,7 +82,7 @@ def crowd(seed: int, number: int, *, plain: bool = False) -> list[Asked]:
             kind |= {"top_p": 0.8, "logprobs": 3}
         if kind and index % 4 == 2:
             kind |= {"top_k": 7, "min_p": 0.01, "logprobs": 1}
-        length, max_tokens = int(rng.integers(1, 43)), int(rng.integers(1, MAX_NEW + 1))
+        length, max_tokens = int(rng.integers(1, 80)), int(rng.integers(1, MAX_NEW + 1))
         params = greedy(**{"logprobs": None, "max_tokens": max_tokens} | kind)
         requests.append(Asked(make_prompt(rng, length), params))
     return requests
