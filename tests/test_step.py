@@ -274,8 +274,8 @@ def test_run_steps_returns_when_a_row_finishes_and_none_waits(params):
 def test_run_steps_goes_on_after_a_finish_while_rows_wait(params):
     state = workload.start([short(2, 2), *(short(2, 12) for _ in range(3)), short(2, 3), short(2, 4)], CONFIG)
     state, num_steps = run_steps(params, state, 16)
-    assert num_steps == 2 + 3 + 1  # in the first slot, the last row is admitted in the sixth step
-    assert state.queue.status[:6].tolist() == [4, 2, 2, 2, 4, 2]
+    assert num_steps == 2 + 3 + 4  # one after the other in the first slot; only the last one leaves nobody waiting
+    assert state.queue.status[:6].tolist() == [4, 2, 2, 2, 4, 4]
 
 
 def test_run_steps_returns_when_a_row_was_aborted_and_none_waits(params):
