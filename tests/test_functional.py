@@ -219,7 +219,9 @@ def sharding_of_params(mesh: Mesh):
 
 def sharded_state(state: EngineState, mesh: Mesh) -> EngineState:
     pages, everywhere = NamedSharding(mesh, P(None, "x")), NamedSharding(mesh, P())
-    return jax.device_put(state, jax.tree.map(lambda _: everywhere, state).replace(pool=jax.tree.map(lambda _: pages, state.pool)))
+    return jax.device_put(
+        state, jax.tree.map(lambda _: everywhere, state).replace(pool=jax.tree.map(lambda _: pages, state.pool))
+    )
 
 
 def test_kv_heads_sharded_over_two_devices_give_the_same_tokens(mesh, params, requests, expected):

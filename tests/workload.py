@@ -18,7 +18,7 @@ from jaxserve.step import programs, run
 MODEL = ModelConfig("mistral", 128, 32, 64, 2, num_heads=4, num_kv_heads=2, head_dim=8, windows=(None, 24))
 CONFIG = EngineConfig(
     max_slots=4,
-    num_pages=24,  # four longest sequences would need 64
+    num_pages=20,  # four longest sequences would need 64
     page_size=8,
     max_model_len=128,  # two of the blocks in which keys are read
     chunk_size=20,
