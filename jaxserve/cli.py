@@ -95,8 +95,7 @@ def make_engine() -> Any:
     from jaxserve.engine import Engine
     from jaxserve.models import checkpoint
 
-    for noisy in ("jax", "transformers"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    logging.getLogger("jax").setLevel(logging.ERROR)
     if flags.FLAGS.compilation_cache_dir:
         cache = pathlib.Path(flags.FLAGS.compilation_cache_dir).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
