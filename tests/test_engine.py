@@ -323,3 +323,12 @@ def test_logits_that_are_not_finite_end_a_request_with_an_error(engine: Engine) 
     assert "not finite" in bad.error
     (again,) = engine.generate([[1, 2]], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
     assert again.outputs == good.outputs
+
+
+def test_wide_tiles_give_the_same_greedy_tokens(engine: Engine) -> None:
+    config = dataclasses.replace(CONFIG, deterministic=False, chunk_size=64)
+    assert len(config.tile_sizes) == 2
+    wide = Engine(small_model.make_params(), small_model.MODEL, config)
+    prompts, params = make_prompts(12), SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+    results = zip(wide.generate(prompts, params), engine.generate(prompts, params), strict=True)
+    assert all(one.outputs[0].token_ids == other.outputs[0].token_ids for one, other in results)
