@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.compile_guard import forbid_compilation
 from jaxserve.models import causal_attend, graphdef_of
+from jaxserve.models.params import shardings_of
 from jaxserve.scheduler import EngineState, Status, init_state, submit
 from jaxserve.step import RunResults, programs, run
 from tests import workload
@@ -206,27 +207,22 @@ def test_two_replicas_under_shard_map_give_what_one_gives(mesh, params, requests
         np.testing.assert_array_equal(results.logprobs[device, local], expected.logprobs[row])
 
 
-def sharding_of_params(mesh: Mesh):
+def sharded_params(params: nnx.State, mesh: Mesh) -> nnx.State:
     """Attention over kv heads, everything else on every device. Both kernels are laid out by kv head."""
-
-    def place(path, leaf):
-        name = path[-2].key if hasattr(path[-1], "name") else path[-1].key
-        spec = {"qkv": P(None, "x"), "out": P("x", None)}.get(name, P())
-        return NamedSharding(mesh, spec)
-
-    return lambda params: jax.tree.map_with_path(place, params)
+    specs = {"qkv": P(None, "x"), "out": P("x", None)}
+    shardings = shardings_of(lambda path, _: NamedSharding(mesh, specs.get(path[-1], P())), params)
+    leaves, structure = jax.tree.flatten(params)
+    return jax.tree.unflatten(structure, [jax.device_put(*pair) for pair in zip(leaves, shardings, strict=True)])
 
 
 def sharded_state(state: EngineState, mesh: Mesh) -> EngineState:
-    pages, everywhere = NamedSharding(mesh, P(None, "x")), NamedSharding(mesh, P())
-    return jax.device_put(
-        state, jax.tree.map(lambda _: everywhere, state).replace(pool=jax.tree.map(lambda _: pages, state.pool))
-    )
+    pool = jax.device_put(state.pool, NamedSharding(mesh, P(None, "x")))
+    return jax.device_put(state.replace(pool=None), NamedSharding(mesh, P())).replace(pool=pool)
 
 
 def test_kv_heads_sharded_over_two_devices_give_the_same_tokens(mesh, params, requests, expected):
     state = sharded_state(workload.start(requests, CONFIG), mesh)
-    placed = jax.device_put(params, sharding_of_params(mesh)(params))
+    placed = sharded_params(params, mesh)
     assert {leaf.sharding.spec for leaf in jax.tree.leaves(placed)} == {P(None, "x"), P("x", None), P()}
     program = jax.jit(RUN, donate_argnums=1)
     compiled = program.lower(placed, state).compile()
