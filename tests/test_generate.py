@@ -14,6 +14,12 @@ import pytest
 from tests import small_model
 
 ROOT = pathlib.Path(__file__).parent.parent
+# Tests may have been started in the background, where shells have Ctrl-C ignored.
+WITH_CTRL_C = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +143,9 @@ def test_interrupting_keeps_what_has_finished(checkpoint: pathlib.Path, tmp_path
             tokens = 1 if index < 4 else 90
             file.write(json.dumps({"prompt_token_ids": [1, 2], "max_tokens": tokens, "ignore_eos": True}) + "\n")
     arguments = command(checkpoint, "--prompts_file", str(prompts), "--output", str(output))
-    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WITH_CTRL_C, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
     partial = tmp_path / "out.jsonl.partial"
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not (partial.exists() and partial.read_text().count("\n") >= 4):

@@ -296,6 +296,18 @@ def test_a_row_gives_the_same_in_any_place_and_beside_any_neighbours():
         assert_rows_equal(drawn, expected, np.flatnonzero(kept))
 
 
+@pytest.mark.parametrize("limits", [{"top_k": 1}, {"top_p": 0.01}, {"min_p": 1.0}, {"temperature": 0.1}])
+def test_limits_bind_only_the_rows_that_set_them(limits):
+    logits = np.random.default_rng(9).standard_normal(60)
+    limited = np.arange(512) % 2 == 0
+    ((name, value),) = limits.items()
+    plain = rows(512)
+    mixed = plain.replace(**{name: np.where(limited, value, getattr(plain, name)).astype(getattr(plain, name).dtype)})
+    free, beside = draw(logits, plain, np.arange(512)), draw(logits, mixed, np.arange(512))
+    assert_rows_equal(beside, free, np.flatnonzero(~limited))
+    assert np.any(beside.token[limited] != free.token[limited])
+
+
 def assert_rows_equal(drawn: Sampled, expected: Sampled, which: np.ndarray) -> None:
     for name in Sampled.__dataclass_fields__:
         np.testing.assert_array_equal(getattr(drawn, name)[which], getattr(expected, name)[which], err_msg=name)
