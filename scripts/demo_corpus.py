@@ -1,6 +1,6 @@
 """Builds the corpus of the demo model: Python source of the standard library and of pinned PyPI packages.
 
-    python scripts/demo_corpus.py --work_dir=/tmp/demo
+    python scripts/demo_corpus.py --work_dir=../demo_work
 
 downloads the wheels in `PACKAGES` to `<work_dir>/wheels`, keeps hand-written modules, drops duplicates, and writes
 `<work_dir>/train.jsonl`, `<work_dir>/heldout.jsonl` (one `{"name", "text"}` per file) and the fixed list

@@ -1,6 +1,6 @@
 """Trains the demo model's byte-level BPE tokenizer and encodes the corpus with it.
 
-    python scripts/demo_tokenizer.py --work_dir=/tmp/demo
+    python scripts/demo_tokenizer.py --work_dir=../demo_work
 
 reads what `demo_corpus.py` wrote and writes `<work_dir>/tokenizer/` (Hugging Face layout) and `<work_dir>/train.npy`,
 `<work_dir>/heldout.npy`: uint16 token ids, every file led by `<|endoftext|>`; `<work_dir>/sizes.json`: bytes of text.

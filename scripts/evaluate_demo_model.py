@@ -1,6 +1,6 @@
 """Measures the demo model against a Kneser-Ney 5-gram over the same tokens and the same training files.
 
-    python scripts/evaluate_demo_model.py --work_dir=/tmp/demo --out=scripts/results/demo_model.json
+    python scripts/evaluate_demo_model.py --work_dir=../demo_work --out=scripts/results/demo_model.json
 
 Bits per byte: over all held-out files, every file led by `<|endoftext|>`. The 5-gram reads the held-out tokens as one
 row. The model reads windows of its context that overlap by half, and each token is scored once, in the first window

@@ -1,9 +1,9 @@
 """Trains the demo model with optax on the nnx model that the engine serves; stops and resumes at any time.
 
-    python scripts/demo_corpus.py --work_dir=/tmp/demo && python scripts/demo_tokenizer.py --work_dir=/tmp/demo
-    python scripts/train_demo_model.py --work_dir=/tmp/demo --minutes=90                    # constant learning rate
-    python scripts/train_demo_model.py --work_dir=/tmp/demo --minutes=30 --decay            # then down to zero
-    python scripts/train_demo_model.py --work_dir=/tmp/demo --export_to=jaxserve/demo_model
+    python scripts/demo_corpus.py --work_dir=../demo_work && python scripts/demo_tokenizer.py --work_dir=../demo_work
+    python scripts/train_demo_model.py --work_dir=../demo_work --minutes=90                    # constant learning rate
+    python scripts/train_demo_model.py --work_dir=../demo_work --minutes=30 --decay            # then down to zero
+    python scripts/train_demo_model.py --work_dir=../demo_work --export_to=jaxserve/demo_model
 
 The first run writes `<work_dir>/stable.safetensors` and goes on from it when called again; `--decay` starts from that
 file, lowers the learning rate linearly to zero over its minutes, and writes `<work_dir>/decayed.safetensors`. So more
