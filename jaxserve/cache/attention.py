@@ -6,7 +6,8 @@ from jaxtyping import Array, Float32, Int32
 
 from jaxserve.cache.kv_pool import write_rows
 from jaxserve.models import Attend
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import PagedKV
+from pallas_kernels.paged_attention.reference import paged_attention
 
 
 def paged_attend(page_ids: Int32[Array, "S P"], slot: Int32[Array, " B"], position: Int32[Array, " B"]) -> Attend:
@@ -32,7 +33,7 @@ def paged_attend(page_ids: Int32[Array, "S P"], slot: Int32[Array, " B"], positi
         offset = position % page_size
         k_pages = write_rows(k_pages, k, page, offset)
         v_pages = write_rows(v_pages, v, page, offset)
-        out = paged_attention(q, k_pages, v_pages, page_ids, slot, position, window=window)
+        out = paged_attention(q, PagedKV(k_pages, v_pages, page_ids), slot, position, window=window)
         return out, (k_pages, v_pages)
 
     return attend

@@ -8,31 +8,34 @@ prompt was cut into chunks, while the work follows the longest row present.
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32, Int32, Shaped
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.paged_attention.pages import PagedKV, as_float
 
 _EXACT = lax.Precision.HIGHEST  # float32 means float32 on accelerators too
 _BLOCK_POSITIONS = 64  # fastest of 16..256 on CPU
 
 
 def paged_attention(
-    q: Float32[Array, "B H D"],
-    k_pages: Shaped[Array, "N K T D"],
-    v_pages: Shaped[Array, "N K T D"],
-    page_ids: Int32[Array, "S P"],
+    q: Float[Array, "B H D"],
+    kv: PagedKV,
     slot: Int32[Array, " B"],
     position: Int32[Array, " B"],
     *,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float32[Array, " H"] | None = None,
 ) -> Float32[Array, "B H D"]:
     """Softmax attention (PagedAttention, Kwon et al., 2023), each row to positions 0..position of its own slot.
 
     Args:
       q: queries, already scaled; head h reads kv head h // (H // K).
-      k_pages, v_pages: the pool of one layer; uint16 means the bits of bfloat16.
-      page_ids: pool page of each slot's p-th T positions; N = none. No position that a row sees may lie in a "none" page.
+      kv: keys and values. No position that a row sees may lie in a "none" page.
       slot: slot of each row; S = none, the row's result is 0.
       position: position of each row.
       window: number of latest positions a row sees, its own included; None: all.
+      softcap: scores s become softcap * tanh(s / softcap) (Gemma 2); None: they stay.
+      sinks: per head, a score that takes part in the softmax and has no value (GPT-OSS); None: there is none.
 
     Every row reads its slot's pages for itself, also when rows of one prompt stand side by side: simple, and slow for long
     prompts.
@@ -41,15 +44,17 @@ def paged_attention(
       The attention output, accumulated in float32. Positions that a row does not see never reach it, be they NaN.
     """
     num_rows, num_heads, head_dim = q.shape
-    num_slots, pages_per_slot = page_ids.shape
-    num_pages, num_kv_heads, page_size, _ = k_pages.shape
+    num_slots, pages_per_slot = kv.page_ids.shape
+    num_pages, num_kv_heads, page_size, _ = kv.k.shape
     pages_per_block = max(_BLOCK_POSITIONS // page_size, 1)
-    q = q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    q = q.astype(jnp.float32).reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    if kv.k_scale is not None:
+        q = q * kv.k_scale[None, :, None, None]
     position = jnp.where(slot < num_slots, position, -1)
     oldest = jnp.zeros_like(position) if window is None else jnp.maximum(position - (window - 1), 0)
 
     padding = -pages_per_slot % pages_per_block
-    page_ids = jnp.pad(page_ids, ((0, 0), (0, padding)), constant_values=num_pages)
+    page_ids = jnp.pad(kv.page_ids, ((0, 0), (0, padding)), constant_values=num_pages)
     page_ids = page_ids.at[slot].get(mode="fill", fill_value=num_pages)
 
     def fold(carry):
@@ -58,9 +63,12 @@ def paged_attention(
         key_positions = (block * pages_per_block + jnp.arange(pages_per_block, dtype=jnp.int32)) * page_size
         key_positions = key_positions[None, :, None] + jnp.arange(page_size, dtype=jnp.int32)[None, None, :]
         visible = (key_positions <= position[:, None, None]) & (key_positions >= oldest[:, None, None])
-        k = _load(k_pages.at[pages].get(mode="clip"))
-        v = jnp.where(visible[:, :, None, :, None], _load(v_pages.at[pages].get(mode="clip")), 0)
-        scores = jnp.where(visible[:, None, None], jnp.einsum("bkgd,bpktd->bkgpt", q, k, precision=_EXACT), -jnp.inf)
+        k = as_float(kv.k.at[pages].get(mode="clip"))
+        v = jnp.where(visible[:, :, None, :, None], as_float(kv.v.at[pages].get(mode="clip")), 0)
+        scores = jnp.einsum("bkgd,bpktd->bkgpt", q, k, precision=_EXACT)
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
         new_largest = jnp.maximum(largest, jnp.max(scores, axis=(3, 4)))
         base = jnp.where(new_largest == -jnp.inf, 0, new_largest)
         weights = jnp.exp(scores - base[..., None, None])
@@ -75,12 +83,22 @@ def paged_attention(
     num_blocks = jnp.where(jnp.max(position) >= 0, num_blocks, 0)
     zeros = jnp.zeros(q.shape[:3], jnp.float32)
     carry = (lax.div(first, jnp.int32(positions_per_block)), zeros - jnp.inf, zeros, jnp.zeros(q.shape, jnp.float32))
-    _, _, total, out = lax.while_loop(lambda carry: carry[0] < num_blocks, fold, carry)
+    _, largest, total, out = lax.while_loop(lambda carry: carry[0] < num_blocks, fold, carry)
+    if sinks is not None:
+        out, total = _with_sinks(out, largest, total, sinks.reshape(1, num_kv_heads, -1))
+    if kv.v_scale is not None:
+        out = out * kv.v_scale[None, :, None, None]
     out = jnp.where(total[..., None] == 0, 0, out / total[..., None])
     return out.reshape(num_rows, num_heads, head_dim)
 
 
-def _load(pages: Shaped[Array, "*shape"]) -> Float32[Array, "*shape"]:
-    if pages.dtype == jnp.uint16:
-        pages = lax.bitcast_convert_type(pages, jnp.bfloat16)
-    return pages.astype(jnp.float32)
+def _with_sinks(
+    out: Float32[Array, "B K G D"],
+    largest: Float32[Array, "B K G"],
+    total: Float32[Array, "B K G"],
+    sinks: Float32[Array, "1 K G"],
+) -> tuple[Float32[Array, "B K G D"], Float32[Array, "B K G"]]:
+    new_largest = jnp.maximum(largest, sinks)
+    base = jnp.where(new_largest == -jnp.inf, 0, new_largest)
+    correction = jnp.exp(largest - base)
+    return out * correction[..., None], total * correction + jnp.exp(sinks - base)

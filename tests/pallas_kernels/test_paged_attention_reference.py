@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.paged_attention import PagedKV
 from pallas_kernels.paged_attention.reference import paged_attention
 
 ATTENTION = jax.jit(paged_attention, static_argnames="window")
@@ -26,8 +27,10 @@ class Case:
     window: int | None
 
     def run(self) -> np.ndarray:
-        arrays = (self.q, self.k, self.v, self.page_ids, self.slot, self.position)
-        return np.asarray(ATTENTION(*map(jnp.asarray, arrays), window=self.window))
+        q, k, v, page_ids, slot, position = map(
+            jnp.asarray, (self.q, self.k, self.v, self.page_ids, self.slot, self.position)
+        )
+        return np.asarray(ATTENTION(q, PagedKV(k, v, page_ids), slot, position, window=self.window))
 
     def seen_by(self, row: int) -> range:
         if self.slot[row] == NUM_SLOTS:

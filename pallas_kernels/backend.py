@@ -1,0 +1,36 @@
+"""Which backend of an operation runs."""
+
+import jax
+
+BACKENDS = ("reference", "triton", "jax_triton", "tpu")
+_OF_PLATFORM = {"gpu": "triton", "cuda": "triton", "tpu": "tpu"}
+_PLATFORMS_OF = {"triton": ("gpu", "cuda"), "jax_triton": ("gpu", "cuda"), "tpu": ("tpu",)}
+
+
+def resolve_backend(backend: str | None) -> str:
+    """The backend asked for, or the default of the platform: "triton" on NVIDIA GPUs, "tpu" on TPUs, else "reference".
+
+    Raises:
+      ValueError: if the name is unknown.
+    """
+    if backend is None:
+        return _OF_PLATFORM.get(jax.default_backend(), "reference")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}, or None to choose")
+    return backend
+
+
+def check_runs_here(backend: str, *, interpret: bool) -> None:
+    """Refuses a backend that cannot run on the default device.
+
+    Raises:
+      ValueError: naming the backend, the platform, and what to use instead.
+    """
+    platforms = _PLATFORMS_OF.get(backend, ())
+    platform = jax.default_backend()
+    if platforms and platform not in platforms and not (interpret and backend != "jax_triton"):
+        device = {"tpu": "a TPU"}.get(backend, "an NVIDIA GPU")
+        raise ValueError(
+            f"backend {backend!r} needs {device}, but the default device is a {platform}: use 'reference'"
+            + (", or interpret the kernels (slow)" if backend != "jax_triton" else "")
+        )

@@ -1,0 +1,127 @@
+"""Attention over pages: which backend runs is an argument; `reference.paged_attention` says what all of them compute."""
+
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.backend import resolve_backend
+from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention.pages import PagedKV
+from pallas_kernels.paged_attention.query_blocks import QueryBlocks, query_blocks
+
+
+def decode_attention(
+    q: Float[Array, "B H D"],
+    kv: PagedKV,
+    slot: Int32[Array, " B"],
+    position: Int32[Array, " B"],
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float32[Array, " H"] | None = None,
+    num_splits: int | None = None,
+    backend: str | None = None,
+    interpret: bool = False,
+) -> Float32[Array, "B H D"]:
+    """Attention of rows that each read their slot's pages for themselves: one row per sequence, as in decoding.
+
+    Several rows of one slot are allowed. A row's bits depend on its own sequence and position only, given the shapes and
+    `num_splits`.
+
+    Args:
+      q, kv, slot, position, window, softcap, sinks: as in `reference.paged_attention`.
+      num_splits: parts that a row's positions are worked on in parallel (split-K, Flash-Decoding, Dao et al., 2023); None:
+        chosen from the shapes. Only "triton" and "jax_triton" split.
+      backend: "triton" (Pallas on NVIDIA GPUs), "jax_triton" (the same kernel through jax-triton), "tpu" (Pallas on TPUs),
+        "reference" (plain JAX); None: the platform's default.
+      interpret: run the kernel in Pallas' interpreter, on any device; slow.
+
+    Raises:
+      ValueError: if the backend is unknown, or does not support the shapes or the dtype.
+    """
+    backend = resolve_backend(backend)
+    options = {"window": window, "softcap": softcap, "sinks": sinks}
+    if backend == "reference":
+        return reference.paged_attention(q, kv, slot, position, **options)
+    if backend == "tpu":
+        from pallas_kernels.paged_attention import tpu
+
+        return tpu.decode_attention(q, kv, slot, position, **options, interpret=interpret)
+    if backend == "jax_triton":
+        from pallas_kernels.paged_attention import jax_triton_decode
+
+        return jax_triton_decode.decode_attention(q, kv, slot, position, **options, num_splits=num_splits)
+    from pallas_kernels.paged_attention import triton_decode
+
+    return triton_decode.decode_attention(q, kv, slot, position, **options, num_splits=num_splits, interpret=interpret)
+
+
+def chunk_attention(
+    q: Float[Array, "B H D"],
+    kv: PagedKV,
+    slot: Int32[Array, " B"],
+    position: Int32[Array, " B"],
+    *,
+    blocks: QueryBlocks | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float32[Array, " H"] | None = None,
+    backend: str | None = None,
+    interpret: bool = False,
+) -> Float32[Array, "B H D"]:
+    """Attention of chunks: adjacent rows of one slot, at consecutive positions, read its pages together.
+
+    The rows' own keys and values must be in the pages. Rows of several slots may be packed in one batch; each slot's rows
+    must form one run. A row's bits do not depend on where its prompt was cut into chunks, nor on the other rows.
+
+    Args:
+      q, kv, slot, position, window, softcap, sinks: as in `reference.paged_attention`.
+      blocks: from `chunk_blocks`, so that it is made once for all layers; None: made here.
+      backend: "triton", "tpu", "reference"; None: the platform's default. "jax_triton" has no chunk kernel: "triton" runs.
+      interpret: run the kernel in Pallas' interpreter, on any device; slow.
+
+    Raises:
+      ValueError: if the backend is unknown, or does not support the shapes or the dtype.
+    """
+    backend = resolve_backend(backend)
+    options = {"window": window, "softcap": softcap, "sinks": sinks}
+    if backend == "reference":
+        return reference.paged_attention(q, kv, slot, position, **options)
+    if blocks is None:
+        group_size = q.shape[1] // kv.k.shape[1]
+        blocks = chunk_blocks(slot, position, num_slots=kv.num_slots, group_size=group_size, backend=backend)
+    if backend == "tpu":
+        from pallas_kernels.paged_attention import tpu
+
+        return tpu.chunk_attention(q, kv, blocks, **options, interpret=interpret)
+    from pallas_kernels.paged_attention import triton_chunk
+
+    return triton_chunk.chunk_attention(q, kv, blocks, **options, interpret=interpret)
+
+
+def chunk_blocks(
+    slot: Int32[Array, " B"],
+    position: Int32[Array, " B"],
+    *,
+    num_slots: int,
+    group_size: int,
+    backend: str | None = None,
+) -> QueryBlocks | None:
+    """The query blocks that `chunk_attention` of the same backend works on; None if that needs none.
+
+    Args:
+      slot, position: as there.
+      num_slots: S.
+      group_size: query heads per kv head.
+      backend: as there.
+    """
+    backend = resolve_backend(backend)
+    if backend == "reference":
+        return None
+    if backend == "tpu":
+        from pallas_kernels.paged_attention import tpu
+
+        block_rows = tpu.block_rows(group_size)
+    else:
+        from pallas_kernels.paged_attention import triton_chunk
+
+        block_rows = triton_chunk.block_rows(group_size)
+    return query_blocks(slot, position, num_slots=num_slots, block_rows=block_rows)

@@ -1,0 +1,41 @@
+"""Rotary embedding and the write of keys and values to pages: which backend runs is an argument."""
+
+from jaxtyping import Array, Float, Float32, Int32, Shaped
+
+from pallas_kernels.backend import resolve_backend
+from pallas_kernels.paged_attention.pages import PagedKV
+from pallas_kernels.rotary_write import reference
+
+
+def rotary_write(
+    qkv: Float32[Array, "B K G+2 D"],
+    cos: Float32[Array, "B D/2"],
+    sin: Float32[Array, "B D/2"],
+    kv: PagedKV,
+    slot: Int32[Array, " B"],
+    position: Int32[Array, " B"],
+    *,
+    q_norm: Float[Array, " D"] | None = None,
+    k_norm: Float[Array, " D"] | None = None,
+    norm_eps: float = 1e-6,
+    backend: str | None = None,
+    interpret: bool = False,
+) -> tuple[Float32[Array, "B H D"], Shaped[Array, "N K T D"], Shaped[Array, "N K T D"]]:
+    """Queries ready for attention, and the pages with the rows' keys and values in them: one pass over the projection.
+
+    Args:
+      qkv, cos, sin, kv, slot, position, q_norm, k_norm, norm_eps: as in `reference.rotary_write`, which says what is
+        computed. The page arrays are written in place if the caller has no further use for them.
+      backend: "triton", "reference" (plain JAX); None: the platform's default. "tpu" runs as "reference": XLA's scatter.
+      interpret: run the kernel in Pallas' interpreter, on any device; slow.
+
+    Raises:
+      ValueError: if the backend is unknown.
+    """
+    backend = resolve_backend(backend)
+    norms = {"q_norm": q_norm, "k_norm": k_norm, "norm_eps": norm_eps}
+    if backend in ("reference", "tpu"):
+        return reference.rotary_write(qkv, cos, sin, kv, slot, position, **norms)
+    from pallas_kernels.rotary_write import triton
+
+    return triton.rotary_write(qkv, cos, sin, kv, slot, position, **norms, interpret=interpret)

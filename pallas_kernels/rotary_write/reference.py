@@ -1,0 +1,70 @@
+"""Normalise, rotate, write to pages, in plain jax.numpy: the specification, and what runs on CPU."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32, Shaped
+
+from pallas_kernels.paged_attention.pages import PagedKV, as_stored
+
+
+def rotary_write(
+    qkv: Float32[Array, "B K G+2 D"],
+    cos: Float32[Array, "B D/2"],
+    sin: Float32[Array, "B D/2"],
+    kv: PagedKV,
+    slot: Int32[Array, " B"],
+    position: Int32[Array, " B"],
+    *,
+    q_norm: Float[Array, " D"] | None = None,
+    k_norm: Float[Array, " D"] | None = None,
+    norm_eps: float = 1e-6,
+) -> tuple[Float32[Array, "B H D"], Shaped[Array, "N K T D"], Shaped[Array, "N K T D"]]:
+    """Queries ready for attention, and the pages with the rows' keys and values in them.
+
+    Args:
+      qkv: the fused projection, grouped by kv head: for each its G query heads, its key, its value.
+      cos, sin: of each row's rotary angles, multiplied by the scaling that some kinds of rotary embedding ask for.
+      kv: where keys and values go; stored as number / scale.
+      slot: slot of each row; S = none, the row writes nothing.
+      position: position of each row; no two rows with a slot may have the same slot and position.
+      q_norm, k_norm: scale of a root mean square normalisation per head before the rotation (Qwen3); None: there is none.
+      norm_eps: added to the mean square.
+
+    Returns:
+      Queries, rotated and scaled by 1/sqrt(D), and the arrays of keys and values.
+    """
+    num_rows, num_kv_heads, _, head_dim = qkv.shape
+    q, k, v = qkv[:, :, :-2], qkv[:, :, -2:-1], qkv[:, :, -1]
+    q, k = _normalised(q, q_norm, norm_eps), _normalised(k, k_norm, norm_eps)
+    q = _rotated(q, cos[:, None, None], sin[:, None, None]) * head_dim**-0.5
+    k = _rotated(k, cos[:, None, None], sin[:, None, None])[:, :, 0]
+    page, offset = kv.page_of(slot, position), lax.rem(position, jnp.int32(kv.page_size))
+    k_pages = write_rows(kv.k, k, kv.k_scale, page, offset)
+    v_pages = write_rows(kv.v, v, kv.v_scale, page, offset)
+    return q.reshape(num_rows, -1, head_dim), k_pages, v_pages
+
+
+def write_rows(
+    pages: Shaped[Array, "N K T D"],
+    rows: Float32[Array, "B K D"],
+    scale: Float32[Array, " K"] | None,
+    page_id: Int32[Array, " B"],
+    offset: Int32[Array, " B"],
+) -> Shaped[Array, "N K T D"]:
+    """Stores each row's heads at `offset` of page `page_id`; a row whose page is "none" (N) is dropped."""
+    if scale is not None:
+        rows = rows / scale[None, :, None]
+    return pages.at[page_id, :, offset].set(as_stored(rows, pages.dtype), mode="drop")
+
+
+def _normalised(x: Float32[Array, "*B D"], scale: Float[Array, " D"] | None, eps: float) -> Float32[Array, "*B D"]:
+    if scale is None:
+        return x
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x * lax.rsqrt(mean_square + eps) * jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
+
+
+def _rotated(x: Float32[Array, "*B D"], cos: Float32[Array, "*B D/2"], sin: Float32[Array, "*B D/2"]):
+    """Turns the pairs (x[i], x[i + D/2]), the pairing of Hugging Face checkpoints."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
