@@ -1,0 +1,215 @@
+"""Attention of single rows over pages on NVIDIA GPUs: Flash-Decoding (Dao et al., 2023) in Pallas, lowered to Triton.
+
+One program works on one kv head of one row, and on one of the parts (splits) of the positions that the row sees; the query
+heads of the kv head are the rows of its products. A second kernel combines the parts; a single part needs none.
+
+    a row at position 700, tiles of 64 positions, 4 splits:   |0 1 2|3 4 5|6 7 8|9 10|
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.paged_attention import triton_tiles as tiles
+from pallas_kernels.paged_attention.pages import PagedKV
+
+_NUM_SMS = 132  # of an H100 or H200 (SXM)
+_PROGRAMS_PER_SM = 3  # to have loads in flight while others compute
+_MIN_TILES_PER_SPLIT = 4  # a split's partial result costs about as much as half a tile
+_MAX_SPLITS = 128  # the combining kernel holds one row of each in registers
+_MAX_HEADS_PER_PROGRAM = 32
+_MAX_GRID = 65535  # programs along the second dimension
+_COMBINED_DIMS = 64  # of the head, per combining program
+
+
+def decode_attention(
+    q: Float[Array, "B H D"],
+    kv: PagedKV,
+    slot: Int32[Array, " B"],
+    position: Int32[Array, " B"],
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float32[Array, " H"] | None = None,
+    num_splits: int | None = None,
+    interpret: bool = False,
+) -> Float32[Array, "B H D"]:
+    """`reference.paged_attention` as a kernel. Operands of products are rounded to `triton_tiles.compute_dtype`.
+
+    Args:
+      q, kv, slot, position, window, softcap, sinks: as there.
+      num_splits: parts that a row's positions are worked on in parallel, at most 128; None: `default_num_splits`.
+      interpret: run in Pallas' interpreter.
+
+    A row's bits depend on its own sequence and position, `num_splits` and static shapes only: where its splits begin follows
+    from its own position.
+
+    Raises:
+      ValueError: if the shapes, the dtype of the pages or `num_splits` are not supported.
+    """
+    tiles.check_supported(q, kv)
+    num_rows, num_heads, head_dim = q.shape
+    num_kv_heads = kv.k.shape[1]
+    group_size = num_heads // num_kv_heads
+    tile_size = _tile_size(head_dim)
+    if num_splits is None:
+        longest = kv.page_ids.shape[1] * kv.page_size
+        longest = longest if window is None else min(longest, window)
+        num_splits = default_num_splits(num_rows * num_kv_heads, -(-longest // tile_size))
+    if not 1 <= num_splits <= _MAX_SPLITS:
+        raise ValueError(f"num_splits {num_splits} is not in 1..{_MAX_SPLITS}: choose it there, or None")
+    if num_rows > _MAX_GRID:
+        raise ValueError(f"{num_rows} rows exceed {_MAX_GRID}: use fewer rows")
+    kv = kv._replace(k=tiles.kernel_pages(kv.k), v=tiles.kernel_pages(kv.v))
+    heads_per_program = min(tiles.padded(group_size), _MAX_HEADS_PER_PROGRAM)
+    splitting = {"window": window, "tile_size": tile_size, "num_splits": num_splits}
+
+    def partial(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((num_rows, num_heads, *shape), jnp.float32)
+
+    split = tiles.triton_call(
+        functools.partial(_decode_kernel, heads_per_program=heads_per_program, softcap=softcap, **splitting),
+        grid=(num_kv_heads * -(-group_size // heads_per_program), num_rows, num_splits),
+        out_shape=tiles.Softmax(partial(num_splits), partial(num_splits), partial(num_splits, head_dim))
+        if num_splits > 1
+        else partial(head_dim),
+        num_warps=4,
+        num_stages=3,
+        name="paged_decode",
+        interpret=interpret,
+    )
+    out = split(q, kv, slot, position, sinks)
+    if num_splits == 1:
+        return out
+    combine = tiles.triton_call(
+        functools.partial(_combine_kernel, num_slots=kv.num_slots, **splitting),
+        grid=(num_heads, num_rows, -(-head_dim // _COMBINED_DIMS)),
+        out_shape=partial(head_dim),
+        num_warps=4,
+        num_stages=1,
+        name="paged_decode_combine",
+        interpret=interpret,
+    )
+    return combine(out, slot, position, sinks, kv.v_scale)
+
+
+def default_num_splits(num_programs: int, max_tiles: int) -> int:
+    """Enough splits to fill the GPU when all rows are long, and no more than the longest row can use.
+
+    Args:
+      num_programs: rows times kv heads, each of which is split.
+      max_tiles: tiles that the longest row sees.
+
+    Both are static: were splits chosen from the rows present, a row's bits would depend on the others.
+    """
+    wanted = -(-_PROGRAMS_PER_SM * _NUM_SMS // num_programs)
+    useful = max(max_tiles // _MIN_TILES_PER_SPLIT, 1)
+    return min(tiles.padded(wanted, 1), 1 << (useful.bit_length() - 1), _MAX_SPLITS)
+
+
+def _tile_size(head_dim: int) -> int:
+    return 64 if head_dim <= 128 else 32
+
+
+def _split_tiles(
+    position: Int32[Array, ""], *, window: int | None, tile_size: int, num_splits: int
+) -> tuple[Int32[Array, ""], Int32[Array, ""], Int32[Array, ""]]:
+    """The first tile that a row at `position` sees, the tile after its last, and tiles per split."""
+    oldest = jnp.zeros_like(position) if window is None else jnp.maximum(position - (window - 1), 0)
+    first = lax.div(oldest, np.int32(tile_size))
+    end = lax.div(position, np.int32(tile_size)) + 1
+    return first, end, lax.div(end - first + (num_splits - 1), np.int32(num_splits))
+
+
+def _decode_kernel(
+    q_ref, kv, slot_ref, position_ref, sinks_ref, *out_refs, heads_per_program, window, softcap, tile_size, num_splits
+):
+    num_slots, (_, num_kv_heads, page_size, head_dim) = kv.page_ids.shape[0], kv.k.shape
+    group_size = q_ref.shape[1] // num_kv_heads
+    programs_per_kv_head = -(-group_size // heads_per_program)
+    kv_head = lax.div(pl.program_id(0), np.int32(programs_per_kv_head))
+    member = lax.rem(pl.program_id(0), np.int32(programs_per_kv_head)) * heads_per_program
+    member = member + jnp.arange(heads_per_program, dtype=jnp.int32)
+    head, is_head = kv_head * group_size + member, member < group_size
+    row, split = pl.program_id(1), pl.program_id(2)
+    dim = jnp.arange(tiles.padded(head_dim), dtype=jnp.int32)
+    is_element = is_head[:, None] & (dim < head_dim)[None, :]
+
+    slot, position = slot_ref[row], position_ref[row]
+    first, end, per_split = _split_tiles(position, window=window, tile_size=tile_size, num_splits=num_splits)
+    first = first + split * per_split
+    end = jnp.where(slot < num_slots, jnp.minimum(first + per_split, end), first)
+
+    def attend() -> tiles.Softmax:
+        q = plgpu.load(q_ref.at[row, head[:, None], dim[None, :]], mask=is_element, other=np.zeros((), q_ref.dtype))
+        q = (q.astype(jnp.float32) * tiles.query_factor(softcap)).astype(tiles.compute_dtype(kv.k.dtype))
+        k_scale = None if kv.k_scale is None else kv.k_scale[kv_head]
+        page_ids_of = functools.partial(
+            tiles.load_page_ids, kv.page_ids, slot, last=position, tile_size=tile_size, page_size=page_size
+        )
+
+        def fold_tile(tile, carry):
+            page_ids, softmax = carry
+            next_page_ids = page_ids_of(tile + 1)
+            key_positions = tiles.tile_positions(tile, tile_size)
+            visible = key_positions <= position
+            if window is not None:
+                visible = visible & (key_positions > position - window)
+            k = tiles.load_tile(kv.k, page_ids, kv_head, key_positions, visible)
+            v = tiles.load_tile(kv.v, page_ids, kv_head, key_positions, visible)
+            scores = tiles.scores(q, k, visible[None, :], k_scale=k_scale, softcap=softcap)
+            return next_page_ids, tiles.fold(softmax, scores, v)
+
+        carry = page_ids_of(first), tiles.empty_softmax(heads_per_program, head_dim)
+        return lax.fori_loop(first, end, fold_tile, carry)[1]
+
+    if num_splits == 1:
+        sink = None if sinks_ref is None else plgpu.load(sinks_ref.at[head], mask=is_head, other=np.float32(0))
+        out = tiles.finish(attend(), sink, None if kv.v_scale is None else kv.v_scale[kv_head])
+        (out_ref,) = out_refs
+        plgpu.store(out_ref.at[row, head[:, None], dim[None, :]], out, mask=is_element)
+        return
+
+    @pl.when(first < end)  # `_combine_kernel` reads no other part
+    def _():
+        softmax, parts = attend(), tiles.Softmax(*out_refs)
+        plgpu.store(parts.largest.at[row, head, split], softmax.largest, mask=is_head)
+        plgpu.store(parts.total.at[row, head, split], softmax.total, mask=is_head)
+        plgpu.store(parts.out.at[row, head[:, None], split, dim[None, :]], softmax.out, mask=is_element)
+
+
+def _combine_kernel(
+    parts, slot_ref, position_ref, sinks_ref, v_scale_ref, out_ref, *, num_slots, window, tile_size, num_splits
+):
+    head, row = pl.program_id(0), pl.program_id(1)
+    head_dim = out_ref.shape[2]
+    block = min(tiles.padded(head_dim), _COMBINED_DIMS)
+    dim = pl.program_id(2) * block + jnp.arange(block, dtype=jnp.int32)
+    split = jnp.arange(tiles.padded(num_splits, 1), dtype=jnp.int32)
+
+    first, end, per_split = _split_tiles(position_ref[row], window=window, tile_size=tile_size, num_splits=num_splits)
+    is_used = (first + split * per_split < end) & (split < num_splits) & (slot_ref[row] < num_slots)
+    is_element = is_used[:, None] & (dim < head_dim)[None, :]
+    largest = plgpu.load(parts.largest.at[row, head, split], mask=is_used, other=np.float32(-np.inf))
+    total = plgpu.load(parts.total.at[row, head, split], mask=is_used, other=np.float32(0))
+    out = plgpu.load(parts.out.at[row, head, split[:, None], dim[None, :]], mask=is_element, other=np.float32(0))
+
+    overall = jnp.max(largest, axis=0, keepdims=True)
+    correction = jnp.exp2(largest - tiles.finite_base(overall))
+    softmax = tiles.Softmax(
+        largest=overall,
+        total=jnp.sum(total * correction, axis=0, keepdims=True),
+        out=jnp.sum(out * correction[:, None], axis=0, keepdims=True),
+    )
+    sink = None if sinks_ref is None else sinks_ref[head][None]
+    v_scale = None
+    if v_scale_ref is not None:
+        group_size = out_ref.shape[1] // v_scale_ref.shape[0]
+        v_scale = v_scale_ref[lax.div(head, np.int32(group_size))]
+    plgpu.store(out_ref.at[row, head, dim], tiles.finish(softmax, sink, v_scale)[0], mask=dim < head_dim)
