@@ -57,7 +57,7 @@ def decode_attention(
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = kv.k.shape[1]
     group_size = num_heads // num_kv_heads
-    tile_size = _tile_size(head_dim)
+    tile_size = _tile_size(head_dim, kv.k.dtype)
     if num_splits is None:
         longest = kv.page_ids.shape[1] * kv.page_size
         longest = longest if window is None else min(longest, window)
@@ -76,17 +76,19 @@ def decode_attention(
     split = tiles.triton_call(
         functools.partial(_decode_kernel, heads_per_program=heads_per_program, softcap=softcap, **splitting),
         grid=(num_kv_heads * -(-group_size // heads_per_program), num_rows, num_splits),
-        out_shape=tiles.Softmax(partial(num_splits), partial(num_splits), partial(num_splits, head_dim))
-        if num_splits > 1
-        else partial(head_dim),
+        out_shape=(
+            [partial(num_splits), partial(num_splits), partial(num_splits, head_dim)]
+            if num_splits > 1
+            else [partial(head_dim)]
+        ),
         num_warps=4,
         num_stages=3,
         name="paged_decode",
         interpret=interpret,
     )
-    out = split(q, kv, slot, position, sinks)
+    parts = split(q, kv, slot, position, sinks)
     if num_splits == 1:
-        return out
+        return parts[0]
     combine = tiles.triton_call(
         functools.partial(_combine_kernel, num_slots=kv.num_slots, **splitting),
         grid=(num_heads, num_rows, -(-head_dim // _COMBINED_DIMS)),
@@ -96,7 +98,7 @@ def decode_attention(
         name="paged_decode_combine",
         interpret=interpret,
     )
-    return combine(out, slot, position, sinks, kv.v_scale)
+    return combine(parts, slot, position, sinks, kv.v_scale)
 
 
 def default_num_splits(num_programs: int, max_tiles: int) -> int:
@@ -113,7 +115,10 @@ def default_num_splits(num_programs: int, max_tiles: int) -> int:
     return min(tiles.padded(wanted, 1), 1 << (useful.bit_length() - 1), _MAX_SPLITS)
 
 
-def _tile_size(head_dim: int) -> int:
+def _tile_size(head_dim: int, dtype: jnp.dtype) -> int:
+    """The largest of 16, 32, 64 with which no shape spills registers on sm_90a (float32 has no tensor cores here)."""
+    if dtype == jnp.float32:
+        return 64 if head_dim <= 64 else 16
     return 64 if head_dim <= 128 else 32
 
 
@@ -178,14 +183,15 @@ def _decode_kernel(
 
     @pl.when(first < end)  # `_combine_kernel` reads no other part
     def _():
-        softmax, parts = attend(), tiles.Softmax(*out_refs)
-        plgpu.store(parts.largest.at[row, head, split], softmax.largest, mask=is_head)
-        plgpu.store(parts.total.at[row, head, split], softmax.total, mask=is_head)
-        plgpu.store(parts.out.at[row, head[:, None], split, dim[None, :]], softmax.out, mask=is_element)
+        softmax = attend()
+        largest_ref, total_ref, out_ref = out_refs
+        plgpu.store(largest_ref.at[row, head, split], softmax.largest, mask=is_head)
+        plgpu.store(total_ref.at[row, head, split], softmax.total, mask=is_head)
+        plgpu.store(out_ref.at[row, head[:, None], split, dim[None, :]], softmax.out, mask=is_element)
 
 
 def _combine_kernel(
-    parts, slot_ref, position_ref, sinks_ref, v_scale_ref, out_ref, *, num_slots, window, tile_size, num_splits
+    part_refs, slot_ref, position_ref, sinks_ref, v_scale_ref, out_ref, *, num_slots, window, tile_size, num_splits
 ):
     head, row = pl.program_id(0), pl.program_id(1)
     head_dim = out_ref.shape[2]
@@ -196,9 +202,10 @@ def _combine_kernel(
     first, end, per_split = _split_tiles(position_ref[row], window=window, tile_size=tile_size, num_splits=num_splits)
     is_used = (first + split * per_split < end) & (split < num_splits) & (slot_ref[row] < num_slots)
     is_element = is_used[:, None] & (dim < head_dim)[None, :]
-    largest = plgpu.load(parts.largest.at[row, head, split], mask=is_used, other=np.float32(-np.inf))
-    total = plgpu.load(parts.total.at[row, head, split], mask=is_used, other=np.float32(0))
-    out = plgpu.load(parts.out.at[row, head, split[:, None], dim[None, :]], mask=is_element, other=np.float32(0))
+    largest_ref, total_ref, part_out_ref = part_refs
+    largest = plgpu.load(largest_ref.at[row, head, split], mask=is_used, other=np.float32(-np.inf))
+    total = plgpu.load(total_ref.at[row, head, split], mask=is_used, other=np.float32(0))
+    out = plgpu.load(part_out_ref.at[row, head, split[:, None], dim[None, :]], mask=is_element, other=np.float32(0))
 
     overall = jnp.max(largest, axis=0, keepdims=True)
     correction = jnp.exp2(largest - tiles.finite_base(overall))
