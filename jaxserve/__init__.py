@@ -26,10 +26,11 @@ from jaxserve.scheduler import (
     submit,
 )
 from jaxserve.sequence import Update
-from jaxserve.step import RunResults, StepOutput, StepOutputs, run, run_steps, step
+from jaxserve.step import GPU_COMPILER_OPTIONS, RunResults, StepOutput, StepOutputs, run, run_steps, step
 
 __all__ = [
     "DEMO_MODEL",
+    "GPU_COMPILER_OPTIONS",
     "CompletionOutput",
     "Engine",
     "EngineConfig",

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxserve.cache import bytes_per_page
 from jaxserve.config import EngineConfig
 from jaxserve.models import ModelConfig
+from pallas_kernels.backend import check_runs_here
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
     (weights are on it by then), else 1 GiB; never less than one longest sequence, nor more than all slots can use.
 
     Raises:
-      ValueError: if `max_model_len` is longer than the model was made for.
+      ValueError: if `max_model_len` is longer than the model was made for, or the attention backend cannot run here.
     """
     if config.max_model_len > model.max_position:
         if config.max_model_len != EngineConfig.max_model_len:
@@ -42,10 +43,13 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
     if num_pages is None:
         useful = config.max_slots * config.pages_per_slot
         num_pages = max(min(_pool_bytes(weight) // page_bytes, useful), config.pages_per_slot)
-    resolved = dataclasses.replace(config, num_pages=num_pages, kv_dtype=kv_dtype)
+    resolved = dataclasses.replace(
+        config, num_pages=num_pages, kv_dtype=kv_dtype, attention_backend=config.backend, tile_rows=config.rows_per_tile
+    )
+    check_runs_here(config.backend, interpret=config.interpret_kernels)
     _log.info(
         "KV pool: %d pages of %d tokens in %s hold %d tokens, %.1f MB; %d slots, %d queue rows, sequences of at most "
-        "%d tokens, %d prompt tokens per step, at most %d logprobs and %d stop tokens per request",
+        "%d tokens, %d prompt tokens per step, at most %d logprobs and %d stop tokens per request; attention: %s%s",
         num_pages,
         config.page_size,
         kv_dtype,
@@ -57,6 +61,8 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
         config.chunk_size,
         config.max_logprobs,
         config.max_stop_token_ids,
+        resolved.attention_backend,
+        ", interpreted" if config.interpret_kernels else "",
     )
     return resolved
 

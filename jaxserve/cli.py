@@ -13,6 +13,7 @@ from absl import flags
 from jaxserve.config import EngineConfig, read_json_object
 from jaxserve.demo import DEMO_MODEL
 from jaxserve.request import SamplingParams
+from pallas_kernels.backend import BACKENDS
 
 DTYPES = ("bfloat16", "float32", "float16")
 
@@ -25,7 +26,7 @@ _CAPACITIES = {
     "max_queue": "Rows for waiting, running and finished sequences on the device; by default 4 per slot.",
     "max_logprobs": "Most tokens that a request may ask logprobs for.",
     "max_stop_token_ids": "Most token ids that end one sequence, end-of-sequence ids included.",
-    "tile_rows": "Rows that go through the model at once.",
+    "tile_rows": "Rows that go through the model at once; by default 32, or on accelerators as many as slots.",
     "max_steps_per_call": "Most steps between two looks of the host.",
 }
 
@@ -61,6 +62,15 @@ def define_engine_flags() -> None:
         "deterministic", None, "Bitwise independence of a request from its neighbours (on by default)."
     )
     flags.DEFINE_boolean("debug_checks", None, "Check the invariants of the state after every step; slow.")
+    flags.DEFINE_enum(
+        "attention_backend",
+        None,
+        list(BACKENDS),
+        "What attends to pages; by default triton on NVIDIA GPUs, tpu on TPUs.",
+    )
+    flags.DEFINE_boolean(
+        "interpret_kernels", None, "Run the kernels of triton or tpu in an interpreter, on any device; very slow."
+    )
 
 
 def define_sampling_flags(**defaults: Any) -> None:
@@ -114,7 +124,7 @@ def make_engine() -> Any:
 
 def _engine_config() -> EngineConfig:
     fields = read_json_object(flags.FLAGS.config, "engine config") if flags.FLAGS.config is not None else {}
-    for name in (*_CAPACITIES, "deterministic", "debug_checks"):
+    for name in (*_CAPACITIES, "deterministic", "debug_checks", "attention_backend", "interpret_kernels"):
         value = flags.FLAGS[name].value
         if value is not None:
             fields[name] = value

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from jaxserve.request import unknown_name
+from pallas_kernels.backend import BACKENDS, resolve_backend
 
 KV_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -25,11 +26,15 @@ class EngineConfig:
       max_queue: Q, rows for sequences that wait, run, or are finished and not collected; None: 4 * max_slots.
       max_logprobs: most tokens a request may ask logprobs for.
       max_stop_token_ids: most token ids that end one sequence, end-of-sequence ids included.
-      tile_rows: rows that go through the model at once; see `tile_sizes`.
+      tile_rows: rows that go through the model at once, see `tile_sizes`; None: 32, or on accelerators all slots.
       max_steps_per_call: most steps that one `run_steps` call runs.
       deterministic: whether a request's tokens and logprobs are bitwise independent of what runs beside it.
       debug_checks: whether the invariants of the state are checked after every call (slow).
       kv_dtype: of keys and values: "float32", "bfloat16" or "float16"; None: that of the weights.
+      attention_backend: what attends and writes to pages: "triton" (NVIDIA GPUs), "jax_triton" (the same decode kernel
+        through jax-triton), "tpu", or "reference" (plain JAX, any device); None: the default of the platform.
+      interpret_kernels: whether the kernels of "triton" and "tpu" run in Pallas' interpreter, on any device: to test and
+        debug, very slow.
 
     Raises:
       ValueError: if a value has the wrong type or is out of range, or the pool cannot hold one longest
@@ -44,16 +49,18 @@ class EngineConfig:
     max_queue: int | None = None
     max_logprobs: int = 20
     max_stop_token_ids: int = 8
-    tile_rows: int = 32
+    tile_rows: int | None = None
     max_steps_per_call: int = 32
     deterministic: bool = True
     debug_checks: bool = False
     kv_dtype: str | None = None
+    attention_backend: str | None = None
+    interpret_kernels: bool = False
 
     def __post_init__(self) -> None:
         for name, low in _LOWEST.items():
             self._check_int(name, low)
-        for name in ("deterministic", "debug_checks"):
+        for name in ("deterministic", "debug_checks", "interpret_kernels"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
         if self.num_rows < self.max_slots:
@@ -64,6 +71,10 @@ class EngineConfig:
             raise ValueError(f"page_size={self.page_size} must be one of {', '.join(map(str, _PAGE_SIZES))}")
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype={self.kv_dtype!r} must be one of {', '.join(KV_DTYPES)}, or null")
+        if self.attention_backend is not None and self.attention_backend not in BACKENDS:
+            raise ValueError(
+                f"attention_backend={self.attention_backend!r} must be one of {', '.join(BACKENDS)}, or null"
+            )
         if self.num_pages is not None and self.num_pages < self.pages_per_slot:
             raise ValueError(
                 f"num_pages={self.num_pages} cannot hold one longest sequence, max_model_len={self.max_model_len} "
@@ -72,7 +83,7 @@ class EngineConfig:
 
     def _check_int(self, name: str, low: int) -> None:
         value = getattr(self, name)
-        if value is None and name in ("num_pages", "max_queue"):
+        if value is None and name in ("num_pages", "max_queue", "tile_rows"):
             return
         if type(value) is not int or not low <= value < 2**31:
             raise ValueError(f"{name}={value!r} must be an integer from {low} to {2**31 - 1}")
@@ -88,15 +99,30 @@ class EngineConfig:
         return 4 * self.max_slots if self.max_queue is None else self.max_queue
 
     @property
+    def backend(self) -> str:
+        """The backend that `attention_backend` stands for; looks for a device if that is None."""
+        return resolve_backend(self.attention_backend)
+
+    @property
+    def rows_per_tile(self) -> int:
+        """R, rows of the narrowest tile of the forward pass.
+
+        On an accelerator a tile costs one read of the weights, so one holds all decode rows, in multiples of 16.
+        """
+        if self.tile_rows is not None:
+            return self.tile_rows
+        return 32 if self.backend == "reference" else -(-self.max_slots // 16) * 16
+
+    @property
     def tile_sizes(self) -> tuple[int, ...]:
         """Rows per tile of the forward pass, widest first; one size only if deterministic: bits depend on it."""
-        wide = 4 * self.tile_rows
-        return (self.tile_rows,) if self.deterministic or wide > self.max_rows else (wide, self.tile_rows)
+        rows = self.rows_per_tile
+        return (rows,) if self.deterministic or 4 * rows > self.max_rows else (4 * rows, rows)
 
     @property
     def max_rows(self) -> int:
         """B, rows of the largest step: one per decoding slot and a full chunk, in whole tiles."""
-        return -(-(self.max_slots + self.chunk_size) // self.tile_rows) * self.tile_rows
+        return -(-(self.max_slots + self.chunk_size) // self.rows_per_tile) * self.rows_per_tile
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:

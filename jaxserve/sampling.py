@@ -23,6 +23,8 @@ from jaxserve.request import GREEDY_BELOW
 T = TypeVar("T")
 
 _BLOCK = 128  # tokens per block of the two-level draw
+_TOP_K_PIECE = 16  # the largest k for which XLA:GPU has a kernel; for more it sorts whole rows
+_ALL = 1 << 30
 
 
 @record
@@ -91,10 +93,10 @@ def sample(
     shape = (logits.shape[0], max_logprobs)
 
     def report(_: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        values, ids = lax.top_k(logits, num_top)
+        values, ids = lax.platform_dependent(logits, cuda=_top(num_top, _TOP_K_PIECE), default=_top(num_top, _ALL))
         rank = 1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32)
         unused = ((0, 0), (0, max_logprobs - num_top))
-        ids = jnp.pad(ids.astype(jnp.int32), unused, constant_values=-1)
+        ids = jnp.pad(ids, unused, constant_values=-1)
         values = jnp.pad(values - normaliser, unused)
         some = asked[:, None]
         return jnp.where(asked, rank, 0), jnp.where(some, ids, -1), jnp.where(some, values, 0)
@@ -102,6 +104,23 @@ def sample(
     nothing = (jnp.zeros(shape[:1], jnp.int32), jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
     rank, top_ids, top_logprobs = _if_any(asked, report, nothing)
     return Sampled(token=token, logprob=logprob, rank=rank, top_ids=top_ids, top_logprobs=top_logprobs)
+
+
+def _top(k: int, piece: int) -> Callable[[Float32[Array, "R V"]], tuple[Float32[Array, "R K"], Int32[Array, "R K"]]]:
+    """`lax.top_k`, at most `piece` at a time: those found are taken out before the next are looked for."""
+
+    def top(logits: Float32[Array, "R V"]) -> tuple[Float32[Array, "R K"], Int32[Array, "R K"]]:
+        left = jnp.maximum(logits, jnp.finfo(jnp.float32).min)  # -inf means: taken out
+        rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+        found: list[Array] = []
+        for first in range(0, k, piece):
+            ids = lax.top_k(left, min(piece, k - first))[1].astype(jnp.int32)
+            left = left.at[rows, ids].set(-jnp.inf)
+            found.append(ids)
+        ids = jnp.concatenate(found, axis=1) if found else jnp.zeros((logits.shape[0], 0), jnp.int32)
+        return jnp.take_along_axis(logits, ids, axis=1), ids
+
+    return top
 
 
 def _draw(

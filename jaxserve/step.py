@@ -17,15 +17,15 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from jaxserve.cache import KVPool
-from jaxserve.cache.attention import paged_attend
 from jaxserve.config import EngineConfig
+from jaxserve.forward import forward_rows
 from jaxserve.models import ModelConfig, graphdef_of
 from jaxserve.pytree import Record, record
 from jaxserve.sampling import Sampled, sample
 from jaxserve.scheduler.state import EngineState, Status
 from jaxserve.scheduler.submission import Handles, Submission, abort, collect, submit
-from jaxserve.scheduler.transitions import Plan, samples, schedule, settle
+from jaxserve.scheduler.transitions import samples, schedule, settle
+from pallas_kernels.backend import compiles_for_cuda
 
 
 @record
@@ -87,7 +87,7 @@ def step(
     num_preempted = jnp.sum(state.queue.num_preemptions, dtype=jnp.int32)
     state, plan = schedule(state, config=config)
     sampled = samples(state, plan.num_new)
-    pool, hidden = _forward(params, state, plan, model=model, config=config)
+    pool, hidden = forward_rows(params, state, plan, model=model, config=config)
     drawn = _sample(params, state, hidden, sampled, model=model, config=config)
     failed = ~jnp.isfinite(drawn.logprob)  # of any logit that is NaN or infinite
     before = state
@@ -269,42 +269,6 @@ def _nothing_drawn(config: EngineConfig) -> Sampled:
     )
 
 
-def _forward(
-    params: nnx.State, state: EngineState, plan: Plan, *, model: ModelConfig, config: EngineConfig
-) -> tuple[KVPool, Float32[Array, "S E"]]:
-    """The model on the rows of the plan, tile by tile; later tiles see the pages that earlier ones wrote.
-
-    Returns:
-      The pool, and per slot the hidden state of its last known token, if that is among the rows.
-    """
-    queue, slots = state.queue, state.slots
-    num_slots = slots.row_id.shape[0]
-    forward = nnx.merge(graphdef_of(model), params)
-
-    def tile(size: int, carry: tuple[Array, KVPool, Array]) -> tuple[Array, KVPool, Array]:
-        start, pool, hidden = carry
-        slot = lax.dynamic_slice_in_dim(plan.slot, start, size)
-        position = lax.dynamic_slice_in_dim(plan.position, start, size)
-        row = slots.row_id.at[slot].get(mode="fill", fill_value=queue.status.shape[0])
-        tokens = queue.tokens.at[row, position].get(mode="fill", fill_value=0)
-        attend = paged_attend(state.table.page_ids, slot, position)
-        out, pages = forward(tokens, position, attend=attend, kv=tuple(zip(pool.k, pool.v, strict=True)))
-        last = position + 1 == queue.num_tokens.at[row].get(mode="fill", fill_value=0)
-        hidden = hidden.at[jnp.where(last, slot, num_slots)].set(out, mode="drop")
-        k, v = zip(*pages, strict=True)
-        return start + size, KVPool(k=k, v=v), hidden
-
-    carry = (jnp.int32(0), state.pool, jnp.zeros((num_slots, model.embed_dim), jnp.float32))
-    for size in config.tile_sizes:
-        smallest = 0 if size == config.tile_sizes[-1] else size - 1
-        carry = lax.while_loop(
-            lambda carry, smallest=smallest: plan.num_rows - carry[0] > smallest,
-            functools.partial(tile, size),
-            carry,
-        )
-    return carry[1], carry[2]
-
-
 def _sample(
     params: nnx.State,
     state: EngineState,
@@ -315,7 +279,7 @@ def _sample(
     config: EngineConfig,
 ) -> Sampled:
     """Output projection and sampling, in tiles of slots that sample: logits of one tile only are alive."""
-    num_slots, size = hidden.shape[0], config.tile_rows
+    num_slots, size = hidden.shape[0], config.rows_per_tile
     forward = nnx.merge(graphdef_of(model), params)
     (order,) = jnp.nonzero(sampled, size=-(-num_slots // size) * size, fill_value=num_slots)
     num_sampling = jnp.sum(sampled, dtype=jnp.int32)
@@ -352,12 +316,23 @@ def update(
     return submit(state, changes.submission, model=model, config=config)
 
 
+# Loops in CUDA graphs: without WHILE every loop of a step is driven by the host, which reads each condition back. The list
+# replaces XLA's own, so it names that too. XLA leaves loops out where the driver is older than CUDA 12.3.
+GPU_COMPILER_OPTIONS: dict[str, Any] = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
+}
+
+
 @functools.cache
 def programs(model: ModelConfig, config: EngineConfig) -> dict[str, Callable[..., Any]]:
-    """The compiled programs of an engine, by name: `step`, `run_steps` and `update`. The state is donated to each."""
+    """The compiled programs of an engine, by name: `step`, `run_steps` and `update`. The state is donated to each.
+
+    On NVIDIA GPUs each is compiled with `GPU_COMPILER_OPTIONS`, as a caller's own `jax.jit` of `run` should be.
+    """
+    options = GPU_COMPILER_OPTIONS if compiles_for_cuda(config.backend) else None
     static = {"model": model, "config": config}
     return {
-        "step": jax.jit(functools.partial(step, **static), donate_argnums=1),
-        "run_steps": jax.jit(functools.partial(run_steps, **static), donate_argnums=1),
-        "update": jax.jit(functools.partial(update, **static), donate_argnums=0),
+        "step": jax.jit(functools.partial(step, **static), donate_argnums=1, compiler_options=options),
+        "run_steps": jax.jit(functools.partial(run_steps, **static), donate_argnums=1, compiler_options=options),
+        "update": jax.jit(functools.partial(update, **static), donate_argnums=0, compiler_options=options),
     }

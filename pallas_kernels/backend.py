@@ -20,6 +20,11 @@ def resolve_backend(backend: str | None) -> str:
     return backend
 
 
+def compiles_for_cuda(backend: str) -> bool:
+    """Whether what runs with this backend is compiled for an NVIDIA GPU; or interpreted, in the place of that."""
+    return backend in ("triton", "jax_triton") or jax.default_backend() == "gpu"
+
+
 def check_runs_here(backend: str, *, interpret: bool) -> None:
     """Refuses a backend that cannot run on the default device.
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from jaxserve.models import Attend, ModelConfig, RopeConfig, Transformer, graphdef_of
+from jaxserve.models import Attend, ModelConfig, RopeConfig, Transformer, graphdef_of, rotated_heads
 from jaxserve.models.checkpoint import load_hugging_face, save_hugging_face
 
 CONFIG = ModelConfig(
@@ -36,8 +36,9 @@ def causal_attend_in_blocks(batch: int, time: int, block: int = 128) -> Attend:
     block = min(block, time)
     triangle = jnp.where(jnp.arange(block)[:, None] >= jnp.arange(block)[None, :], 0.0, -1e9)
 
-    def attend(q, k, v, kv, *, layer, window):
+    def attend(projection, kv, *, layer, window):
         del layer, window  # The demo model has no window.
+        q, k, v = rotated_heads(*projection)
         num_kv_heads, head_dim = k.shape[1:]
         q = q.reshape(batch, time, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
         q = q.reshape(batch * num_kv_heads, -1, time, head_dim)

@@ -24,6 +24,12 @@ def test_deterministic_engine_has_one_tile_size():
     assert narrow.tile_sizes == (8,), "no tile is wider than a step"
 
 
+def test_a_tile_holds_all_slots_where_a_tile_costs_one_read_of_the_weights():
+    assert EngineConfig(max_slots=100, attention_backend="reference").rows_per_tile == 32
+    assert EngineConfig(max_slots=100, attention_backend="triton").rows_per_tile == 112
+    assert EngineConfig(max_slots=100, attention_backend="triton", tile_rows=8).rows_per_tile == 8
+
+
 def test_config_is_hashable_by_value():
     assert hash(EngineConfig(page_size=32)) == hash(EngineConfig(page_size=32))
     assert EngineConfig(page_size=32) != EngineConfig()
@@ -45,7 +51,8 @@ def test_config_is_hashable_by_value():
         ({"max_logprobs": -1}, "max_logprobs=-1"),
         ({"max_stop_token_ids": 0}, "max_stop_token_ids=0"),
         ({"tile_rows": 0}, "tile_rows=0"),
-        ({"tile_rows": None}, "tile_rows=None"),
+        ({"attention_backend": "cuda"}, "attention_backend='cuda' must be one of reference, triton"),
+        ({"interpret_kernels": 1}, "interpret_kernels=1 must be true or false"),
         ({"max_steps_per_call": "8"}, "max_steps_per_call='8'"),
         ({"max_model_len": 2**31}, "max_model_len="),
         ({"deterministic": 1}, "deterministic=1"),

@@ -169,7 +169,7 @@ def test_a_policy_learns_from_its_own_samples_inside_one_program(requests):
     sampling = greedy(temperature=1.0, seed=0, max_tokens=NUM_NEW)
     asked = [dataclasses.replace(request, params=sampling) for request in requests]
     submission = workload.submission_of(asked, CONFIG)
-    params = jax.tree.map(lambda leaf: leaf / 6 if leaf.ndim > 1 else leaf, workload.make_params())
+    params = jax.tree.map(lambda leaf: leaf / 10 if leaf.ndim > 1 else leaf, workload.make_params())
     params, optimiser_state, reward, difference = train_step(params, OPTIMISER.init(params), submission, np.uint32(0))
     rewards, differences = [float(reward)], [float(difference)]
     with forbid_compilation():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from jax import lax
 
 from jaxserve import sampling
 from jaxserve.sampling import Sampled, SamplingRows, greedy_rows, sample
@@ -274,6 +275,16 @@ def test_top_lists_have_their_fixed_size_also_beyond_the_vocabulary(max_logprobs
     drawn = sample(logits, wanted, jnp.zeros(1, jnp.int32), jnp.ones(1, bool), max_logprobs=max_logprobs)
     assert drawn.top_ids.tolist() == [[1, 2, 0, -1, -1, -1, -1][:max_logprobs]]
     assert drawn.top_logprobs.shape == (1, max_logprobs)
+
+
+@pytest.mark.parametrize("piece", [1, 3, 16])
+def test_the_largest_are_found_in_pieces_as_at_once_ties_and_banned_tokens_included(piece):
+    logits = np.random.default_rng(0).integers(0, 9, (50, 40)).astype(np.float32)  # many ties
+    logits[:20] = np.where(logits[:20] < 7, -np.inf, logits[:20])  # fewer left than are asked for
+    values, ids = lax.top_k(jnp.asarray(logits), 20)
+    in_pieces = sampling._top(20, piece)(jnp.asarray(logits))
+    np.testing.assert_array_equal(in_pieces[1], ids)
+    np.testing.assert_array_equal(in_pieces[0], values)
 
 
 def test_a_row_gives_the_same_in_any_place_and_beside_any_neighbours():

@@ -1,39 +1,63 @@
 """Attention over pages as the model sees it: write the rows' keys and values, then attend over pages only."""
 
+import enum
 from typing import Any
 
 from jaxtyping import Array, Float32, Int32
 
-from jaxserve.cache.kv_pool import write_rows
-from jaxserve.models import Attend
-from pallas_kernels.paged_attention import PagedKV
-from pallas_kernels.paged_attention.reference import paged_attention
+from jaxserve.models import Attend, Projection
+from pallas_kernels.paged_attention import PagedKV, chunk_attention, chunk_blocks, decode_attention
+from pallas_kernels.rotary_write import rotary_write
 
 
-def paged_attend(page_ids: Int32[Array, "S P"], slot: Int32[Array, " B"], position: Int32[Array, " B"]) -> Attend:
+class Rows(enum.Enum):
+    """What a batch of rows is made of, which decides the kernel."""
+
+    SINGLE = "single"  # rows that read their slots' pages each for itself, as in decoding; any mixture may be served so
+    CHUNKS = "chunks"  # of each slot a run of adjacent rows, at consecutive positions
+
+
+def paged_attend(
+    page_ids: Int32[Array, "S P"],
+    slot: Int32[Array, " B"],
+    position: Int32[Array, " B"],
+    rows: Rows,
+    *,
+    group_size: int,
+    backend: str,
+    interpret: bool = False,
+) -> Attend:
     """An `attend` for rows that belong to slots; its `kv` is one layer's (k_pages, v_pages).
 
     Rows of one slot may come in one call or in many: every row is written before any attends, and attends to positions up
     to its own. Rows whose slot is "none" (S) write nothing.
+
+    Args:
+      page_ids: the page table.
+      slot, position: of each row.
+      rows: what they are made of.
+      group_size: query heads per kv head.
+      backend, interpret: as in `pallas_kernels`.
     """
+    run: dict[str, Any] = {"backend": backend, "interpret": interpret}
+    blocks = None
+    if rows is Rows.CHUNKS:  # the same for all layers
+        blocks = chunk_blocks(slot, position, num_slots=page_ids.shape[0], group_size=group_size, backend=backend)
 
     def attend(
-        q: Float32[Array, "B H D"],
-        k: Float32[Array, "B K D"],
-        v: Float32[Array, "B K D"],
-        kv: Any,
-        *,
-        layer: int,
-        window: int | None,
+        projection: Projection, kv: Any, *, layer: int, window: int | None
     ) -> tuple[Float32[Array, "B H D"], Any]:
         del layer
         k_pages, v_pages = kv
-        num_pages, _, page_size, _ = k_pages.shape
-        page = page_ids.at[slot, position // page_size].get(mode="fill", fill_value=num_pages)
-        offset = position % page_size
-        k_pages = write_rows(k_pages, k, page, offset)
-        v_pages = write_rows(v_pages, v, page, offset)
-        out = paged_attention(q, PagedKV(k_pages, v_pages, page_ids), slot, position, window=window)
+        pages = PagedKV(k_pages, v_pages, page_ids)
+        qkv, cos, sin, q_norm, k_norm, norm_eps = projection
+        norms = {"q_norm": q_norm, "k_norm": k_norm, "norm_eps": norm_eps}
+        q, k_pages, v_pages = rotary_write(qkv, cos, sin, pages, slot, position, **norms, **run)
+        pages = pages._replace(k=k_pages, v=v_pages)
+        if rows is Rows.SINGLE:
+            out = decode_attention(q, pages, slot, position, window=window, **run)
+        else:
+            out = chunk_attention(q, pages, slot, position, blocks=blocks, window=window, **run)
         return out, (k_pages, v_pages)
 
     return attend

@@ -9,8 +9,7 @@ all of it to float32 and back.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Shaped
 
 from jaxserve.models import ModelConfig
 from jaxserve.pytree import Record, record
@@ -54,31 +53,12 @@ def init_kv_pool(model: ModelConfig, num_pages: int, page_size: int, dtype: str,
     return KVPool(k=pages(), v=pages())
 
 
-def write_rows(
-    pages: Shaped[Array, "N K T D"],
-    rows: Float32[Array, "B K D"],
-    page_id: Int32[Array, " B"],
-    offset: Int32[Array, " B"],
-) -> Shaped[Array, "N K T D"]:
-    """Stores each row's heads at `offset` of page `page_id`; a row whose page is "none" (N) is dropped."""
-    if pages.dtype == jnp.uint16:
-        values = lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
-    else:
-        values = rows.astype(pages.dtype)
-    return pages.at[page_id, :, offset].set(values, mode="drop")
-
-
-def as_float(pages: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Pages, or some of them, as numbers."""
-    return lax.bitcast_convert_type(pages, jnp.bfloat16) if pages.dtype == jnp.uint16 else pages
-
-
 def bytes_per_page(model: ModelConfig, page_size: int, dtype: str) -> int:
     """Bytes of one page over all layers, keys and values."""
     itemsize = jnp.dtype(dtype).itemsize
     return 2 * model.num_layers * model.num_kv_heads * page_size * model.head_dim * itemsize
 
 
-def stores_bits() -> bool:
-    """Whether the default device is one on which a bfloat16 pool is kept as bits."""
-    return jax.default_backend() == "cpu"
+def stores_bits(backend: str) -> bool:
+    """Whether a bfloat16 pool is kept as bits: where XLA's scatter on CPU writes it."""
+    return jax.default_backend() == "cpu" and backend == "reference"

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax import nn
 from jaxtyping import Array, Float32
 
-from jaxserve.models.layers import Attend
+from jaxserve.models.layers import Attend, Projection
+from pallas_kernels.rotary_write.reference import rotated_heads
 
 
 def causal_attend(batch: int, time: int) -> Attend:
@@ -16,15 +17,10 @@ def causal_attend(batch: int, time: int) -> Attend:
     """
 
     def attend(
-        q: Float32[Array, "B H D"],
-        k: Float32[Array, "B K D"],
-        v: Float32[Array, "B K D"],
-        kv: Any,
-        *,
-        layer: int,
-        window: int | None,
+        projection: Projection, kv: Any, *, layer: int, window: int | None
     ) -> tuple[Float32[Array, "B H D"], Any]:
         del layer
+        q, k, v = rotated_heads(*projection)
         num_kv_heads, head_dim = k.shape[1:]
         q = q.reshape(batch, time, num_kv_heads, -1, head_dim)
         k = k.reshape(batch, time, num_kv_heads, head_dim)

@@ -3,7 +3,7 @@
 A layer knows neither pages nor kernels: attention is the `attend` function it is given.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +12,32 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.rope import rotate
+
+
+class Projection(NamedTuple):
+    """Queries, keys and values of some rows as a layer projects them, and what is to be done to them before attention.
+
+    Heads are first normalised, then rotated; a kernel does both while it has them at hand.
+    """
+
+    qkv: Float32[Array, "B K G+2 D"]  # for each kv head its G query heads, its key, its value
+    cos: Float32[Array, "B D/2"]  # of each row's rotary angles
+    sin: Float32[Array, "B D/2"]
+    q_norm: Float[Array, " D"] | None = None  # scale of an RMSNorm per query head; None: there is none
+    k_norm: Float[Array, " D"] | None = None  # of keys
+    norm_eps: float = 1e-6
 
 
 class Attend(Protocol):
     """Attention of some rows to the keys and values of their own sequences up to and including themselves."""
 
     def __call__(
-        self,
-        q: Float32[Array, "B H D"],
-        k: Float32[Array, "B K D"],
-        v: Float32[Array, "B K D"],
-        kv: Any,
-        *,
-        layer: int,
-        window: int | None,
+        self, projection: Projection, kv: Any, *, layer: int, window: int | None
     ) -> tuple[Float32[Array, "B H D"], Any]:
-        """Adds the rows' own `k` and `v` to `kv`, then attends.
+        """Adds the rows' own keys and values to `kv`, then attends with queries scaled by 1/sqrt(D).
 
         Args:
-          q: queries, rotated and scaled by 1/sqrt(D); query head h reads kv head h // (H // K).
-          k: keys, rotated.
-          v: values.
+          projection: of the rows; query head h reads kv head h // G.
           kv: whatever carries keys and values from call to call (a pair of page arrays, or None).
           layer: index of the layer, for a `kv` that holds all layers.
           window: number of latest positions a query sees, its own included; None: all.
@@ -104,19 +108,19 @@ class Attention(nnx.Module):
         self.out_bias = _bias(config.out_bias, (config.embed_dim,), dtype)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, dtype) if config.qk_norm else None
+        self.norm_eps = config.norm_eps
 
     def __call__(self, x, rotation, kv, attend: Attend, *, layer: int, window: int | None):
-        num_rows, group = x.shape[0], self.group_size
         y = _add(matmul(x, self.qkv[...]), self.qkv_bias)
-        y = y.reshape(num_rows, self.num_kv_heads, group + 2, self.head_dim)
-        q = y[:, :, :group].reshape(num_rows, self.num_kv_heads * group, self.head_dim)
-        k, v = y[:, :, group], y[:, :, group + 1]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q, *rotation) * self.head_dim**-0.5
-        k = rotate(k, *rotation)
-        out, kv = attend(q, k, v, kv, layer=layer, window=window)
-        return _add(matmul(out.reshape(num_rows, -1), self.out[...]), self.out_bias), kv
+        projection = Projection(
+            y.reshape(x.shape[0], self.num_kv_heads, self.group_size + 2, self.head_dim),
+            *rotation,
+            q_norm=None if self.q_norm is None else self.q_norm.scale[...],
+            k_norm=None if self.k_norm is None else self.k_norm.scale[...],
+            norm_eps=self.norm_eps,
+        )
+        out, kv = attend(projection, kv, layer=layer, window=window)
+        return _add(matmul(out.reshape(x.shape[0], -1), self.out[...]), self.out_bias), kv
 
 
 class FeedForward(nnx.Module):

@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies, their stretching to longer contexts, and the rotation."""
+"""Rotary position embedding: frequencies, their stretching to longer contexts, and the angles of positions."""
 
 import math
 
@@ -63,16 +63,8 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 def rotations(
     rope: RopeConfig, head_dim: int, positions: Int32[Array, " B"]
-) -> tuple[Float32[Array, "B 1 D/2"], Float32[Array, "B 1 D/2"]]:
-    """cos and sin of every position's angles, with an axis to broadcast over heads."""
+) -> tuple[Float32[Array, "B D/2"], Float32[Array, "B D/2"]]:
+    """cos and sin of every position's angles."""
     freqs, scale = frequencies(rope, head_dim)
-    angles = positions.astype(jnp.float32)[:, None, None] * jnp.asarray(freqs)[None, None, :]
+    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(freqs)[None, :]
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
-
-
-def rotate(
-    x: Float32[Array, "B heads D"], cos: Float32[Array, "B 1 D/2"], sin: Float32[Array, "B 1 D/2"]
-) -> Float32[Array, "B heads D"]:
-    """Turns the pairs (x[i], x[i + D/2]), the pairing of Hugging Face checkpoints."""
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -114,7 +114,9 @@ def init_state(model: ModelConfig, config: EngineConfig) -> EngineState:
         ),
         slots=Slots(row_id=jnp.full((slots,), rows, jnp.int32), num_computed=_zeros(slots)),
         table=init_page_table(slots, config.pages_per_slot, config.num_pages),
-        pool=init_kv_pool(model, config.num_pages, config.page_size, config.kv_dtype, as_bits=stores_bits()),
+        pool=init_kv_pool(
+            model, config.num_pages, config.page_size, config.kv_dtype, as_bits=stores_bits(config.backend)
+        ),
         next_arrival=jnp.asarray(0, jnp.int32),
     )
 

@@ -33,15 +33,25 @@ def rotary_write(
     Returns:
       Queries, rotated and scaled by 1/sqrt(D), and the arrays of keys and values.
     """
-    num_rows, num_kv_heads, _, head_dim = qkv.shape
-    q, k, v = qkv[:, :, :-2], qkv[:, :, -2:-1], qkv[:, :, -1]
+    q, k, v = rotated_heads(qkv, cos, sin, q_norm, k_norm, norm_eps)
+    page, offset = kv.page_of(slot, position), lax.rem(position, jnp.int32(kv.page_size))
+    return q, write_rows(kv.k, k, kv.k_scale, page, offset), write_rows(kv.v, v, kv.v_scale, page, offset)
+
+
+def rotated_heads(
+    qkv: Float32[Array, "B K G+2 D"],
+    cos: Float32[Array, "B D/2"],
+    sin: Float32[Array, "B D/2"],
+    q_norm: Float[Array, " D"] | None = None,
+    k_norm: Float[Array, " D"] | None = None,
+    norm_eps: float = 1e-6,
+) -> tuple[Float32[Array, "B H D"], Float32[Array, "B K D"], Float32[Array, "B K D"]]:
+    """Queries (normalised, rotated, scaled by 1/sqrt(D)), keys (normalised, rotated) and values; as `rotary_write`."""
+    num_rows, _, _, head_dim = qkv.shape
+    q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
     q, k = _normalised(q, q_norm, norm_eps), _normalised(k, k_norm, norm_eps)
     q = _rotated(q, cos[:, None, None], sin[:, None, None]) * head_dim**-0.5
-    k = _rotated(k, cos[:, None, None], sin[:, None, None])[:, :, 0]
-    page, offset = kv.page_of(slot, position), lax.rem(position, jnp.int32(kv.page_size))
-    k_pages = write_rows(kv.k, k, kv.k_scale, page, offset)
-    v_pages = write_rows(kv.v, v, kv.v_scale, page, offset)
-    return q.reshape(num_rows, -1, head_dim), k_pages, v_pages
+    return q.reshape(num_rows, -1, head_dim), _rotated(k, cos[:, None], sin[:, None]), v
 
 
 def write_rows(

@@ -8,9 +8,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from jaxserve.models import RopeConfig
+from jaxserve.models import RopeConfig, rotated_heads
 from jaxserve.models.hf_rope import read_rope, write_rope
-from jaxserve.models.rope import frequencies, rotate, rotations
+from jaxserve.models.rope import frequencies, rotations
 
 LLAMA3 = {
     "factor": 8.0,
@@ -72,16 +72,18 @@ def test_rotations_at_far_positions_equal_those_of_transformers():
     positions = np.asarray([0, 1, 77, 4095, 100_000])
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.from_numpy(positions)[None])
     ours = rotations(RopeConfig(), 64, jnp.asarray(positions, jnp.int32))
+    # Powers in float32 differ by a unit or two in the last place from library to library: an angle by 2^-22 of itself.
+    allowed = 2e-6 + np.outer(positions, frequencies(RopeConfig(), 64)[0]) * 2.0**-22
     for actual, expected in zip(ours, (cos, sin), strict=True):
-        np.testing.assert_allclose(actual[:, 0], expected[0, :, :32].numpy(), atol=2e-6)
+        assert np.all(np.abs(actual - expected[0, :, :32].numpy()) <= allowed)
 
 
 def test_rotated_queries_and_keys_depend_on_their_distance_only():
     rng = np.random.default_rng(0)
-    q, k = (jnp.asarray(np.tile(rng.standard_normal((1, 1, 16)), (3, 1, 1)), jnp.float32) for _ in range(2))
-    rotated_q = rotate(q, *rotations(RopeConfig(), 16, jnp.asarray([5, 50, 500], jnp.int32)))
-    rotated_k = rotate(k, *rotations(RopeConfig(), 16, jnp.asarray([2, 47, 497], jnp.int32)))
-    products = jnp.sum(rotated_q * rotated_k, axis=(1, 2))
+    qkv = jnp.asarray(np.tile(rng.standard_normal((1, 1, 3, 16)), (3, 1, 1, 1)), jnp.float32)
+    q, _, _ = rotated_heads(qkv, *rotations(RopeConfig(), 16, jnp.asarray([5, 50, 500], jnp.int32)))
+    _, k, _ = rotated_heads(qkv, *rotations(RopeConfig(), 16, jnp.asarray([2, 47, 497], jnp.int32)))
+    products = jnp.sum(q * k, axis=(1, 2))
     np.testing.assert_allclose(products, np.full(3, products[0]), rtol=1e-4)
 
 

@@ -16,7 +16,8 @@ import pytest
 import train_demo_model
 from flax import nnx
 
-from jaxserve.models import Transformer, causal_attend
+from jaxserve.models import Projection, RopeConfig, Transformer, causal_attend
+from jaxserve.models.rope import rotations
 
 TINY = dataclasses.replace(
     demo_model.CONFIG,
@@ -114,9 +115,10 @@ def test_every_file_is_led_by_end_of_text():
 
 def test_attention_in_blocks_is_causal_attention():
     batch, time = 2, 12
-    q, k, v = (jax.random.normal(jax.random.key(i), (batch * time, heads, 8)) for i, heads in enumerate((4, 2, 2)))
-    blocks, _ = demo_model.causal_attend_in_blocks(batch, time, block=4)(q, k, v, None, layer=0, window=None)
-    dense, _ = causal_attend(batch, time)(q, k, v, None, layer=0, window=None)
+    qkv = jax.random.normal(jax.random.key(0), (batch * time, 2, 4, 8))
+    projection = Projection(qkv, *rotations(RopeConfig(), 8, jnp.tile(jnp.arange(time), batch)))
+    blocks, _ = demo_model.causal_attend_in_blocks(batch, time, block=4)(projection, None, layer=0, window=None)
+    dense, _ = causal_attend(batch, time)(projection, None, layer=0, window=None)
     np.testing.assert_allclose(blocks, dense, atol=1e-5)
 
 
