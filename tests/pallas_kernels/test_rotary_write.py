@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from pallas_kernels.paged_attention import PagedKV
 from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape
@@ -55,12 +56,14 @@ class Case:
                     places.append((row, int(page), int(position % page_size)))
         return places
 
-    def run(self, backend: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return tuple(np.asarray(x) for x in _jitted(backend)(*jax.tree.map(jnp.asarray, dataclasses.astuple(self))))
+    def run(self, *program: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return tuple(np.asarray(x) for x in _jitted(*program)(*jax.tree.map(jnp.asarray, dataclasses.astuple(self))))
 
 
 @functools.cache
-def _jitted(backend: str):
+def _jitted(backend: str, variant: str = ""):
+    """`variant` makes another program of it."""
+
     def run(qkv, cos, sin, k, v, page_ids, slot, position, k_scale, v_scale, q_norm, k_norm):
         kv = PagedKV(k, v, page_ids, k_scale, v_scale)
         norms = {"q_norm": q_norm, "k_norm": k_norm, "norm_eps": _EPS}
@@ -259,6 +262,14 @@ def test_bits_of_a_row_do_not_depend_on_other_rows(other_rows):
     np.testing.assert_array_equal(bits(other_q[at]), bits(q[row]))
     np.testing.assert_array_equal(bits(other_k[page, :, offset]), bits(k[page, :, offset]))
     np.testing.assert_array_equal(bits(other_v[page, :, offset]), bits(v[page, :, offset]))
+
+
+def test_programs_of_the_kernel_may_run_in_any_order(monkeypatch):
+    name, program_id = "group of 7, page 16", pl.program_id
+    forwards = result_of(name, "triton")
+    monkeypatch.setattr(pl, "program_id", lambda axis: pl.num_programs(axis) - 1 - program_id(axis))
+    for actual, expected in zip(case_of(name).run("triton", "backwards"), forwards, strict=True):
+        np.testing.assert_array_equal(bits(actual), bits(expected))
 
 
 def lowered_for_cuda(shape: AttentionShape, dtype: str, *, norms: bool) -> str:
