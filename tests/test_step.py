@@ -59,10 +59,13 @@ def short(prompt_length: int, max_tokens: int) -> Asked:
     return Asked(tuple(range(prompt_length)), greedy(max_tokens=max_tokens))
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "bfloat16-triton"])
 def setup(request: pytest.FixtureRequest) -> Setup:
-    config = CONFIG if request.param == "float32" else BF16
-    params, targets = workload.make_params(jnp.dtype(request.param)), make_targets()
+    dtype, _, backend = request.param.partition("-")
+    config = CONFIG if dtype == "float32" else BF16
+    if backend:
+        config = dataclasses.replace(config, attention_backend=backend, interpret_kernels=True)
+    params, targets = workload.make_params(jnp.dtype(dtype)), make_targets()
     return Setup(params, config, targets, [workload.trace([target], params, config)[0] for target in targets])
 
 
@@ -233,7 +236,7 @@ def poison(state: EngineState) -> EngineState:
     assert not computed[table.free[: table.num_free]].any()
 
     def poisoned(pages: jax.Array) -> jax.Array:
-        nan = np.uint16(0x7FC0) if pages.dtype == jnp.uint16 else np.float32(np.nan)
+        nan = np.uint16(0x7FC0) if pages.dtype == jnp.uint16 else np.array(np.nan, pages.dtype)
         return jnp.asarray(np.where(computed[:, None, :, None], np.asarray(pages), nan))
 
     return state.replace(pool=jax.tree.map(poisoned, state.pool))
