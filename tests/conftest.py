@@ -26,6 +26,10 @@ CORE = ("cache", "scheduler", "pallas_kernels", "test_step.py", "test_sampling.p
 collect_ignore = [] if importlib.util.find_spec("torch") else ["models"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require_gate", action="store_true", help="fail, not skip, tests whose compilers are missing")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the tests of `CORE`."""
     here = pathlib.Path(__file__).parent

@@ -1,0 +1,130 @@
+"""The programs that the compile gate compiles: every kernel at the named shapes, and the engine's step."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from gate_compiler import Program
+
+from jaxserve import EngineConfig, ModelConfig, SamplingParams, init_state, make_submission
+from jaxserve.models.families import read_model_config
+from jaxserve.models.params import abstract_params
+from jaxserve.step import Changes, programs
+from pallas_kernels.paged_attention import PagedKV, chunk_attention, decode_attention
+from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape
+from pallas_kernels.rotary_write import rotary_write
+
+OPS = ("decode", "chunk", "rotary_write")
+DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint16")
+ENGINE_PROGRAMS = ("step", "run_steps", "update")
+_BACKENDS = {"cuda": "triton", "tpu": "tpu"}
+_NUM_PAGES = 4099  # a prime, so that no other array has the pool's shape; and a pool that outweighs everything else
+_PAGES_PER_SLOT = 128
+_ROWS = {"decode": 32, "chunk": 512, "rotary_write": 32}
+_MODELS = pathlib.Path(__file__).resolve().parents[1] / "configs" / "models"
+
+
+def kernel_program(op: str, shape: AttentionShape, dtype: str, platform: str, **options: Any) -> Program:
+    """One call of an operation of `OPS`.
+
+    Args:
+      op: name of the operation.
+      shape: heads, page size and options.
+      dtype: of the pages; 8-bit ones have scales.
+      platform: "cuda" or "tpu".
+      **options: of the operation, beside those of the shape.
+    """
+    rows, scales = _ROWS[op], None
+    pool = _array(dtype, _NUM_PAGES, shape.num_kv_heads, shape.page_size, shape.head_dim)
+    if pool.dtype.itemsize == 1:
+        scales = _array("float32", shape.num_kv_heads)
+    kv = PagedKV(pool, pool, _array("int32", rows, _PAGES_PER_SLOT), scales, scales)
+    slot = _array("int32", rows)
+    options = {"backend": _BACKENDS[platform], **options}
+    name = "/".join([op, shape.name, dtype, *(f"{key}={value}" for key, value in options.items() if key != "backend")])
+    if op == "rotary_write":
+        return _write_program(name, shape, kv, options)
+    attend = {"decode": decode_attention, "chunk": chunk_attention}[op]
+    sinks = _array("float32", shape.num_heads) if shape.sinks else None
+
+    def function(q: jax.Array, kv: PagedKV, slot: jax.Array, position: jax.Array, sinks: jax.Array | None) -> jax.Array:
+        limits = {"window": shape.window, "softcap": shape.softcap, "sinks": sinks}
+        return attend(q, kv, slot, position, **limits, **options)
+
+    q = _array("float32", rows, shape.num_heads, shape.head_dim)
+    return Program(name, jax.jit(function), (q, kv, slot, slot, sinks), pool=pool)
+
+
+def _write_program(name: str, shape: AttentionShape, kv: PagedKV, options: dict[str, Any]) -> Program:
+    rows = kv.num_slots
+    qkv = _array("float32", rows, shape.num_kv_heads, shape.group_size + 2, shape.head_dim)
+    half = _array("float32", rows, shape.head_dim // 2)
+    norm = _array("float32", shape.head_dim)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def function(pages: tuple[jax.Array, jax.Array], rest: tuple, norms: tuple) -> tuple[jax.Array, ...]:
+        qkv, cos, sin, kv, slot, position = rest
+        kv = kv._replace(k=pages[0], v=pages[1])
+        return rotary_write(qkv, cos, sin, kv, slot, position, q_norm=norms[0], k_norm=norms[1], **options)
+
+    slot = _array("int32", rows)
+    rest = (qkv, half, half, kv._replace(k=None, v=None), slot, slot)
+    return Program(name, function, ((kv.k, kv.v), rest, (norm, norm)), pool=kv.k, num_written=2)
+
+
+def engine_program(name: str, platform: str, *, num_layers: int = 4, **fields: Any) -> Program:
+    """A program of an engine for the 8B shape with few layers and a smaller vocabulary.
+
+    Args:
+      name: of `ENGINE_PROGRAMS`.
+      platform: "cuda" or "tpu".
+      num_layers: L.
+      **fields: of EngineConfig, in place of those here.
+    """
+    model = read_model_config(_MODELS / "llama3-8b.json")
+    model = dataclasses.replace(model, num_layers=num_layers, windows=(None,) * num_layers, vocab_size=8192)
+    capacities = {"max_slots": 64, "num_pages": _NUM_PAGES, "page_size": 64, "max_model_len": 4096, "chunk_size": 256}
+    fields = {"kv_dtype": "bfloat16", "attention_backend": _BACKENDS[platform], **capacities, **fields}
+    config = EngineConfig(**fields)
+    params = abstract_params(model, jnp.bfloat16)
+    state = jax.eval_shape(lambda: init_state(model, config))
+    args = {
+        "step": (params, state),
+        "run_steps": (params, state, _array("int32")),
+        "update": (state, _changes(model, config)),
+    }
+    return Program(
+        name=f"{name}/{config.backend}",
+        function=programs(model, config)[name],
+        args=args[name],
+        pool=_array("bfloat16", _NUM_PAGES, model.num_kv_heads, config.page_size, model.head_dim),
+        num_written=2 * num_layers,
+        one_command_buffer=True,
+    )
+
+
+def _changes(model: ModelConfig, config: EngineConfig) -> Changes:
+    rows = make_submission([[1]], SamplingParams(), model=model, config=config, num_rows=config.max_slots)
+    of_rows, generation = _array("bool", config.num_rows), _array("int32", config.num_rows)
+    shapes = jax.tree.map(lambda leaf: _array(leaf.dtype, *leaf.shape), rows)
+    return Changes(submission=shapes, collected=of_rows, aborted=of_rows, generation=generation)
+
+
+def _array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+def named_programs(platform: str) -> dict[str, Callable[[], Program]]:
+    """All programs of a platform by name, made when called."""
+    made: dict[str, Callable[[], Program]] = {}
+    for op in OPS:
+        for shape in SHAPES.values():
+            for dtype in DTYPES:
+                made[f"{op}/{shape.name}/{dtype}"] = functools.partial(kernel_program, op, shape, dtype, platform)
+    for name in ENGINE_PROGRAMS:
+        made[name] = functools.partial(engine_program, name, platform)
+    return made

@@ -1,0 +1,61 @@
+"""Every kernel compiles for real GPUs without spilling registers, and for real TPUs; none makes XLA copy the pool."""
+
+import pytest
+from gate_compiler import TARGETS, Report, compile_program, faults
+from gate_programs import OPS, kernel_program
+
+from pallas_kernels.paged_attention.shapes import SHAPES
+
+pytestmark = pytest.mark.gate
+KERNELS = {
+    "decode": {"paged_decode", "paged_decode_combine"},
+    "chunk": {"chunk_attention"},
+    "rotary_write": {"rotary_write"},
+}
+DTYPES = ("float32", "float16", "float8_e4m3fn", "int8")
+SOME_SHAPES = ("llama3-8b", "gemma2-2b", "gpt-oss-20b")  # head_dim 128, 256, 64
+TPU_SHAPES = tuple(name for name, shape in SHAPES.items() if shape.head_dim % 128 == 0)
+
+
+def assert_compiles(op: str, shape: str, dtype: str, target: str, **options) -> Report:
+    program = kernel_program(op, SHAPES[shape], dtype, TARGETS[target].platform, **options)
+    report = compile_program(program, TARGETS[target])
+    assert not faults(report, program, TARGETS[target])
+    return report
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("op", OPS)
+def test_a_kernel_compiles_for_hopper_at_every_shape(op, shape):
+    names = {kernel.name for kernel in assert_compiles(op, shape, "bfloat16", "h200").kernels}
+    assert names and names <= KERNELS[op]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["llama3-8b", "gemma2-2b"])
+@pytest.mark.parametrize("op", OPS)
+def test_a_kernel_compiles_for_hopper_in_every_dtype(op, shape, dtype):
+    assert assert_compiles(op, shape, dtype, "h200").kernels
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 128])
+def test_decode_compiles_for_hopper_with_any_number_of_splits(num_splits):
+    report = assert_compiles("decode", "llama3-8b", "bfloat16", "h200", num_splits=num_splits)
+    assert len(report.kernels) == (1 if num_splits == 1 else 2)
+
+
+@pytest.mark.parametrize("shape", SOME_SHAPES)
+@pytest.mark.parametrize("op", OPS)
+def test_a_kernel_compiles_for_ampere(op, shape):
+    assert assert_compiles(op, shape, "bfloat16", "a100").kernels
+
+
+@pytest.mark.parametrize("shape", TPU_SHAPES)
+@pytest.mark.parametrize("op", OPS)
+def test_a_kernel_compiles_for_tpu_v5e_at_every_shape(op, shape):
+    assert_compiles(op, shape, "bfloat16", "tpu_v5e")
+
+
+@pytest.mark.parametrize("op", ["decode", "chunk"])
+def test_a_kernel_compiles_for_tpu_v6e(op):
+    assert_compiles(op, "llama3-8b", "bfloat16", "tpu_v6e")
