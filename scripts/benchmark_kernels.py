@@ -1,0 +1,272 @@
+"""Measures the kernels, and the engine's step that is made of them, on the default device.
+
+    python scripts/benchmark_kernels.py --op decode --shapes llama3-8b --batch 1,8,64,256 --context 1024,4096,16384
+    python scripts/benchmark_kernels.py --op chunk --batch 2048 --context 2048,16384 --json chunk.jsonl
+    python scripts/benchmark_kernels.py --op decode --tune --batch 8 --context 16384
+    python scripts/benchmark_kernels.py --op step --model configs/models/llama3-8b.json --slots 1,8,64,256 --context 4096
+
+The backends that run here and the baselines (plain JAX, cuDNN, PyTorch) take turns on the same data; what cannot run is named
+with the reason. Before it is timed, a result is compared with the reference; one that is wrong is reported as failed, not
+timed, and the exit status is 1. Times leave dispatch out (`kernel_timing.py`), the data is more than caches hold
+(`--cache_mb`), and what the device can do is measured in the same run. How the step is timed: `step_timing.py`.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import benchmark_report as report
+import jax
+from absl import app, flags
+from benchmark_options import Options, define_flags, parse_options
+from benchmark_report import Record, Write
+from kernel_cases import OPS, Case, Data, errors, make_data
+from kernel_contenders import SPLITTING, Unavailable, make_contender
+from kernel_timing import Peaks, Timer, free_bytes, measure, measure_peaks
+from step_timing import StepBench, StepCase, decode_work, prefill_flops
+
+from jaxserve.config import EngineConfig, read_json_object
+from jaxserve.models import families
+from jaxserve.models.params import random_params
+from pallas_kernels.backend import BACKENDS
+from pallas_kernels.paged_attention.shapes import SHAPES
+
+_MEMORY_SHARE = 5  # pools, their copies for baselines, and what makes them
+_TUNED_SPLITS, _TUNED_PAGES = (None, 1, 2, 4, 8, 16, 32), (16, 64, 128)
+_RATES = ("bytes", "bytes_per_s", "flops", "flops_per_s", "share_of_copy_bandwidth", "share_of_read_bandwidth")
+_MEASURED = (
+    *("reason", "relative_error", "error_bound", "num_pools", "pool_bytes"),
+    *("median_us", "min_us", "p90_us", "one_call_us", "iterations", *_RATES, "share_of_matmul_rate"),
+)
+_STEP_MEASURED = (
+    *("reason", "tile_sizes", "num_pages", "pool_bytes", "mean_tokens"),
+    *("median_us", "min_us", "p90_us", "one_call_us", "iterations", *_RATES, "share_of_matmul_rate"),
+    *("tokens_per_s", "share_of_roofline"),
+    *("prefill_ms", "prefill_tokens_per_s", "prefill_flops_per_s", "prefill_share_of_matmul_rate"),
+)
+
+
+def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
+    """Runs the benchmark; returns its exit status, 1 after an error or if a result was wrong."""
+    try:
+        if argv[1:]:
+            raise ValueError(f"unexpected argument {argv[1]!r}: this script takes flags only")
+        options = parse_options(values)
+        common: Record = {}
+        with report.outputs(options.csv, options.json, lambda: common) as write:
+            print(f"{report.device_name()}, jax {jax.__version__}")
+            peaks = _measure_peaks(options)
+            step = options.op == "step"
+            common |= report.environment(peaks, "step" if step else "kernel", options.seed)
+            report.print_header(step=step)
+            statuses = (_run_step if step else _run_kernels)(options, peaks, write)
+        return 1 if "failed" in statuses else 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (OSError, MemoryError, RuntimeError) as error:
+        print(f"error: {_first_line(error)} (if memory ran out: lower --batch, --slots or --context)", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _measure_peaks(options: Options) -> Peaks:
+    dtypes = [_product_dtype(dtype) for dtype in options.dtypes]
+    peaks = measure_peaks(dtypes, cache_bytes=options.cache_bytes, repeats=min(options.repeats, 5))
+    rates = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in peaks.matmul_flops_per_s.items())
+    print(
+        f"copy {peaks.copy_bytes_per_s / 1e9:.4g} GB/s, read {peaks.read_bytes_per_s / 1e9:.4g} GB/s, products: {rates}"
+    )
+    return peaks
+
+
+def _product_dtype(dtype: str) -> str:
+    """What pages of `dtype` are multiplied in, for the rate that is compared with; 8 bits are widened to 16."""
+    return dtype if dtype in ("float32", "float16") else "bfloat16"
+
+
+def _run_kernels(options: Options, peaks: Peaks, write: Write) -> set[str]:
+    """Measures all cases; returns the statuses that occurred."""
+    statuses: set[str] = set()
+    reasons: set[tuple[str, str]] = set()
+    for cases in _groups(options):
+        timed = []
+        for case in cases:
+            for record in _measure_case(case, options, peaks):
+                write(record)
+                report.print_row(record, reasons)
+                statuses.add(record["status"])
+                timed += [record] if record["status"] == "timed" else []
+        if options.tune and timed:
+            best = min(timed, key=lambda record: record["median_us"])
+            splits = best["num_splits"] or "its own choice"
+            print(
+                f"  best: {best['contender']}, page size {best['page_size']}, splits: {splits}, {best['median_us']} us"
+            )
+    return statuses
+
+
+def _groups(options: Options) -> Iterator[list[Case]]:
+    """Cases, those together that --tune chooses among."""
+    ops = OPS if options.op == "all" else (options.op,)
+    for op, name, dtype in itertools.product(ops, options.shapes, options.dtypes):
+        contexts = (min(options.contexts),) if op == "rotary_write" else options.contexts
+        pages, splits = (options.page_size or SHAPES[name].page_size,), (options.num_splits,)
+        if options.tune:
+            pages = _TUNED_PAGES if options.page_size is None else pages
+            splits = _TUNED_SPLITS if options.num_splits is None and set(options.backends) & set(SPLITTING) else splits
+        for batch, context in itertools.product(options.batches, contexts):
+            yield [
+                Case(op, dataclasses.replace(SHAPES[name], page_size=page_size), dtype, batch, context, num_splits)
+                for page_size, num_splits in itertools.product(pages, splits)
+            ]
+
+
+def _measure_case(case: Case, options: Options, peaks: Peaks) -> list[Record]:
+    """One record per contender: timed, left out with a reason, or failed."""
+    names = options.backends if options.tune else tuple(dict.fromkeys((*options.backends, *options.baselines)))
+    if options.tune and case.num_splits is not None:
+        names = tuple(name for name in names if name in SPLITTING)
+    records = {name: _record(case, name, options) for name in names}
+    try:
+        num_pools, wanted = case.num_pools(options.cache_bytes, free_bytes() // _MEMORY_SHARE)
+    except ValueError as error:
+        return [record | {"reason": str(error)} for record in records.values()]
+    if num_pools < wanted:
+        print(f"  {num_pools} pools of the {wanted} that exceed the cache fit {case.batch} x {case.context} tokens")
+    data = make_data(case, num_pools, options.seed)
+    timers: dict[str, Timer] = {}
+    for name, record in records.items():
+        record |= {"num_pools": num_pools, "pool_bytes": case.pool_bytes}
+        try:
+            timers |= _checked_timer(name, case, data, record)
+        except Unavailable as error:
+            record |= {"reason": str(error)}
+        except Exception as error:  # whatever a compiler or a library says: the others are measured all the same
+            failed = name in BACKENDS
+            record |= {"status": "failed" if failed else "left out", "reason": _first_line(error)}
+    for name, timing in measure(timers, options.repeats).items():
+        seconds, dtype = timing.quantile(0.5), _product_dtype(case.dtype)
+        records[name] |= {"status": "timed"} | report.times(timing)
+        records[name] |= report.rates(case.bytes_moved, case.flops, seconds, peaks, dtype)
+    return list(records.values())
+
+
+def _checked_timer(name: str, case: Case, data: Data, record: Record) -> dict[str, Timer]:
+    """The contender's timer by its name, nothing if its result is wrong; `record` gets how far that is from the reference."""
+    contender = make_contender(name, case, data)
+    error, bound = max(errors(case, data, contender.result()), key=lambda pair: pair[0] / pair[1])
+    record |= {"relative_error": report.rounded(error), "error_bound": bound}
+    if not error <= bound:
+        status = "failed" if name in BACKENDS else "left out"
+        record |= {"status": status, "reason": f"wrong: its relative error is {error:.2g}, above {bound:.2g}"}
+        return {}
+    calls = contender.calls_per_iteration
+    return {name: Timer(contender.loop, min_iterations=-(-data.num_pools // calls), calls_per_iteration=calls)}
+
+
+def _record(case: Case, name: str, options: Options) -> Record:
+    shape = {key: value for key, value in dataclasses.asdict(case.shape).items() if key != "name"}
+    return {
+        "op": case.op,
+        "contender": name,
+        "shape": case.shape.name,
+        **shape,
+        "dtype": case.dtype,
+        "batch": case.batch,
+        "context": case.context,
+        "num_splits": case.num_splits if name in SPLITTING and case.op == "decode" else None,
+        "repeats": options.repeats,
+        "status": "left out",
+        **dict.fromkeys(_MEASURED),
+    }
+
+
+def _run_step(options: Options, peaks: Peaks, write: Write) -> set[str]:
+    """Measures the step for all slots and contexts; returns the statuses that occurred."""
+    model = families.read_model_config(options.model)
+    statuses: set[str] = set()
+    reasons: set[tuple[str, str]] = set()
+    for dtype in options.dtypes:
+        engine = _step_engine(options, dtype)
+        params = random_params(model, options.seed, dtype)
+        for slots, context in itertools.product(options.slots, options.contexts):
+            case = StepCase(model, slots, context, options.steps, options.repeats, engine)
+            record = _measure_step(case, params, dtype, options, peaks)
+            write(record)
+            report.print_row(record, reasons)
+            statuses.add(record["status"])
+        del params  # before the next ones are made
+    return statuses
+
+
+def _step_engine(options: Options, dtype: str) -> EngineConfig:
+    """The engine's options: from the file, or such that a long prompt keeps an accelerator busy."""
+    if options.engine_config is None:
+        fields: Record = {"page_size": 64, "chunk_size": 256 if jax.default_backend() == "cpu" else 2048}
+    else:
+        fields = read_json_object(options.engine_config, "engine config")
+        if fields.get("interpret_kernels"):
+            raise ValueError(f"{options.engine_config} has interpret_kernels: interpreted kernels are not worth timing")
+    if options.page_size is not None:
+        fields["page_size"] = options.page_size
+    return EngineConfig.from_dict({"kv_dtype": dtype} | fields | {"attention_backend": options.backends[0]})
+
+
+def _measure_step(case: StepCase, params: Any, dtype: str, options: Options, peaks: Peaks) -> Record:
+    record = {
+        "op": "step",
+        "model": pathlib.Path(options.model).stem,
+        "dtype": dtype,
+        "backend": case.engine.backend,
+        "kv_dtype": case.engine.kv_dtype,
+        "slots": case.slots,
+        "context": case.context,
+        "page_size": case.engine.page_size,
+        "chunk_size": case.engine.chunk_size,
+        "deterministic": case.engine.deterministic,
+        "repeats": case.repeats,
+        "status": "left out",
+        **dict.fromkeys(_STEP_MEASURED),
+    }
+    try:
+        bench = StepBench(case, params)
+        record |= {"tile_sizes": list(bench.config.tile_sizes), "num_pages": bench.config.num_pages}
+        record |= {"pool_bytes": bench.pool_bytes}
+        prefill_s, timing = bench.prefill(), bench.decode()
+    except ValueError as error:
+        return record | {"reason": str(error)}
+    except Exception as error:  # whatever a compiler says: other slots are measured all the same
+        return record | {"status": "failed", "reason": _first_line(error)}
+    seconds = timing.quantile(0.5)
+    num_bytes, flops = decode_work(case, params)
+    prefill_flops_per_s = prefill_flops(case, params) / prefill_s
+    return (
+        record
+        | report.times(timing)
+        | report.rates(num_bytes, flops, seconds, peaks, dtype)
+        | {
+            "status": "timed",
+            "mean_tokens": case.mean_tokens,
+            "tokens_per_s": report.rounded(case.slots / seconds),
+            "share_of_roofline": report.rounded(num_bytes / peaks.bytes_per_s / seconds),
+            "prefill_ms": report.rounded(1e3 * prefill_s),
+            "prefill_tokens_per_s": report.rounded(case.context / prefill_s),
+            "prefill_flops_per_s": report.rounded(prefill_flops_per_s),
+            "prefill_share_of_matmul_rate": report.rounded(prefill_flops_per_s / peaks.matmul_flops_per_s[dtype]),
+        }
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+if __name__ == "__main__":
+    define_flags(flags.FLAGS)
+    app.run(main)

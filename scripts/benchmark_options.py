@@ -1,0 +1,162 @@
+"""The benchmark's flags, turned at once into one record."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+from kernel_cases import DTYPES, OPS
+from kernel_contenders import BASELINES, SPLITTING
+
+from pallas_kernels.backend import BACKENDS, check_runs_here, resolve_backend
+from pallas_kernels.paged_attention.shapes import SHAPES
+
+_KERNEL_FLAGS = ("shapes", "batch", "baselines", "num_splits", "tune")
+_STEP_FLAGS = ("model", "slots", "engine_config", "steps")
+_CACHE_MB = {"cpu": 32, "gpu": 64}  # no less than the largest cache of the usual ones
+_STEP_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """All flags of this script."""
+
+    def numbers(name: str, default: str, text: str) -> None:
+        flags.DEFINE_list(name, default, text, flag_values=values)
+
+    flags.DEFINE_enum(
+        "op", "all", [*OPS, "all", "step"], "What to measure; all: the three kernels.", flag_values=values
+    )
+    flags.DEFINE_list("shapes", "llama3-8b", f"Of attention: {', '.join(SHAPES)}; or all.", flag_values=values)
+    flags.DEFINE_list("backend", "all", f"{', '.join(BACKENDS)}; all: those that run here.", flag_values=values)
+    flags.DEFINE_list("baselines", list(BASELINES), "Of these; none: none of them.", flag_values=values)
+    flags.DEFINE_list(
+        "dtype", "bfloat16", f"Of the pages: {', '.join(DTYPES)}. step: of the weights.", flag_values=values
+    )
+    numbers("batch", "1,8,64,256", "Rows: sequences that decode or write, or rows of one chunk.")
+    numbers(
+        "context", "1024,4096,16384", "Tokens per sequence. rotary_write takes the shortest: it makes no difference."
+    )
+    flags.DEFINE_integer(
+        "page_size", None, "Tokens per page, in place of the shape's.", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_integer(
+        "num_splits", None, "Of decode, in place of the kernel's choice.", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_boolean("tune", False, "decode: try splits and page sizes, print the best.", flag_values=values)
+    flags.DEFINE_integer("repeats", 20, "Samples per contender.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Of the data.", lower_bound=0, upper_bound=2**31 - 1, flag_values=values)
+    flags.DEFINE_integer(
+        "cache_mb", None, "Largest cache, MiB; by default 64, on CPU 32.", lower_bound=0, flag_values=values
+    )
+    flags.DEFINE_string("csv", None, "Write the measurements to this file too.", flag_values=values)
+    flags.DEFINE_string("json", None, "Write them as JSON lines, with all parameters.", flag_values=values)
+    flags.DEFINE_string("model", "configs/models/llama3-8b.json", "step: a config.json file.", flag_values=values)
+    numbers("slots", "1,8,64,256", "step: sequences that decode.")
+    flags.DEFINE_string("engine_config", None, "step: a JSON file; its capacities do not count.", flag_values=values)
+    flags.DEFINE_integer("steps", 16, "step: steps per timed call.", lower_bound=2, flag_values=values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags, checked."""
+
+    op: str
+    shapes: tuple[str, ...]
+    backends: tuple[str, ...]
+    baselines: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    page_size: int | None
+    num_splits: int | None
+    tune: bool
+    repeats: int
+    seed: int
+    cache_bytes: int
+    csv: str | None
+    json: str | None
+    model: str
+    slots: tuple[int, ...]
+    engine_config: str | None
+    steps: int
+
+
+def parse_options(values: flags.FlagValues) -> Options:
+    """Options from flags.
+
+    Raises:
+      ValueError: if a flag's value is not valid, has no effect on what is measured, or asks for a backend that cannot run.
+    """
+    step = values.op == "step"
+    for name in _KERNEL_FLAGS if step else _STEP_FLAGS:
+        if values[name].present:
+            raise ValueError(f"--{name} has no effect on --op={values.op}: leave it out")
+    if values.tune and values.op != "decode":
+        raise ValueError(f"--tune is for --op=decode, not --op={values.op}")
+    backends = _backends(values.backend)
+    if values.num_splits is not None and (values.op not in ("decode", "all") or not set(backends) & set(SPLITTING)):
+        raise ValueError(f"--num_splits={values.num_splits} has an effect on decode with {' or '.join(SPLITTING)} only")
+    dtypes = _names("dtype", values.dtype, _STEP_DTYPES if step else DTYPES)
+    if step:
+        backends = (resolve_backend(None),) if values.backend == ["all"] else backends
+        if len(backends) > 1:
+            raise ValueError(f"--op=step takes one --backend, not {', '.join(backends)}")
+    cache_mb = values.cache_mb
+    if cache_mb is None:
+        cache_mb = _CACHE_MB.get(jax.default_backend(), 64)
+    return Options(
+        op=values.op,
+        shapes=_names("shapes", values.shapes, tuple(SHAPES), every="all"),
+        backends=backends,
+        baselines=() if values.baselines == ["none"] else _names("baselines", values.baselines, BASELINES),
+        dtypes=dtypes,
+        batches=_numbers("batch", values.batch),
+        contexts=_numbers("context", values.context),
+        page_size=values.page_size,
+        num_splits=values.num_splits,
+        tune=values.tune,
+        repeats=values.repeats,
+        seed=values.seed,
+        cache_bytes=cache_mb * 2**20,
+        csv=values.csv,
+        json=values.json,
+        model=values.model,
+        slots=_numbers("slots", values.slots),
+        engine_config=values.engine_config,
+        steps=values.steps,
+    )
+
+
+def _names(flag: str, given: Sequence[str], known: Sequence[str], every: str | None = None) -> tuple[str, ...]:
+    if given == [every]:
+        return tuple(known)
+    for name in given:
+        if name not in known:
+            raise ValueError(
+                f"--{flag}: {name!r} is unknown: use {', '.join(known)}" + (f", or {every}" if every else "")
+            )
+    if not given:
+        raise ValueError(f"--{flag} is empty: use {', '.join(known)}")
+    return tuple(dict.fromkeys(given))
+
+
+def _numbers(flag: str, given: Sequence[str]) -> tuple[int, ...]:
+    for text in given:
+        if not text.isascii() or not text.isdigit() or not 0 < int(text) < 2**31:
+            raise ValueError(f"--{flag}: {text!r} must be an integer from 1 to {2**31 - 1}")
+    if not given:
+        raise ValueError(f"--{flag} is empty: give at least one number")
+    return tuple(dict.fromkeys(int(text) for text in given))
+
+
+def _backends(given: Sequence[str]) -> tuple[str, ...]:
+    runnable = []
+    for name in _names("backend", given, BACKENDS, every="all"):
+        try:
+            check_runs_here(name, interpret=False)
+            runnable.append(name)
+        except ValueError as error:
+            if given != ["all"]:
+                rule = str(error).partition(":")[0]
+                raise ValueError(f"{rule}: use reference (interpreted kernels are not worth timing)") from None
+    return tuple(runnable)

@@ -1,0 +1,208 @@
+"""Times the engine's step on random weights: all slots decoding, and the prefill of one long prompt.
+
+Decoding starts where a long service would be: the prompts are admitted, their keys and values are random numbers in place of
+computed ones, so that filling hundreds of slots takes no time. Then every step draws one token in every slot, which is checked.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from kernel_cases import random_pages
+from kernel_timing import Timing, free_bytes
+
+from jaxserve import EngineConfig, EngineState, ModelConfig, SamplingParams, StepOutputs, init_state, make_submission
+from jaxserve.cache import bytes_per_page
+from jaxserve.step import Changes, programs
+
+_PREFILL_REPEATS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCase:
+    """One engine in one state.
+
+    Attributes:
+      model: hyperparameters.
+      slots: all of them decode.
+      context: tokens per sequence, in the middle of the measurement; and of the prompt whose prefill is timed.
+      num_steps: per timed call.
+      repeats: timed calls.
+      engine: its configuration, of which slots, lengths, pages, queue and steps per call do not count.
+    """
+
+    model: ModelConfig
+    slots: int
+    context: int
+    num_steps: int
+    repeats: int
+    engine: EngineConfig
+
+    @property
+    def total_steps(self) -> int:
+        """All that are run, those that warm up included."""
+        return 1 + (self.repeats + 1) * (1 + self.num_steps)
+
+    @property
+    def prompt_length(self) -> int:
+        return self.context - self.total_steps // 2
+
+    @property
+    def mean_tokens(self) -> float:
+        """Positions that a row sees, on average over the timed steps."""
+        warm = 1 + (1 + self.num_steps)
+        return self.prompt_length + (warm + self.total_steps - 1) / 2
+
+    def config(self) -> EngineConfig:
+        """The engine's configuration.
+
+        Raises:
+          ValueError: if the context is too short for the steps, or too long for the model.
+        """
+        if self.prompt_length < 1:
+            raise ValueError(
+                f"--context={self.context} is too short for {self.total_steps} steps: raise it, or lower --steps or --repeats"
+            )
+        longest = max(self.prompt_length + self.total_steps, self.context) + 2
+        if longest > self.model.max_position:
+            raise ValueError(
+                f"--context={self.context} takes {longest} positions with the steps, but the model was made for "
+                f"{self.model.max_position}: lower it"
+            )
+        config = dataclasses.replace(
+            self.engine,
+            max_slots=self.slots,
+            num_pages=None,
+            max_model_len=longest,
+            max_queue=self.slots,
+            max_steps_per_call=max(self.num_steps, -(-self.context // self.engine.chunk_size)),
+        )
+        return dataclasses.replace(config, num_pages=self.slots * (config.pages_per_slot + 1))
+
+
+class StepBench:
+    """The compiled programs of one case.
+
+    Raises:
+      ValueError: as `StepCase.config`, or if the pool does not fit.
+    """
+
+    def __init__(self, case: StepCase, params: nnx.State) -> None:
+        self.case, self.params, self.config = case, params, case.config()
+        page_bytes = bytes_per_page(case.model, self.config.page_size, str(self.config.kv_dtype))
+        self.pool_bytes = (self.config.num_pages or 0) * page_bytes
+        if self.pool_bytes > free_bytes():
+            raise ValueError(
+                f"the KV pool takes {self.pool_bytes / 2**30:.1f} GiB, but {free_bytes() / 2**30:.1f} GiB are free: lower "
+                "--slots or --context"
+            )
+        self._programs = programs(case.model, self.config)
+
+    def decode(self) -> Timing:
+        """Times the step in which every slot decodes.
+
+        Raises:
+          RuntimeError: if a slot does not.
+        """
+        case = self.case
+        state = self._submitted(case.slots, case.prompt_length, case.total_steps + 1)
+        state, outputs = self._run(state, 1)
+        if (np.asarray(outputs.steps.row_id[0]) >= self.config.num_rows).any():
+            raise RuntimeError("not all sequences were admitted in the first step")
+        state = self._as_if_prefilled(state)
+        state, _ = self._run(state, 1)
+        samples, dispatched = [], []
+        for _ in range(case.repeats + 1):  # the first warms up
+            state, one = self._timed(state, 1)
+            state, many = self._timed(state, case.num_steps)
+            samples.append((many - one) / (case.num_steps - 1))
+            dispatched.append(one)
+        return Timing(tuple(samples[1:]), float(np.median(dispatched[1:])), case.num_steps)
+
+    def prefill(self) -> float:
+        """Seconds from a submitted prompt of `context` tokens to its first token, the median of 3."""
+        seconds = []
+        for _ in range(_PREFILL_REPEATS + 1):
+            state = jax.block_until_ready(self._submitted(1, self.case.context, 1))
+            begin = time.perf_counter()
+            state, outputs = self._run(state, self.config.max_steps_per_call)
+            seconds.append(time.perf_counter() - begin)
+            if not np.asarray(outputs.steps.sampled[int(outputs.num_steps) - 1]).any():
+                raise RuntimeError("the prompt was not prefilled in one call")
+            del state  # before the next pool is made
+        return float(np.median(seconds[1:]))
+
+    def _submitted(self, num_prompts: int, length: int, max_tokens: int) -> EngineState:
+        model, config = self.case.model, self.config
+        rng = np.random.default_rng(0)
+        prompts = rng.integers(0, model.vocab_size, (num_prompts, length)).tolist()
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        rows = make_submission(prompts, params, model=model, config=config, num_rows=config.max_slots)
+        none = np.zeros(config.num_rows, bool)
+        changes = Changes(submission=rows, collected=none, aborted=none, generation=np.zeros(config.num_rows, np.int32))
+        return self._programs["update"](init_state(model, config), changes)[0]
+
+    def _as_if_prefilled(self, state: EngineState) -> EngineState:
+        pages = jax.tree.leaves(state.pool)
+        filled = []
+        for key, page in zip(jax.random.split(jax.random.key(0), len(pages)), pages, strict=True):
+            shape, dtype = page.shape, str(page.dtype)
+            page.delete()  # there may be no room for two pools
+            filled.append(random_pages(key, shape, dtype))
+        num_computed = state.queue.num_tokens[state.slots.row_id] - 1
+        pool = jax.tree.unflatten(jax.tree.structure(state.pool), filled)
+        return state.replace(pool=pool, slots=state.slots.replace(num_computed=num_computed))
+
+    def _run(self, state: EngineState, num_steps: int) -> tuple[EngineState, StepOutputs]:
+        return jax.block_until_ready(self._programs["run_steps"](self.params, state, np.int32(num_steps)))
+
+    def _timed(self, state: EngineState, num_steps: int) -> tuple[EngineState, float]:
+        begin = time.perf_counter()
+        state, outputs = self._run(state, num_steps)
+        seconds = time.perf_counter() - begin
+        if int(outputs.num_steps) != num_steps or not np.asarray(outputs.steps.sampled[:num_steps]).all():
+            raise RuntimeError("a slot did not decode in a timed step")
+        return state, seconds
+
+
+def decode_work(case: StepCase, params: nnx.State) -> tuple[int, int]:
+    """Bytes that a step must move, weights once and the keys and values that rows see; and its FLOPs."""
+    model = case.model
+    positions = _positions(model, lambda window: case.slots * min(case.mean_tokens, window))
+    weights, matrices = _weights(params, model)
+    embedded = 0 if model.tied_embeddings else case.slots * model.embed_dim * _embedding(params).dtype.itemsize
+    kv = 2 * positions * model.num_kv_heads * model.head_dim * np.dtype(case.config().kv_dtype).itemsize
+    flops = 2 * case.slots * (matrices + model.vocab_size * model.embed_dim) + _attention_flops(model, positions)
+    return int(weights + embedded + kv), int(flops)
+
+
+def prefill_flops(case: StepCase, params: nnx.State) -> int:
+    """FLOPs of the prefill of one prompt of `context` tokens, up to its first token."""
+    model = case.model
+    seen = np.arange(1, case.context + 1)
+    positions = _positions(model, lambda window: np.minimum(seen, window).sum())
+    matrices = 2 * case.context * _weights(params, model)[1]
+    return int(matrices + 2 * model.vocab_size * model.embed_dim + _attention_flops(model, positions))
+
+
+def _positions(model: ModelConfig, of_window: Any) -> float:
+    return sum(of_window(float("inf") if window is None else window) for window in model.windows)
+
+
+def _attention_flops(model: ModelConfig, positions: float) -> float:
+    return 4 * model.num_heads * model.head_dim * positions
+
+
+def _weights(params: nnx.State, model: ModelConfig) -> tuple[int, int]:
+    """Bytes of the weights, of an embedding only where it is the output projection too; elements of the blocks' matrices."""
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    unread = 0 if model.tied_embeddings else _embedding(params).nbytes
+    return total - unread, sum(leaf.size for leaf in jax.tree.leaves(params["blocks"]) if leaf.ndim > 1)
+
+
+def _embedding(params: nnx.State) -> jax.Array:
+    embedding: Any = params["embedding"]
+    return embedding[...]
