@@ -1,0 +1,196 @@
+"""What is particular to the TPU kernels: copies and buffers (races), tiles and heads in many steps, lowering, refusals.
+
+Tiles are made small here, so that little work has many of them.
+"""
+
+import functools
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.paged_attention import PagedKV, chunk_attention, decode_attention, tpu_chunk, tpu_decode, tpu_tiles
+from pallas_kernels.paged_attention.query_blocks import query_blocks
+from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape
+from tests.pallas_kernels.cases import NUM_SLOTS, Case, assert_close, make_case
+
+TILE_SIZE = 16
+SHAPE = AttentionShape("small", 6, 2, 8, page_size=8)  # two pages per tile
+SMALL_SHAPES = [
+    SHAPE,
+    AttentionShape("window", 6, 2, 8, page_size=8, window=21),
+    AttentionShape("window of one", 3, 3, 8, page_size=16, window=1, sinks=True),
+    AttentionShape("two tiles per page", 4, 2, 8, page_size=32, softcap=3.0, sinks=True),
+]
+attentions = pytest.mark.parametrize("attention", [decode_attention, chunk_attention])
+small_shapes = pytest.mark.parametrize("shape", SMALL_SHAPES, ids=lambda shape: shape.name)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """One kv head per grid step of the chunk kernel, two parts per block, and tiles of a few positions."""
+    monkeypatch.setattr(tpu_decode, "_tile_size", lambda kv: TILE_SIZE)
+    monkeypatch.setattr(tpu_chunk, "_TILE_SIZE", TILE_SIZE)
+    monkeypatch.setattr(tpu_chunk, "_VMEM_BYTES", 0)
+    monkeypatch.setattr(tpu_chunk, "_PART_QUERIES", 48)
+    monkeypatch.setattr(tpu_chunk, "_BLOCK_QUERIES", 96)
+
+
+def case_for(attention, shape: AttentionShape, num_positions: int = 48, seed: int = 0) -> Case:
+    """Poisoned, with prompts of up to `num_positions`."""
+    chunks, pages_per_slot = attention is chunk_attention, max(num_positions // shape.page_size, 2)
+    case = make_case(shape, "float32", chunks=chunks, seed=seed, pages_per_slot=pages_per_slot, max_rows_per_slot=40)
+    return case.poisoned()
+
+
+def run(attention, case: Case, interpret: bool = True) -> np.ndarray:
+    options = {"window": case.shape.window, "softcap": case.shape.softcap, "backend": "tpu", "interpret": interpret}
+    return np.asarray(jax.jit(functools.partial(attention, **options))(*case.rows, sinks=case.options["sinks"]))
+
+
+def num_races(attention, case: Case, capsys, **params) -> int:
+    """Accesses that the interpreter finds not to be ordered. By default it has one clock for all copies, and finds none."""
+    capsys.readouterr()
+    params = pltpu.InterpretParams(detect_races=True, vector_clock_size=1000, **params)
+    with pltpu.force_tpu_interpret_mode(params):
+        run(attention, case, interpret=False)
+    return capsys.readouterr().out.count("RACE DETECTED")
+
+
+@small_shapes
+@attentions
+def test_many_tiles_per_row_and_grid_steps_per_block(attention, shape, small_tiles):
+    case = case_for(attention, shape, num_positions=96)
+    out = run(attention, case)
+    assert_close(out, case)
+    assert not out[case.slot == NUM_SLOTS].any()
+
+
+def test_bits_of_a_chunk_are_the_same_whatever_heads_and_rows_a_grid_step_works_on(small_tiles, monkeypatch):
+    case = case_for(chunk_attention, SHAPE, seed=1)
+    expected = run(chunk_attention, case)
+    monkeypatch.setattr(tpu_chunk, "_VMEM_BYTES", 10**9)
+    monkeypatch.setattr(tpu_chunk, "_BLOCK_QUERIES", 48)
+    np.testing.assert_array_equal(run(chunk_attention, case), expected)
+
+
+@attentions
+@pytest.mark.parametrize("shape", SMALL_SHAPES[1::2], ids=lambda shape: shape.name)
+def test_no_copy_races_with_what_is_computed_on(attention, shape, small_tiles, capsys):
+    assert num_races(attention, case_for(attention, shape), capsys) == 0
+
+
+@attentions
+def test_a_copy_to_the_buffer_in_use_is_found_to_race(attention, small_tiles, capsys, monkeypatch):
+    for_each_copy = tpu_tiles.Tiles._for_each_copy
+
+    def to_one_buffer(self, item, first_head, tile, buffer, act):
+        for_each_copy(self, item, first_head, tile, 0, act)
+
+    monkeypatch.setattr(tpu_tiles.Tiles, "_for_each_copy", to_one_buffer)
+    assert num_races(attention, case_for(attention, SHAPE), capsys) > 0
+
+
+@attentions
+def test_waits_left_out_are_found_to_race(attention, small_tiles, capsys, monkeypatch):
+    make_async_copy = pltpu.make_async_copy
+
+    def never_awaited(*places):
+        return types.SimpleNamespace(start=make_async_copy(*places).start, wait=lambda: None)
+
+    monkeypatch.setattr(pltpu, "make_async_copy", never_awaited)
+    assert num_races(attention, case_for(attention, SHAPE), capsys, dma_execution_mode="eager") > 0
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 4, 71])
+def test_every_row_of_a_block_has_a_place_in_units_of_its_own(group_size):
+    rows = tpu_chunk._Rows.of(group_size)
+    assert rows.per_block == tpu_chunk.block_rows(group_size)
+    assert rows.per_block % rows.per_part == rows.per_part % rows.per_unit == 0
+    assert rows.per_unit * group_size % 16 == 0
+    rng = np.random.default_rng(group_size)
+    lengths = rng.integers(1, 2 * rows.per_block, 5)
+    slot = np.repeat([3, 5, 0, 5, 4], lengths).astype(np.int32)  # 5: none
+    position = np.concatenate([np.arange(length) for length in lengths]).astype(np.int32)
+    blocks = query_blocks(jnp.asarray(slot), jnp.asarray(position), num_slots=5, block_rows=rows.per_block)
+    layout = tpu_chunk._layout(blocks, len(slot), 5, rows)
+    row, place = np.asarray(layout.row), np.asarray(layout.place)
+    np.testing.assert_array_equal(row[place[slot < 5]], np.flatnonzero(slot < 5))
+    assert (place[slot == 5] == len(row)).all()
+    assert np.count_nonzero(row < len(slot)) == np.count_nonzero(slot < 5)
+    for first_row, num_rows, of_slot, first_unit in zip(
+        *map(np.asarray, (*blocks[:3], layout.first_unit)), strict=True
+    ):
+        assert first_unit * rows.per_unit + rows.per_block <= len(row)  # what is read
+        if num_rows and of_slot < 5:
+            np.testing.assert_array_equal(
+                place[first_row : first_row + num_rows], first_unit * rows.per_unit + np.arange(num_rows)
+            )
+
+
+def lowered(
+    attention, shape: AttentionShape, dtype: str, num_rows: int = 4, num_pages: int = 9, pages_per_slot: int = 2
+):
+    """StableHLO for a TPU, made without one."""
+    int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    pages = jax.ShapeDtypeStruct((num_pages, shape.num_kv_heads, shape.page_size, shape.head_dim), dtype)
+    kv = PagedKV(pages, pages, int32((2, pages_per_slot)))
+    q = jax.ShapeDtypeStruct((num_rows, shape.num_heads, shape.head_dim), jnp.float32)
+    options = {"window": shape.window, "softcap": shape.softcap, "backend": "tpu"}
+    traced = jax.jit(functools.partial(attention, **options)).trace(q, kv, int32((num_rows,)), int32((num_rows,)))
+    return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@attentions
+@pytest.mark.parametrize(
+    ("name", "dtype", "element"),
+    [
+        ("llama3-8b", "bfloat16", "bf16"),
+        ("gemma2-2b", "float32", "f32"),
+        ("gpt-oss-20b", "int8", "i8"),
+        ("qwen2-0.5b", "uint16", "ui16"),
+        ("phi-2", "float8_e4m3fn", "f8E4M3FN"),
+        ("mistral-7b-window", "float8_e5m2", "f8E5M2"),
+    ],
+)
+def test_it_lowers_to_one_kernel_that_reads_the_pool_as_it_is(attention, name, dtype, element):
+    shape = SHAPES[name]
+    lines = lowered(attention, shape, dtype).splitlines()
+    pool = f"tensor<9x{shape.num_kv_heads}x{shape.page_size}x{shape.head_dim}x{element}>"
+    with_pool = [line for line in lines if pool in line and "func.func" not in line]
+    (kernel,) = (line for line in lines if "tpu_custom_call" in line)
+    assert with_pool == [kernel]
+    assert re.sub(r'".*"', "", kernel).count(pool) == 2
+
+
+@attentions
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((4, 2, 264), {}, "head_dim 264 is above 256: use backend 'reference'"),
+        ((4, 3, 64), {}, "4 query heads are no multiple of 3 kv heads"),
+        ((4, 2, 64, 24), {}, "page size 24 is no power of two of at least 8"),
+        ((4, 2, 64, 4), {}, "page size 4 is no power of two of at least 8"),
+        ((4, 2, 64), {"dtype": "float16"}, "pages of float16 are not supported on TPUs: use one of float32, bfloat16"),
+        ((4, 2, 64), {"dtype": "int32"}, "pages of int32 are not supported on TPUs: use one of float32, bfloat16"),
+        ((4, 2, 64), {"pages_per_slot": 2**17}, r"a page table of \[2, 131072\] and \d+ numbers .* use larger pages"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_refused(attention, shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        lowered(attention, AttentionShape("", *shape), **{"dtype": "bfloat16", **options})
+
+
+@attentions
+def test_pages_that_differ_are_refused(attention):
+    q, kv, *rows = case_for(attention, SHAPE).rows
+    for pages, message in (
+        (kv._replace(v=kv.v.astype(jnp.bfloat16)), "make them alike"),
+        (kv._replace(k=kv.k[..., :4], v=kv.v[..., :4]), "head_dim of queries is 8, of pages 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(q, pages, *rows, backend="tpu", interpret=True)
