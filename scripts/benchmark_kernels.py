@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import benchmark_options
 import benchmark_report as report
 import jax
 from absl import app, flags
@@ -145,7 +146,7 @@ def _measure_case(case: Case, options: Options, peaks: Peaks) -> list[Record]:
         record |= {"num_pools": num_pools, "pool_bytes": case.pool_bytes}
         try:
             timers |= _checked_timer(name, case, data, record)
-        except Unavailable as error:
+        except (Unavailable, ValueError) as error:  # ValueError: the backend refuses the shape or the dtype
             record |= {"reason": str(error)}
         except Exception as error:  # whatever a compiler or a library says: the others are measured all the same
             failed = name in BACKENDS
@@ -269,4 +270,5 @@ def _first_line(error: Exception) -> str:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
+    flags.adopt_module_key_flags(benchmark_options)  # so that --help lists them
     app.run(main)

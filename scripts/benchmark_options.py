@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import flags
@@ -18,42 +19,31 @@ _STEP_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """All flags of this script."""
-
-    def numbers(name: str, default: str, text: str) -> None:
-        flags.DEFINE_list(name, default, text, flag_values=values)
-
-    flags.DEFINE_enum(
-        "op", "all", [*OPS, "all", "step"], "What to measure; all: the three kernels.", flag_values=values
-    )
-    flags.DEFINE_list("shapes", "llama3-8b", f"Of attention: {', '.join(SHAPES)}; or all.", flag_values=values)
-    flags.DEFINE_list("backend", "all", f"{', '.join(BACKENDS)}; all: those that run here.", flag_values=values)
-    flags.DEFINE_list("baselines", list(BASELINES), "Of these; none: none of them.", flag_values=values)
+    """All flags of the benchmark."""
+    to: dict[str, Any] = {"flag_values": values}
+    flags.DEFINE_enum("op", "all", [*OPS, "all", "step"], "What to measure; all: the three kernels.", **to)
+    flags.DEFINE_list("shapes", "llama3-8b", f"Of attention: {', '.join(SHAPES)}; or all.", **to)
     flags.DEFINE_list(
-        "dtype", "bfloat16", f"Of the pages: {', '.join(DTYPES)}. step: of the weights.", flag_values=values
+        "backend", "all", f"{', '.join(BACKENDS)}; all: those that run here. step: the default one.", **to
     )
-    numbers("batch", "1,8,64,256", "Rows: sequences that decode or write, or rows of one chunk.")
-    numbers(
-        "context", "1024,4096,16384", "Tokens per sequence. rotary_write takes the shortest: it makes no difference."
+    flags.DEFINE_list("baselines", list(BASELINES), "Of these; none: none of them.", **to)
+    flags.DEFINE_list("dtype", "bfloat16", f"Of the pages: {', '.join(DTYPES)}. step: of the weights.", **to)
+    flags.DEFINE_list("batch", "1,8,64,256", "Rows: sequences that decode or write, or rows of one chunk.", **to)
+    flags.DEFINE_list(
+        "context", "1024,4096,16384", "Tokens per sequence; rotary_write takes the least, it costs alike.", **to
     )
-    flags.DEFINE_integer(
-        "page_size", None, "Tokens per page, in place of the shape's.", lower_bound=1, flag_values=values
-    )
-    flags.DEFINE_integer(
-        "num_splits", None, "Of decode, in place of the kernel's choice.", lower_bound=1, flag_values=values
-    )
-    flags.DEFINE_boolean("tune", False, "decode: try splits and page sizes, print the best.", flag_values=values)
-    flags.DEFINE_integer("repeats", 20, "Samples per contender.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("seed", 0, "Of the data.", lower_bound=0, upper_bound=2**31 - 1, flag_values=values)
-    flags.DEFINE_integer(
-        "cache_mb", None, "Largest cache, MiB; by default 64, on CPU 32.", lower_bound=0, flag_values=values
-    )
-    flags.DEFINE_string("csv", None, "Write the measurements to this file too.", flag_values=values)
-    flags.DEFINE_string("json", None, "Write them as JSON lines, with all parameters.", flag_values=values)
-    flags.DEFINE_string("model", "configs/models/llama3-8b.json", "step: a config.json file.", flag_values=values)
-    numbers("slots", "1,8,64,256", "step: sequences that decode.")
-    flags.DEFINE_string("engine_config", None, "step: a JSON file; its capacities do not count.", flag_values=values)
-    flags.DEFINE_integer("steps", 16, "step: steps per timed call.", lower_bound=2, flag_values=values)
+    flags.DEFINE_integer("page_size", None, "Tokens per page, in place of the shape's.", lower_bound=1, **to)
+    flags.DEFINE_integer("num_splits", None, "Of decode, in place of the kernel's choice.", lower_bound=1, **to)
+    flags.DEFINE_boolean("tune", False, "decode: try splits and page sizes, print the best.", **to)
+    flags.DEFINE_integer("repeats", 20, "Samples per contender.", lower_bound=1, **to)
+    flags.DEFINE_integer("seed", 0, "Of the data.", lower_bound=0, upper_bound=2**31 - 1, **to)
+    flags.DEFINE_integer("cache_mb", None, "Largest cache, MiB; by default 64, on CPU 32.", lower_bound=0, **to)
+    flags.DEFINE_string("csv", None, "Write the measurements to this file too.", **to)
+    flags.DEFINE_string("json", None, "Write them as JSON lines, with all parameters.", **to)
+    flags.DEFINE_string("model", "configs/models/llama3-8b.json", "step: a config.json file.", **to)
+    flags.DEFINE_list("slots", "1,8,64,256", "step: sequences that decode.", **to)
+    flags.DEFINE_string("engine_config", None, "step: a JSON file; its slots, pages and lengths do not count.", **to)
+    flags.DEFINE_integer("steps", 16, "step: steps per timed call.", lower_bound=2, **to)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +83,8 @@ def parse_options(values: flags.FlagValues) -> Options:
             raise ValueError(f"--{name} has no effect on --op={values.op}: leave it out")
     if values.tune and values.op != "decode":
         raise ValueError(f"--tune is for --op=decode, not --op={values.op}")
+    if values.tune and values["baselines"].present:
+        raise ValueError("--baselines has no effect on --tune, which compares a backend with itself: leave it out")
     backends = _backends(values.backend)
     if values.num_splits is not None and (values.op not in ("decode", "all") or not set(backends) & set(SPLITTING)):
         raise ValueError(f"--num_splits={values.num_splits} has an effect on decode with {' or '.join(SPLITTING)} only")

@@ -165,6 +165,7 @@ def test_a_write_to_the_wrong_place_is_reported_as_failed(tmp_path, monkeypatch)
         (["--baselines=flash"], "--baselines: 'flash' is unknown"),
         (["--num_splits=4"], "--num_splits=4 has an effect on decode with triton or jax_triton only"),
         (["--tune"], "--tune is for --op=decode, not --op=all"),
+        (["--op=decode", "--tune", "--baselines=torch"], "--baselines has no effect on --tune"),
         (["--slots=4"], "--slots has no effect on --op=all"),
         (["--op=step", "--batch=4"], "--batch has no effect on --op=step"),
         (["--op=step", "--dtype=int8"], "--dtype: 'int8' is unknown"),
@@ -187,6 +188,19 @@ def test_tuning_prints_the_best_page_size(capsys, tmp_path):
     assert [(r["page_size"], r["num_splits"]) for r in records] == [(16, None), (64, None), (128, None)]
     best = min(records, key=lambda record: record["median_us"])
     assert f"best: reference, page size {best['page_size']}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("known_peaks")
+def test_a_case_that_a_backend_refuses_is_left_out_with_its_words(tmp_path, monkeypatch):
+    def refuses(*arguments, **options):
+        raise ValueError("head_dim=64 is odd here: use 65")
+
+    monkeypatch.setattr(kernel_contenders, "chunk_attention", refuses)
+    path = tmp_path / "a.jsonl"
+    assert run("--op=chunk", *TINY, "--batch=3,99", "--baselines=none", f"--json={path}") == 0
+    refused, too_many = read(path)
+    assert (refused["status"], refused["reason"]) == ("left out", "head_dim=64 is odd here: use 65")
+    assert too_many["reason"] == "99 rows are more than the 40 tokens of the context"
 
 
 def test_tuning_tries_splits_where_a_backend_has_them(monkeypatch):
