@@ -23,7 +23,6 @@ _NUM_SMS = 132  # of an H100 or H200 (SXM)
 _PROGRAMS_PER_SM = 3  # to have loads in flight while others compute
 _MIN_TILES_PER_SPLIT = 4  # a split's partial result costs about as much as half a tile
 _MAX_SPLITS = 128  # the combining kernel holds one row of each in registers
-_MAX_HEADS_PER_PROGRAM = 32
 _MAX_GRID = 65535  # programs along the second dimension
 _COMBINED_DIMS = 64  # of the head, per combining program
 
@@ -56,18 +55,19 @@ def decode_attention(
     tiles.check_supported(q, kv)
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = kv.k.shape[1]
-    group_size = num_heads // num_kv_heads
+    kv = kv._replace(k=tiles.kernel_pages(kv.k), v=tiles.kernel_pages(kv.v))
     tile_size = _tile_size(head_dim, kv.k.dtype)
+    group_size = num_heads // num_kv_heads
+    heads_per_program = min(tiles.padded(group_size), _max_heads_per_program(kv.k.dtype))
+    head_programs = num_kv_heads * -(-group_size // heads_per_program)
     if num_splits is None:
         longest = kv.page_ids.shape[1] * kv.page_size
         longest = longest if window is None else min(longest, window)
-        num_splits = default_num_splits(num_rows * num_kv_heads, -(-longest // tile_size))
+        num_splits = default_num_splits(head_programs * num_rows, -(-longest // tile_size))
     if not 1 <= num_splits <= _MAX_SPLITS:
         raise ValueError(f"num_splits {num_splits} is not in 1..{_MAX_SPLITS}: choose it there, or None")
     if num_rows > _MAX_GRID:
         raise ValueError(f"{num_rows} rows exceed {_MAX_GRID}: use fewer rows")
-    kv = kv._replace(k=tiles.kernel_pages(kv.k), v=tiles.kernel_pages(kv.v))
-    heads_per_program = min(tiles.padded(group_size), _MAX_HEADS_PER_PROGRAM)
     splitting = {"window": window, "tile_size": tile_size, "num_splits": num_splits}
 
     def partial(*shape: int) -> jax.ShapeDtypeStruct:
@@ -75,7 +75,7 @@ def decode_attention(
 
     split = tiles.triton_call(
         functools.partial(_decode_kernel, heads_per_program=heads_per_program, softcap=softcap, **splitting),
-        grid=(num_kv_heads * -(-group_size // heads_per_program), num_rows, num_splits),
+        grid=(head_programs, num_rows, num_splits),
         out_shape=(
             [partial(num_splits), partial(num_splits), partial(num_splits, head_dim)]
             if num_splits > 1
@@ -105,7 +105,7 @@ def default_num_splits(num_programs: int, max_tiles: int) -> int:
     """Enough splits to fill the GPU when all rows are long, and no more than the longest row can use.
 
     Args:
-      num_programs: rows times kv heads, each of which is split.
+      num_programs: programs that there are without splitting.
       max_tiles: tiles that the longest row sees.
 
     Both are static: were splits chosen from the rows present, a row's bits would depend on the others.
@@ -115,20 +115,32 @@ def default_num_splits(num_programs: int, max_tiles: int) -> int:
     return min(tiles.padded(wanted, 1), 1 << (useful.bit_length() - 1), _MAX_SPLITS)
 
 
+# With these sizes, 4 warps and 3 stages no shape spilled registers when compiled for sm_90a and sm_80, and keys and values have
+# two buffers each, filled ahead. Products of float32 use no tensor cores, and spill sooner.
+
+
 def _tile_size(head_dim: int, dtype: jnp.dtype) -> int:
-    """The largest of 16, 32, 64 with which no shape spills registers on sm_90a (float32 has no tensor cores here)."""
     if dtype == jnp.float32:
         return 64 if head_dim <= 64 else 16
     return 64 if head_dim <= 128 else 32
 
 
+def _max_heads_per_program(dtype: jnp.dtype) -> int:
+    return 16 if dtype == jnp.float32 else 32
+
+
+def _last_seen(slot: Int32[Array, ""], position: Int32[Array, ""], num_slots: int) -> Int32[Array, ""]:
+    """The last position that a row sees; -1 without a slot, so that it sees nothing and its page ids are not read."""
+    return jnp.where(slot < num_slots, position, -1)
+
+
 def _split_tiles(
-    position: Int32[Array, ""], *, window: int | None, tile_size: int, num_splits: int
+    last: Int32[Array, ""], *, window: int | None, tile_size: int, num_splits: int
 ) -> tuple[Int32[Array, ""], Int32[Array, ""], Int32[Array, ""]]:
-    """The first tile that a row at `position` sees, the tile after its last, and tiles per split."""
-    oldest = jnp.zeros_like(position) if window is None else jnp.maximum(position - (window - 1), 0)
+    """The first tile that a row sees, the tile after its last, and tiles per split."""
+    oldest = jnp.zeros_like(last) if window is None else jnp.maximum(last - (window - 1), 0)
     first = lax.div(oldest, np.int32(tile_size))
-    end = lax.div(position, np.int32(tile_size)) + 1
+    end = lax.div(last + tile_size, np.int32(tile_size))
     return first, end, lax.div(end - first + (num_splits - 1), np.int32(num_splits))
 
 
@@ -146,26 +158,27 @@ def _decode_kernel(
     dim = jnp.arange(tiles.padded(head_dim), dtype=jnp.int32)
     is_element = is_head[:, None] & (dim < head_dim)[None, :]
 
-    slot, position = slot_ref[row], position_ref[row]
-    first, end, per_split = _split_tiles(position, window=window, tile_size=tile_size, num_splits=num_splits)
+    slot = slot_ref[row]
+    last = _last_seen(slot, position_ref[row], num_slots)
+    first, end, per_split = _split_tiles(last, window=window, tile_size=tile_size, num_splits=num_splits)
     first = first + split * per_split
-    end = jnp.where(slot < num_slots, jnp.minimum(first + per_split, end), first)
+    end = jnp.minimum(first + per_split, end)
 
     def attend() -> tiles.Softmax:
         q = plgpu.load(q_ref.at[row, head[:, None], dim[None, :]], mask=is_element, other=np.zeros((), q_ref.dtype))
         q = (q.astype(jnp.float32) * tiles.query_factor(softcap)).astype(tiles.compute_dtype(kv.k.dtype))
         k_scale = None if kv.k_scale is None else kv.k_scale[kv_head]
         page_ids_of = functools.partial(
-            tiles.load_page_ids, kv.page_ids, slot, last=position, tile_size=tile_size, page_size=page_size
+            tiles.load_page_ids, kv.page_ids, slot, last=last, tile_size=tile_size, page_size=page_size
         )
 
         def fold_tile(tile, carry):
             page_ids, softmax = carry
             next_page_ids = page_ids_of(tile + 1)
             key_positions = tiles.tile_positions(tile, tile_size)
-            visible = key_positions <= position
+            visible = key_positions <= last
             if window is not None:
-                visible = visible & (key_positions > position - window)
+                visible = visible & (key_positions > last - window)
             k = tiles.load_tile(kv.k, page_ids, kv_head, key_positions, visible)
             v = tiles.load_tile(kv.v, page_ids, kv_head, key_positions, visible)
             scores = tiles.scores(q, k, visible[None, :], k_scale=k_scale, softcap=softcap)
@@ -199,8 +212,9 @@ def _combine_kernel(
     dim = pl.program_id(2) * block + jnp.arange(block, dtype=jnp.int32)
     split = jnp.arange(tiles.padded(num_splits, 1), dtype=jnp.int32)
 
-    first, end, per_split = _split_tiles(position_ref[row], window=window, tile_size=tile_size, num_splits=num_splits)
-    is_used = (first + split * per_split < end) & (split < num_splits) & (slot_ref[row] < num_slots)
+    last = _last_seen(slot_ref[row], position_ref[row], num_slots)
+    first, end, per_split = _split_tiles(last, window=window, tile_size=tile_size, num_splits=num_splits)
+    is_used = (first + split * per_split < end) & (split < num_splits)
     is_element = is_used[:, None] & (dim < head_dim)[None, :]
     largest_ref, total_ref, part_out_ref = part_refs
     largest = plgpu.load(largest_ref.at[row, head, split], mask=is_used, other=np.float32(-np.inf))

@@ -75,6 +75,18 @@ def check_supported(q: Float[Array, "B H D"], kv: PagedKV) -> None:
         raise ValueError(f"page size {page_size} is no power of two of at least {_MIN_PAGE_SIZE}: choose one")
     if kv.k.size > _MAX_POOL_ELEMENTS:
         raise ValueError(f"a pool array of {kv.k.size} elements exceeds {_MAX_POOL_ELEMENTS}: use fewer pages")
+    if kv.k.dtype == jnp.float8_e4m3fn:
+        _check_converts_e4m3()
+
+
+def _check_converts_e4m3() -> None:
+    """Triton ends the whole process where an older GPU meets this dtype."""
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is not None and tuple(map(int, capability.split("."))) < (8, 9):
+        raise ValueError(
+            f"pages of float8_e4m3fn need an NVIDIA GPU of compute capability 8.9 or more, this one has {capability}: "
+            "use float8_e5m2 or int8"
+        )
 
 
 def kernel_pages(pages: Shaped[Array, "N K T D"]) -> Shaped[Array, "N K T D"]:
