@@ -35,16 +35,16 @@ def query_blocks(
       num_slots: S.
       block_rows: most rows per block.
 
-    Rows of one slot need not be adjacent, but where they are not, blocks are short. There is room for every case in which
-    each slot's rows form one run: X = ceil(B / block_rows) + min(S, B), and one for a run of rows without a slot; a batch
-    cut up further would lose rows.
+    Rows of one slot need not be adjacent, but where they are not, blocks are short. There is room, and no more, for every case
+    in which each slot's rows form one run, and so do the rows without a slot; of a batch cut up further, rows may be lost.
     """
     (num_rows,) = slot.shape
     row = jnp.arange(num_rows, dtype=jnp.int32)
     follows = (slot == jnp.roll(slot, 1)) & ((position == jnp.roll(position, 1) + 1) | (slot >= num_slots)) & (row > 0)
     run_start = lax.cummax(jnp.where(follows, 0, row))
     starts = lax.rem(row - run_start, jnp.int32(block_rows)) == 0
-    size = -(-num_rows // block_rows) + min(num_slots, num_rows) + 1
+    max_runs = min(num_slots + 1, num_rows)
+    size = max_runs + (num_rows - max_runs) // block_rows  # all runs of one row, but for one of all the others
     (first_row,) = jnp.nonzero(starts, size=size, fill_value=num_rows)
     first_row = first_row.astype(jnp.int32)
     end = jnp.append(first_row[1:], jnp.int32(num_rows))

@@ -190,7 +190,12 @@ def _kernel(
         carry = page_ids_of(begin), tiles.empty_softmax(sizes.queries, head_dim)
         if window is not None:
             carry = lax.fori_loop(begin, whole_begin, functools.partial(fold_tile, masked=True), carry)
-        carry = lax.fori_loop(whole_begin, whole_end, functools.partial(fold_tile, masked=False), carry)
+        carry = lax.cond(
+            whole_begin < whole_end,
+            lambda carry: lax.fori_loop(whole_begin, whole_end, functools.partial(fold_tile, masked=False), carry),
+            lambda carry: carry,
+            carry,
+        )
         _, softmax = lax.fori_loop(whole_end, end, functools.partial(fold_tile, masked=True), carry)
 
         sink = None if sinks_ref is None else plgpu.load(sinks_ref.at[head], mask=is_head, other=np.float32(0))
