@@ -21,7 +21,9 @@ import jax
 from absl import app, flags
 from gate_compiler import TARGETS, Program, Report, Target, compile_program, faults, requirements
 from gate_dump import Kernel
-from gate_programs import named_programs
+from gate_programs import DTYPES, ENGINE_PROGRAMS, GPU_OPS, named_programs
+
+from pallas_kernels.paged_attention.shapes import SHAPES
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("targets", list(TARGETS), "What to compile for.")
@@ -111,12 +113,16 @@ def chosen(target: Target, patterns: Sequence[str]) -> list[Program]:
     Raises:
       ValueError: if a pattern matches none.
     """
-    programs = named_programs(target.platform)
+    programs = named_programs(target)
     names: dict[str, None] = {}
     for pattern in patterns:
         matching = fnmatch.filter(programs, pattern)
         if not matching:
-            raise ValueError(f"--programs: {pattern!r} matches none of {', '.join(programs)}")
+            names_of_parts = "; ".join(", ".join(part) for part in (GPU_OPS, SHAPES, DTYPES))
+            raise ValueError(
+                f"--programs: {pattern!r} matches none for {target.name}: use operation/shape/dtype, of {names_of_parts}; "
+                f"or {', '.join(ENGINE_PROGRAMS)}"
+            )
         names |= dict.fromkeys(matching)
     return [programs[name]() for name in names]
 

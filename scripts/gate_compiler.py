@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from gate_dump import Kernel, Launches, large_sorts, pool_copies, read_dump
+from gate_dump import Kernel, Launches, jax_triton_kernels, large_sorts, pool_copies, read_dump
 from jax.experimental import topologies
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs" / "targets"
@@ -30,6 +30,10 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs" / "targets"
 PACKAGES = {
     "0.10": ("libtpu==0.0.42.*", "jax-triton==0.3.1", "triton==3.9.*"),
     "0.11": ("libtpu==0.0.48.*", "jax-triton==0.4.1", "triton==3.7.*"),
+}
+_MODULES = {
+    "cuda": {"jax_plugins.xla_cuda13": "jax-cuda13-plugin", "triton": "triton", "jax_triton": "jax-triton"},
+    "tpu": {"libtpu": "libtpu"},
 }
 
 
@@ -53,6 +57,11 @@ class Target:
     def description(self) -> str:
         """What the compiler is told about a GPU."""
         return (CONFIGS / f"{self.name}.textproto").read_text(encoding="utf-8")
+
+    @property
+    def compute_capability(self) -> int:
+        """Of a GPU, times ten."""
+        return int(re.sub(r"\D", "", self.architecture))
 
     @property
     def shared_memory_limit(self) -> int:
@@ -105,7 +114,7 @@ class Report:
 
     target: str
     program: str
-    seconds: float  # that the compiler took
+    seconds: float  # that lowering and compiling took
     kernels: tuple[Kernel, ...]
     launches: Launches | None
     pool_copies: tuple[str, ...]  # instructions that yield an array of the pool's shape elsewhere
@@ -116,8 +125,7 @@ class Report:
 
 def missing_packages(platform: str) -> list[str]:
     """Packages that compiling for a platform needs and that are not installed."""
-    needed = {"cuda": {"jax_plugins.xla_cuda13": "jax-cuda13-plugin", "triton": "triton"}, "tpu": {"libtpu": "libtpu"}}
-    return [package for module, package in needed[platform].items() if not _is_installed(module)]
+    return [package for module, package in _MODULES[platform].items() if not _is_installed(module)]
 
 
 def requirements() -> list[str]:
@@ -147,20 +155,23 @@ def compile_program(program: Program, target: Target) -> Report:
         warnings.filterwarnings(
             "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
         )
-        lowered = program.function.trace(*args).lower()
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": "ptx"}
         start = time.perf_counter()
+        lowered = program.function.trace(*args).lower()
         compiled = lowered.compile(compiler_options=dump if target.platform == "cuda" else None)
         seconds = time.perf_counter() - start
         text = compiled.as_text()
-        gpu = read_dump(pathlib.Path(folder), text, target.architecture) if target.platform == "cuda" else ((), None)
+        kernels, launches = (), None
+        if target.platform == "cuda":
+            kernels, launches = read_dump(pathlib.Path(folder), text, target.architecture)
+            kernels += jax_triton_kernels(lowered.compiler_ir(), pathlib.Path(folder), target.architecture)
     memory = compiled.memory_analysis()
     return Report(
         target=target.name,
         program=program.name,
         seconds=seconds,
-        kernels=gpu[0],
-        launches=gpu[1],
+        kernels=kernels,
+        launches=launches,
         pool_copies=() if program.pool is None else tuple(pool_copies(text, program.pool.shape)),
         large_sorts=tuple(large_sorts(text)),
         temp_bytes=memory.temp_size_in_bytes,

@@ -21,10 +21,13 @@ import re
 import subprocess
 from collections.abc import Iterator, Mapping
 
+from gate_jax_triton import compiled_kernels
+from jax.extend.mlir import ir
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel as compiled.
+    """A Pallas kernel, or one of jax-triton, as compiled.
 
     Attributes:
       name: of its entry point.
@@ -32,7 +35,8 @@ class Kernel:
       spill_store_bytes, spill_load_bytes: per thread, from and to local memory because registers ran out.
       shared_memory_bytes: per block.
       num_warps: per block.
-      num_stages: of its software pipeline; None: several kernels of that name and number of warps differ in it.
+      num_stages: of its software pipeline; None: several kernels of that name and number of warps differ in it, or it is one
+        of jax-triton's.
       grid: blocks.
     """
 
@@ -73,6 +77,25 @@ class Launches:
     def one_command_buffer(self) -> bool:
         """Whether the host starts one thing only."""
         return self.num_command_buffers == 1 and not self.outside
+
+
+def jax_triton_kernels(lowered: ir.Module, folder: pathlib.Path, architecture: str) -> tuple[Kernel, ...]:
+    """The kernels of a program that jax-triton has compiled; `folder` takes their PTX."""
+    kernels = []
+    for index, kernel in enumerate(compiled_kernels(lowered)):
+        source = folder / f"jax_triton.{index}.ptx"
+        source.write_text(kernel.ptx)
+        kernels.append(
+            Kernel(
+                name=kernel.name,
+                **_assemble(architecture, source),
+                shared_memory_bytes=kernel.shared_memory_bytes,
+                num_warps=kernel.num_warps,
+                num_stages=None,
+                grid=kernel.grid,
+            )
+        )
+    return tuple(kernels)
 
 
 def read_dump(folder: pathlib.Path, hlo: str, architecture: str) -> tuple[tuple[Kernel, ...], Launches]:

@@ -8,34 +8,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from gate_compiler import Program
+from gate_compiler import Program, Target
 
 from jaxserve import EngineConfig, ModelConfig, SamplingParams, init_state, make_submission
 from jaxserve.models.families import read_model_config
 from jaxserve.models.params import abstract_params
 from jaxserve.step import Changes, programs
-from pallas_kernels.paged_attention import PagedKV, chunk_attention, decode_attention
+from pallas_kernels.paged_attention import PagedKV, chunk_attention, decode_attention, jax_triton_decode
 from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape
 from pallas_kernels.rotary_write import rotary_write
 
 OPS = ("decode", "chunk", "rotary_write")
+GPU_OPS = (*OPS, "jax_triton_decode")
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint16")
 ENGINE_PROGRAMS = ("step", "run_steps", "update")
 _BACKENDS = {"cuda": "triton", "tpu": "tpu"}
 _NUM_PAGES = 4099  # a prime, so that no other array has the pool's shape; and a pool that outweighs everything else
 _PAGES_PER_SLOT = 128
-_ROWS = {"decode": 32, "chunk": 512, "rotary_write": 32}
+_ROWS = {"decode": 32, "jax_triton_decode": 32, "chunk": 512, "rotary_write": 32}
 _MODELS = pathlib.Path(__file__).resolve().parents[1] / "configs" / "models"
 
 
-def kernel_program(op: str, shape: AttentionShape, dtype: str, platform: str, **options: Any) -> Program:
-    """One call of an operation of `OPS`.
+def kernel_program(op: str, shape: AttentionShape, dtype: str, target: Target, **options: Any) -> Program:
+    """One call of an operation.
 
     Args:
-      op: name of the operation.
+      op: of `OPS`, or for GPUs of `GPU_OPS`.
       shape: heads, page size and options.
       dtype: of the pages; 8-bit ones have scales.
-      platform: "cuda" or "tpu".
+      target: decides the backend.
       **options: of the operation, beside those of the shape.
     """
     rows, scales = _ROWS[op], None
@@ -44,11 +45,14 @@ def kernel_program(op: str, shape: AttentionShape, dtype: str, platform: str, **
         scales = _array("float32", shape.num_kv_heads)
     kv = PagedKV(pool, pool, _array("int32", rows, _PAGES_PER_SLOT), scales, scales)
     slot = _array("int32", rows)
-    options = {"backend": _BACKENDS[platform], **options}
+    options = {"backend": _BACKENDS[target.platform], **options}
     name = "/".join([op, shape.name, dtype, *(f"{key}={value}" for key, value in options.items() if key != "backend")])
     if op == "rotary_write":
         return _write_program(name, shape, kv, options)
-    attend = {"decode": decode_attention, "chunk": chunk_attention}[op]
+    attend = {"decode": decode_attention, "chunk": chunk_attention}.get(op)
+    if attend is None:
+        attend = functools.partial(jax_triton_decode.decode_attention, compute_capability=target.compute_capability)
+        del options["backend"]
     sinks = _array("float32", shape.num_heads) if shape.sinks else None
 
     def function(q: jax.Array, kv: PagedKV, slot: jax.Array, position: jax.Array, sinks: jax.Array | None) -> jax.Array:
@@ -76,19 +80,19 @@ def _write_program(name: str, shape: AttentionShape, kv: PagedKV, options: dict[
     return Program(name, function, ((kv.k, kv.v), rest, (norm, norm)), pool=kv.k, num_written=2)
 
 
-def engine_program(name: str, platform: str, *, num_layers: int = 4, **fields: Any) -> Program:
+def engine_program(name: str, target: Target, *, num_layers: int = 4, **fields: Any) -> Program:
     """A program of an engine for the 8B shape with few layers and a smaller vocabulary.
 
     Args:
       name: of `ENGINE_PROGRAMS`.
-      platform: "cuda" or "tpu".
+      target: decides the backend.
       num_layers: L.
       **fields: of EngineConfig, in place of those here.
     """
     model = read_model_config(_MODELS / "llama3-8b.json")
     model = dataclasses.replace(model, num_layers=num_layers, windows=(None,) * num_layers, vocab_size=8192)
     capacities = {"max_slots": 64, "num_pages": _NUM_PAGES, "page_size": 64, "max_model_len": 4096, "chunk_size": 256}
-    fields = {"kv_dtype": "bfloat16", "attention_backend": _BACKENDS[platform], **capacities, **fields}
+    fields = {"kv_dtype": "bfloat16", "attention_backend": _BACKENDS[target.platform], **capacities, **fields}
     config = EngineConfig(**fields)
     params = abstract_params(model, jnp.bfloat16)
     state = jax.eval_shape(lambda: init_state(model, config))
@@ -114,17 +118,23 @@ def _changes(model: ModelConfig, config: EngineConfig) -> Changes:
     return Changes(submission=shapes, collected=of_rows, aborted=of_rows, generation=generation)
 
 
+def _dtypes(target: Target) -> tuple[str, ...]:
+    """Triton ends the process if asked for e4m3 below compute capability 8.9."""
+    has_e4m3 = target.platform == "tpu" or target.compute_capability >= 89
+    return tuple(dtype for dtype in DTYPES if has_e4m3 or dtype != "float8_e4m3fn")
+
+
 def _array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
-def named_programs(platform: str) -> dict[str, Callable[[], Program]]:
-    """All programs of a platform by name, made when called."""
+def named_programs(target: Target) -> dict[str, Callable[[], Program]]:
+    """All programs for a target by name, made when called."""
     made: dict[str, Callable[[], Program]] = {}
-    for op in OPS:
+    for op in GPU_OPS if target.platform == "cuda" else OPS:
         for shape in SHAPES.values():
-            for dtype in DTYPES:
-                made[f"{op}/{shape.name}/{dtype}"] = functools.partial(kernel_program, op, shape, dtype, platform)
+            for dtype in _dtypes(target):
+                made[f"{op}/{shape.name}/{dtype}"] = functools.partial(kernel_program, op, shape, dtype, target)
     for name in ENGINE_PROGRAMS:
-        made[name] = functools.partial(engine_program, name, platform)
+        made[name] = functools.partial(engine_program, name, target)
     return made

@@ -9,10 +9,7 @@ def compilers(request):
     missing = sorted({name for platform in ("cuda", "tpu") for name in gate_compiler.missing_packages(platform)})
     if not missing:
         return
-    message = (
-        f"the compile gate needs {', '.join(missing)}: pip install --no-deps "
-        f"{' '.join(gate_compiler.requirements())}, then JAX_PLATFORMS=cpu python -m pytest -m gate"
-    )
+    message = f"no {', '.join(missing)} here: pip install --no-deps $(python scripts/compile_gate.py --requirements)"
     if request.config.getoption("--require_gate"):
         pytest.fail(message)
     pytest.skip(message)

@@ -107,13 +107,13 @@ def test_a_copy_of_the_pool_is_noticed(function, options, target):
 
 
 def test_a_kernel_whose_pool_is_not_donated_is_noticed():
-    program = kernel_program("rotary_write", SHAPES["llama3-8b"], "bfloat16", "cuda")
+    program = kernel_program("rotary_write", SHAPES["llama3-8b"], "bfloat16", H200)
     kept = dataclasses.replace(program, function=jax.jit(program.function.__wrapped__))
     assert "the pool is copied or worked on as a whole: copy" in found(kept)
 
 
 def test_a_program_of_the_engine_whose_state_is_not_donated_is_noticed():
-    program = engine_program("update", "cuda", num_layers=1)
+    program = engine_program("update", H200, num_layers=1)
     kept = dataclasses.replace(program, function=jax.jit(program.function.__wrapped__))
     text = found(kept)
     assert "the pool is copied or worked on as a whole: copy" in text
