@@ -26,6 +26,10 @@ class EngineConfig:
       max_queue: Q, rows for sequences that wait, run, or are finished and not collected; None: 4 * max_slots.
       max_logprobs: most tokens a request may ask logprobs for.
       max_stop_token_ids: most token ids that end one sequence, end-of-sequence ids included.
+      max_stop_sequences, max_stop_sequence_len: most sequences of token ids that end one sequence, and their longest.
+      max_logit_bias: most token ids with a bias per request.
+      max_bad_words, max_bad_word_len: most bad words per request (spellings count), and their most tokens.
+      penalties: whether requests may have penalties; costs 4 bytes per slot and token of the vocabulary.
       tile_rows: rows that go through the model at once, see `tile_sizes`; None: 32, or on accelerators all slots.
       max_steps_per_call: most steps that one `run_steps` call runs.
       deterministic: whether a request's tokens and logprobs are bitwise independent of what runs beside it.
@@ -49,6 +53,12 @@ class EngineConfig:
     max_queue: int | None = None
     max_logprobs: int = 20
     max_stop_token_ids: int = 8
+    max_stop_sequences: int = 4
+    max_stop_sequence_len: int = 8
+    max_logit_bias: int = 32
+    max_bad_words: int = 8
+    max_bad_word_len: int = 8
+    penalties: bool = True
     tile_rows: int | None = None
     max_steps_per_call: int = 32
     deterministic: bool = True
@@ -60,7 +70,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name, low in _LOWEST.items():
             self._check_int(name, low)
-        for name in ("deterministic", "debug_checks", "interpret_kernels"):
+        for name in ("penalties", "deterministic", "debug_checks", "interpret_kernels"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
         if self.num_rows < self.max_slots:
@@ -186,6 +196,11 @@ _LOWEST = {
     "max_queue": 1,
     "max_logprobs": 0,
     "max_stop_token_ids": 1,
+    "max_stop_sequences": 0,
+    "max_stop_sequence_len": 1,
+    "max_logit_bias": 0,
+    "max_bad_words": 0,
+    "max_bad_word_len": 1,
     "tile_rows": 1,
     "max_steps_per_call": 1,
 }

@@ -23,12 +23,12 @@ from jaxserve.capacity import resolve_capacities
 from jaxserve.config import EngineConfig
 from jaxserve.models import ModelConfig
 from jaxserve.request import Request, RequestOutput, SamplingParams
-from jaxserve.rows import check_prompt, derived_seed, empty_submission, fill_row, one_per_prompt
+from jaxserve.rows import check_prompt, derived_seed, empty_submission, fill_row, one_per_prompt, truncated
 from jaxserve.scheduler import Handles, Status, check_invariants, init_state
 from jaxserve.sequence import Sequence, Update
 from jaxserve.stats import EngineStats
 from jaxserve.step import Changes, StepOutput, StepOutputs, programs
-from jaxserve.tokenizer import Tokenizer, load_eos_token_ids, load_tokenizer
+from jaxserve.tokenizer import Tokenizer, load_eos_token_ids, load_tokenizer, spell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +223,9 @@ class Engine:
         if request.id in self._unfinished:
             raise ValueError(f"request id {request.id!r} is in use by an unfinished request: ids must differ")
         seed = derived_seed(self._seed, number) if request.params.seed is None else request.params.seed
-        return Sequence(request, self._prompt_tokens(request), seed, self.tokenizer, self.eos_token_ids)
+        prompt_token_ids, params = self._prompt_tokens(request), self._spelled(request.params)
+        check_prompt(prompt_token_ids, params, model=self.model, config=self.config, eos_token_ids=self.eos_token_ids)
+        return Sequence(request, prompt_token_ids, params, seed, self.tokenizer, self.eos_token_ids)
 
     def _enqueue(self, sequence: Sequence) -> None:
         self._unfinished[sequence.request.id] = sequence
@@ -318,9 +320,18 @@ class Engine:
         if token_ids is None:
             if self.tokenizer is None:
                 raise ValueError("this engine has no tokenizer: give prompt_token_ids in place of text")
-            token_ids = tuple(self.tokenizer.encode(request.prompt or ""))
-        check_prompt(token_ids, request.params, model=self.model, config=self.config, eos_token_ids=self.eos_token_ids)
-        return token_ids
+            token_ids = self.tokenizer.encode(request.prompt or "")
+        return truncated(token_ids, request.params, self.config)
+
+    def _spelled(self, params: SamplingParams) -> SamplingParams:
+        """The parameters with bad words as token ids."""
+        if self.tokenizer is None:
+            if params.stop_strings:
+                raise ValueError(
+                    f"stop={params.stop!r} needs a tokenizer, which this engine lacks: give lists of token ids"
+                )
+            return params
+        return dataclasses.replace(params, bad_words=spell(params.bad_words, self.tokenizer))
 
     def _abort_waiting(self) -> list[Update]:
         """Ends aborted requests that the device has not seen."""
@@ -331,12 +342,14 @@ class Engine:
         self._waiting = [entry for entry in self._waiting if not entry[2].abort_requested]
         heapq.heapify(self._waiting)
         for sequence in aborted:
-            self._finish(sequence, Status.ABORT)
+            sequence.finish(Status.ABORT)
+            self._finish(sequence)
         updates = (sequence.take_update() for sequence in aborted)
         return [update for update in updates if update is not None]
 
     def _dispatch(self, max_steps: int) -> None:
-        aborted = [row for row, sequence in self._by_row.items() if sequence.abort_requested]
+        # Those that ended with a stop string run on until the device hears of it.
+        aborted = [row for row, sequence in self._by_row.items() if sequence.abort_requested or sequence.finished]
         num_free = self.config.num_rows - self._num_on_device + len(self._to_collect)
         num_new = min(len(self._waiting), num_free, self.config.max_slots)
         submitted = [heapq.heappop(self._waiting)[2] for _ in range(num_new)]
@@ -350,14 +363,14 @@ class Engine:
         self._calls.append(_Call(submitted, handles if submitted else None, outputs))
 
     def _changes(self, submitted: list[Sequence], collected: list[int], aborted: list[int]) -> Changes:
-        rows = empty_submission(self.config.max_slots, self.config)
+        rows = empty_submission(self.config.max_slots, self.model, self.config)
         for index, sequence in enumerate(submitted):
             request = sequence.request
             fill_row(
                 rows,
                 index,
                 sequence.prompt_token_ids,
-                request.params,
+                sequence.params,
                 seed=sequence.seed,
                 priority=request.priority,
                 eos_token_ids=self.eos_token_ids,
@@ -387,7 +400,9 @@ class Engine:
             if status >= Status.STOP:
                 del self._by_row[row]
                 self._to_collect.append(row)
-                self._finish(sequence, status)
+                sequence.finish(status)
+            if sequence.finished and sequence.request.id in self._unfinished:
+                self._finish(sequence)
                 touched.setdefault(row, sequence)
         self._count(outputs.steps, int(outputs.num_steps))
         updates = (sequence.take_update() for sequence in touched.values())
@@ -404,7 +419,10 @@ class Engine:
         drawn: Any = steps.drawn
         for index, slot in np.argwhere(steps.sampled[: int(outputs.num_steps)]).tolist():
             row = int(steps.row_id[index, slot])
-            sequence = touched[row] = self._by_row[row]
+            sequence = self._by_row[row]
+            if sequence.finished:
+                continue
+            touched[row] = sequence
             sequence.append(
                 int(drawn.token[index, slot]),
                 float(drawn.logprob[index, slot]),
@@ -415,8 +433,7 @@ class Engine:
             )
         return touched
 
-    def _finish(self, sequence: Sequence, status: Status) -> None:
-        sequence.finish(status)
+    def _finish(self, sequence: Sequence) -> None:
         del self._unfinished[sequence.request.id]
         self.stats.num_requests += 1
         self.stats.num_prompt_tokens += len(sequence.prompt_token_ids)

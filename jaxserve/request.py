@@ -26,32 +26,53 @@ class UnsupportedError(ValueError):
 class SamplingParams:
     """How to choose tokens and when to stop. Checked at construction; hashable.
 
-    Supported:
+    What changes the logits, in this order:
+      allowed_token_ids: only these may be drawn; None: all.
+      bad_words: texts that are never completed: the last token of each way to spell one is not drawn where the tokens before
+        it stand already, in the prompt too. A list of token ids counts as one way.
+      min_tokens: end-of-sequence and stop tokens are not drawn before that many, and nothing else stops the sequence.
+      logit_bias: token id to what is added to its logit, clamped to [-100, 100]; stored as pairs.
+      repetition_penalty: above 0; logits of tokens in prompt or output are divided by it if positive, else multiplied.
+      frequency_penalty: in [-2, 2]; subtracted for every time the token was generated.
+      presence_penalty: in [-2, 2]; subtracted if the token was generated.
+
+    How a token is drawn:
       temperature: in [0, 2]; below 1e-5 is greedy, and top_k, top_p and min_p then have no effect.
+      min_p: in [0, 1]; drop tokens less likely than this times the most likely one.
       top_k: keep the k most likely tokens and ties with the k-th; 0 or -1 (stored as 0): off.
       top_p: in (0, 1]; then keep the most likely tokens that together reach this probability.
-      min_p: in [0, 1]; before top_k, drop tokens less likely than this times the most likely one.
       seed: in [0, 2^64); the same seed gives the same tokens, whatever runs beside it. None: chosen by the
         engine and reported in the result.
-      max_tokens: tokens to generate at most, at least 1; clipped to what the longest sequence leaves.
+      n: samples of the prompt, drawn independently; sample i of a seed is always the same. Greedy ones would be alike, so
+        temperature must not be 0.
+
+    When it stops, checked in this order:
+      ignore_eos: whether end-of-sequence tokens are tokens like others.
       stop_token_ids: generating one of these ends the sequence; it is kept in token_ids and left out of the
         text.
-      ignore_eos: whether end-of-sequence tokens are tokens like others.
-      logprobs: report this many most likely tokens beside the sampled one, of the distribution before
-        temperature; None: report nothing. The engine's `max_logprobs` bounds it.
+      stop: texts, or lists of token ids, that end the sequence. A list is matched token by token; a text wherever it shows in
+        the output, and the earliest to be completed wins, in the order of the list. It is cut off the text.
+      include_stop_str_in_output: whether the stop text is left in.
+      max_tokens: tokens to generate at most, at least 1; clipped to what the longest sequence leaves.
+
+    What is reported:
+      logprobs: this many most likely tokens beside the sampled one, with ranks; None: nothing. The engine's `max_logprobs`
+        bounds it.
+      logprobs_mode: "raw": of the model's distribution; "processed": of the one that is drawn from. Tokens of probability 0
+        are left out.
+      prompt_logprobs: the same for each prompt token, raw; the first has none. None: nothing.
       detokenize: whether the result has text.
       skip_special_tokens: whether special tokens are left out of the text.
       spaces_between_special_tokens: when False, adjacent added tokens are joined without what the decoder
         would put between them. Without effect on decoders that put nothing there, or where special tokens are
         skipped.
 
-    Known, and refused unless left at the default: n, presence_penalty, frequency_penalty, repetition_penalty,
-    logit_bias, allowed_token_ids, bad_words, min_tokens, stop, include_stop_str_in_output, logprobs_mode,
-    prompt_logprobs, truncate_prompt_tokens.
+    And truncate_prompt_tokens: only that many last tokens of the prompt are used; -1: as many as leave room for one token;
+    None: all.
 
     Raises:
-      UnsupportedError: if one of the latter is set.
-      ValueError: if a value has the wrong type or is out of range.
+      UnsupportedError: if n or prompt_logprobs is set: not there yet.
+      ValueError: if a value has the wrong type or is out of range, or values contradict each other.
     """
 
     temperature: float = 1.0
@@ -71,11 +92,11 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] | None = None
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
-    bad_words: tuple[str, ...] = ()
+    bad_words: tuple[str | tuple[int, ...], ...] = ()
     min_tokens: int = 0
-    stop: tuple[str, ...] = ()
+    stop: tuple[str | tuple[int, ...], ...] = ()
     include_stop_str_in_output: bool = False
     logprobs_mode: str = "raw"
     prompt_logprobs: int | None = None
@@ -88,26 +109,61 @@ class SamplingParams:
             "top_p": _check_float("top_p", self.top_p, 0, 1, above=True),
             "min_p": _check_float("min_p", self.min_p, 0, 1),
             "seed": None if self.seed is None else check_int("seed", self.seed, 0, 2**64 - 1),
+            "n": check_int("n", self.n, 1),
+            "presence_penalty": _check_float("presence_penalty", self.presence_penalty, -2, 2),
+            "frequency_penalty": _check_float("frequency_penalty", self.frequency_penalty, -2, 2),
+            "repetition_penalty": _check_float(
+                "repetition_penalty", self.repetition_penalty, 0, _MAX_FLOAT32, above=True
+            ),
+            "logit_bias": _check_bias(self.logit_bias),
+            "allowed_token_ids": _check_allowed(self.allowed_token_ids),
+            "bad_words": _check_texts("bad_words", self.bad_words),
             "max_tokens": check_int("max_tokens", self.max_tokens, 1),
+            "min_tokens": check_int("min_tokens", self.min_tokens, 0),
+            "stop": _check_texts("stop", self.stop),
             "stop_token_ids": check_ids("stop_token_ids", self.stop_token_ids),
-            "logprobs": None if self.logprobs is None else check_int("logprobs", self.logprobs, 0),
         }
-        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens"):
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            checked[name] = None if value is None else check_int(name, value, 0)
+        for name in _SWITCHES:
             checked[name] = _check_bool(name, getattr(self, name))
+        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
+            checked["truncate_prompt_tokens"] = check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
         for name in _UNSUPPORTED:
             checked[name] = self._check_default(name)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.logprobs_mode not in ("raw", "processed"):
+            raise ValueError(f"logprobs_mode={self.logprobs_mode!r} must be raw or processed")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}")
+        if self.n > 1 and self.greedy:
+            raise ValueError(
+                f"n={self.n} with temperature={self.temperature} would give the same sample {self.n} times: "
+                "use n=1 or a higher temperature"
+            )
+        if self.stop_strings and not self.detokenize:
+            raise ValueError(f"stop={self.stop!r} needs text: leave detokenize on, or give token ids")
 
     def _check_default(self, name: str) -> object:
         value, default = getattr(self, name), getattr(type(self), name)
-        if isinstance(default, tuple) or name == "logit_bias":
-            off = value is None or (not isinstance(value, bool | int | float) and not value)
-        else:
-            off = type(value) in (type(default), int) and value == default
-        if not off:
+        if value != default or isinstance(value, bool) != isinstance(default, bool):
             raise UnsupportedError(f"{name}={value!r} is not supported yet: leave it at its default, {default!r}")
         return default
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The texts in `stop`."""
+        return tuple(entry for entry in self.stop if isinstance(entry, str))
+
+    @property
+    def stop_sequences(self) -> tuple[tuple[int, ...], ...]:
+        """The lists of token ids in `stop`."""
+        return tuple(entry for entry in self.stop if not isinstance(entry, str))
 
     @property
     def greedy(self) -> bool:
@@ -131,21 +187,16 @@ class SamplingParams:
         return dataclasses.replace(self, **fields)
 
 
-_UNSUPPORTED = (
-    "n",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "allowed_token_ids",
-    "bad_words",
-    "min_tokens",
-    "stop",
+_UNSUPPORTED = ("n", "prompt_logprobs")
+_SWITCHES = (
+    "ignore_eos",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
     "include_stop_str_in_output",
-    "logprobs_mode",
-    "prompt_logprobs",
-    "truncate_prompt_tokens",
 )
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
+_MAX_BIAS = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +253,9 @@ class CompletionOutput:
     text: str  # empty if detokenize is off
     token_ids: tuple[int, ...]  # generated, the stop token included
     finish_reason: FinishReason | None = None  # None: not finished
-    stop_reason: int | str | None = None  # the stop token id; None if end-of-sequence or not a stop
+    stop_reason: int | str | tuple[int, ...] | None = (
+        None  # stop token, text or token list; None: end-of-sequence, or no stop
+    )
     logprobs: tuple[Mapping[int, TokenLogprob], ...] | None = None  # per generated token: token id -> place
     cumulative_logprob: float | None = None  # sum over the generated tokens; None: logprobs is None
 
@@ -275,6 +328,53 @@ def check_ids(name: str, value: object) -> tuple[int, ...]:
     if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
         raise ValueError(f"{name}={value!r} must be a list of token ids")
     return tuple(check_int(f"{name}[{i}]", token, 0) for i, token in enumerate(value))
+
+
+def _check_allowed(value: object) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    ids = tuple(dict.fromkeys(check_ids("allowed_token_ids", value)))
+    if not ids:
+        raise ValueError("allowed_token_ids=[] leaves no token to draw: give some, or None for all")
+    return ids
+
+
+def _check_bias(value: object) -> tuple[tuple[int, float], ...]:
+    """Pairs in the order of their ids. Keys may be strings of digits, as in JSON."""
+    given: Any = () if value is None else value
+    try:
+        pairs: list[tuple[Any, Any]] = list(given.items()) if isinstance(given, Mapping) else [(a, b) for a, b in given]
+    except (TypeError, ValueError):
+        raise ValueError(f"logit_bias={value!r} must be a mapping from token ids to numbers") from None
+    bias: dict[int, float] = {}
+    for key, amount in pairs:
+        token = check_int("logit_bias key", int(key) if isinstance(key, str) and key.isdecimal() else key, 0)
+        if token in bias:
+            raise ValueError(f"logit_bias has token id {token} twice")
+        number = _check_float(f"logit_bias[{token}]", amount, -_MAX_FLOAT32, _MAX_FLOAT32)
+        bias[token] = min(max(number, -_MAX_BIAS), _MAX_BIAS)
+    return tuple(sorted(bias.items()))
+
+
+def _check_texts(name: str, value: object) -> tuple[str | tuple[int, ...], ...]:
+    """Texts, or lists of token ids; a single text is a list of one."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        value = (value,)
+    if isinstance(value, Mapping | bytes) or not isinstance(value, Iterable):
+        raise ValueError(f"{name}={value!r} must be a list of strings, or of lists of token ids")
+    entries: list[str | tuple[int, ...]] = []
+    for index, entry in enumerate(value):
+        label = f"{name}[{index}]"
+        if isinstance(entry, str):
+            _check_text(label, entry)
+            entries.append(entry)
+        else:
+            entries.append(check_ids(label, entry))
+        if not entries[-1]:
+            raise ValueError(f"{label}={entry!r} must not be empty")
+    return tuple(entries)
 
 
 def _check_text(name: str, value: object) -> None:

@@ -1,11 +1,12 @@
 """Requests made into rows of the queue: everything a request asks for is checked here, before any device work."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxserve.config import EngineConfig
+from jaxserve.logit_rules import BITS, LogitRules
 from jaxserve.models import ModelConfig
 from jaxserve.request import MAX_INT32, SamplingParams, check_ids, check_int
 from jaxserve.sampling import SamplingRows
@@ -34,7 +35,7 @@ def check_prompt(
             f"the prompt has {num_tokens} tokens, but max_model_len={config.max_model_len} tokens hold prompt and "
             f"output together: shorten the prompt to {config.max_model_len - 1} or raise max_model_len"
         )
-    for name, ids in (("prompt_token_ids", prompt_token_ids), ("stop_token_ids", params.stop_token_ids)):
+    for name, ids in _token_ids(prompt_token_ids, params):
         outside = [token for token in ids if not 0 <= token < vocab_size]
         if outside:
             raise ValueError(f"{name} has {outside[0]}, but the model's token ids go from 0 to {vocab_size - 1}")
@@ -44,10 +45,58 @@ def check_prompt(
             f"the request has {num_stops} stop tokens, end-of-sequence included, but max_stop_token_ids="
             f"{config.max_stop_token_ids}: use fewer or raise max_stop_token_ids"
         )
-    if params.logprobs is not None and params.logprobs > config.max_logprobs:
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name) or 0) > config.max_logprobs:
+            raise ValueError(
+                f"{name}={getattr(params, name)} is above max_logprobs={config.max_logprobs}: ask for fewer or raise "
+                "max_logprobs"
+            )
+    _check_room("logit_bias", "token ids", len(_bias(params)), "max_logit_bias", config)
+    for name, sequences, capacity, longest in (
+        ("bad_words", _bad_words(params), "max_bad_words", "max_bad_word_len"),
+        ("stop", params.stop_sequences, "max_stop_sequences", "max_stop_sequence_len"),
+    ):
+        _check_room(name, "token sequences", len(sequences), capacity, config)
+        _check_room(name, "tokens in one sequence", max(map(len, sequences), default=0), longest, config)
+    if not config.penalties and _has_penalties(params):
         raise ValueError(
-            f"logprobs={params.logprobs} is above max_logprobs={config.max_logprobs}: ask for fewer or raise max_logprobs"
+            "presence_penalty, frequency_penalty and repetition_penalty need penalties=true in the engine's configuration"
         )
+
+
+def _check_room(name: str, what: str, number: int, capacity: str, config: EngineConfig) -> None:
+    if number > getattr(config, capacity):
+        raise ValueError(
+            f"{name} has {number} {what}, but {capacity}={getattr(config, capacity)}: use fewer or raise {capacity}"
+        )
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
+
+
+def _bias(params: SamplingParams) -> tuple[tuple[int, float], ...]:
+    bias: Any = params.logit_bias  # pairs, once the parameters are made
+    return bias
+
+
+def _bad_words(params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+    for word in params.bad_words:
+        if isinstance(word, str):
+            raise ValueError(f"bad_words has the text {word!r}, which needs a tokenizer: give lists of token ids here")
+    return tuple(word for word in params.bad_words if not isinstance(word, str))
+
+
+def _token_ids(prompt_token_ids: Sequence[int], params: SamplingParams) -> Iterator[tuple[str, Sequence[int]]]:
+    """Everything that names tokens, by its name."""
+    yield "prompt_token_ids", prompt_token_ids
+    yield "stop_token_ids", params.stop_token_ids
+    yield "allowed_token_ids", params.allowed_token_ids or ()
+    yield "logit_bias", [token for token, _ in _bias(params)]
+    for word in _bad_words(params):
+        yield "bad_words", word
+    for sequence in params.stop_sequences:
+        yield "stop", sequence
 
 
 def one_per_prompt(
@@ -106,15 +155,27 @@ def make_submission(
     width = len(prompts) if num_rows is None else num_rows
     if len(prompts) > width:
         raise ValueError(f"{len(prompts)} prompts do not fit num_rows={width}: submit them in several parts")
-    rows = empty_submission(width, config)
+    rows = empty_submission(width, model, config)
     for index, (prompt, (wanted, priority)) in enumerate(zip(prompts, each, strict=True)):
         try:
+            if wanted.stop_strings:
+                raise ValueError(
+                    f"stop has the text {wanted.stop_strings[0]!r}, which needs a host: give lists of token ids"
+                )
+            prompt = truncated(prompt, wanted, config)
             check_prompt(prompt, wanted, model=model, config=config, eos_token_ids=eos_token_ids)
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
         own_seed = derived_seed(seed, index) if wanted.seed is None else wanted.seed
         fill_row(rows, index, prompt, wanted, seed=own_seed, priority=priority, eos_token_ids=eos_token_ids)
     return rows
+
+
+def truncated(prompt_token_ids: Sequence[int], params: SamplingParams, config: EngineConfig) -> tuple[int, ...]:
+    """The prompt's last tokens, as many as `truncate_prompt_tokens` asks for."""
+    limit = params.truncate_prompt_tokens
+    limit = config.max_model_len - 1 if limit == -1 else limit
+    return tuple(prompt_token_ids if limit is None else prompt_token_ids[-limit:])
 
 
 def derived_seed(seed: int, number: int) -> int:
@@ -127,7 +188,7 @@ def key_data(seed: int) -> np.ndarray:
     return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
 
 
-def empty_submission(num_rows: int, config: EngineConfig) -> Submission:
+def empty_submission(num_rows: int, model: ModelConfig, config: EngineConfig) -> Submission:
     """A submission of nothing: host arrays, to be filled by `fill_row`."""
     sampling = SamplingRows(
         temperature=_rows((num_rows,), 0, np.float32),
@@ -137,13 +198,28 @@ def empty_submission(num_rows: int, config: EngineConfig) -> Submission:
         key_data=_rows((num_rows, 2), 0, np.uint32),
         sample_index=_rows((num_rows,), 0),
         num_logprobs=_rows((num_rows,), -1),
+        processed=_rows((num_rows,), False, bool),
+    )
+    rules = LogitRules(
+        presence_penalty=_rows((num_rows,), 0, np.float32),
+        frequency_penalty=_rows((num_rows,), 0, np.float32),
+        repetition_penalty=_rows((num_rows,), 1, np.float32),
+        bias_ids=_rows((num_rows, config.max_logit_bias), -1),
+        bias=_rows((num_rows, config.max_logit_bias), 0, np.float32),
+        restricted=_rows((num_rows,), False, bool),
+        allowed=_rows((num_rows, -(-model.vocab_size // BITS)), 0, np.uint32),
+        bad_words=_rows((num_rows, config.max_bad_words, config.max_bad_word_len), -1),
+        min_tokens=_rows((num_rows,), 0),
     )
     return Submission(
         tokens=_rows((num_rows, config.max_model_len), 0),
         prompt_length=_rows((num_rows,), 0),
         max_tokens=_rows((num_rows,), 0),
         stop_token_ids=_rows((num_rows, config.max_stop_token_ids), -1),
+        stop_sequences=_rows((num_rows, config.max_stop_sequences, config.max_stop_sequence_len), -1),
         sampling=sampling,
+        rules=rules,
+        num_prompt_logprobs=_rows((num_rows,), -1),
         priority=_rows((num_rows,), 0),
         valid=_rows((num_rows,), False, bool),
     )
@@ -174,6 +250,29 @@ def fill_row(
     sampling.min_p[index] = params.min_p
     sampling.key_data[index] = key_data(seed)
     sampling.num_logprobs[index] = -1 if params.logprobs is None else params.logprobs
+    sampling.processed[index] = params.logprobs_mode == "processed"
+    rows.num_prompt_logprobs[index] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
+    _fill_aligned(rows.stop_sequences[index], params.stop_sequences)
+    _fill_rules(rows.rules, index, params)
+
+
+def _fill_rules(rules: Any, index: int, params: SamplingParams) -> None:
+    rules.presence_penalty[index] = params.presence_penalty
+    rules.frequency_penalty[index] = params.frequency_penalty
+    rules.repetition_penalty[index] = params.repetition_penalty
+    for place, (token, bias) in enumerate(_bias(params)):
+        rules.bias_ids[index, place], rules.bias[index, place] = token, bias
+    if params.allowed_token_ids is not None:
+        rules.restricted[index] = True
+        ids = np.array(params.allowed_token_ids)
+        np.bitwise_or.at(rules.allowed[index], ids // BITS, np.uint32(1) << (ids % BITS).astype(np.uint32))
+    _fill_aligned(rules.bad_words[index], _bad_words(params))
+    rules.min_tokens[index] = params.min_tokens
+
+
+def _fill_aligned(target: Any, sequences: Sequence[Sequence[int]]) -> None:
+    for place, sequence in enumerate(sequences):
+        target[place, -len(sequence) :] = sequence
 
 
 def _rows(shape: tuple[int, ...], value: float, dtype: Any = np.int32) -> Any:

@@ -1,7 +1,8 @@
 """From logits to tokens: greedy, temperature, min-p, top-k, top-p, and log probabilities.
 
-The order of operations is vLLM's: temperature, then min-p, then top-k, then top-p on what is left, renormalised. Nothing
-sorts the vocabulary. Both thresholds are found bit by bit: an order-preserving map takes a float32 to a uint32, and 32
+The order of operations is vLLM's: the rules of `jaxserve.logit_rules`, a user's function, temperature, then min-p, then top-k,
+then top-p on what is left, renormalised. Nothing sorts the vocabulary. Both thresholds are found bit by bit: an
+order-preserving map takes a float32 to a uint32, and 32
 passes that each count (top-k) or add up (top-p) what lies below a candidate settle its 32 bits. The draw needs two
 uniforms per row: one picks a block of the vocabulary, one a token within it. Whatever no row asks for is a loop of no trips.
 
@@ -10,21 +11,23 @@ sample's index and the token's position, so nothing that happened before it matt
 """
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
+from jaxserve import logit_rules
+from jaxserve.logit_rules import Context, LogitRules
+from jaxserve.optional import if_any
 from jaxserve.pytree import Record, record
 from jaxserve.request import GREEDY_BELOW
-
-T = TypeVar("T")
 
 _BLOCK = 128  # tokens per block of the two-level draw
 _TOP_K_PIECE = 16  # the largest k for which XLA:GPU has a kernel; for more it sorts whole rows
 _ALL = 1 << 30
+
+Transform = Callable[[Float32[Array, "R V"]], Float32[Array, "R V"]]
 
 
 @record
@@ -38,17 +41,24 @@ class SamplingRows(Record):
     key_data: UInt32[Array, "Q 2"]  # threefry key made from the seed
     sample_index: Int32[Array, " Q"]  # which of a request's samples this is; folded into the key
     num_logprobs: Int32[Array, " Q"]  # most likely tokens reported beside the sampled one; -1: no ranks either
+    processed: Bool[Array, " Q"]  # whether logprobs are of the distribution that is drawn from; else of the raw one
+
+    @property
+    def random(self) -> Bool[Array, " Q"]:
+        """Rows that draw at random."""
+        return self.temperature >= GREEDY_BELOW
 
 
 @record
 class Sampled(Record):
-    """One token per row, and what is known about it. Log probabilities are of the raw distribution."""
+    """One token per row, and what is known about it."""
 
     token: Int32[Array, " R"]
     logprob: Float32[Array, " R"]  # of the token
     rank: Int32[Array, " R"]  # of the token, 1 = most likely; 0 if the row asked for no logprobs
-    top_ids: Int32[Array, "R K"]  # most likely tokens, first first; -1 if the row asked for no logprobs
-    top_logprobs: Float32[Array, "R K"]  # of top_ids; 0 if the row asked for no logprobs
+    top_ids: Int32[Array, "R K"]  # most likely tokens, first first; -1: none, or the row asked for no logprobs
+    top_logprobs: Float32[Array, "R K"]  # of top_ids; 0 where there is none
+    failed: Bool[Array, " R"]  # no distribution to draw from: logits not finite, or every token ruled out
 
 
 def greedy_rows(num_rows: int) -> SamplingRows:
@@ -61,49 +71,124 @@ def greedy_rows(num_rows: int) -> SamplingRows:
         key_data=jnp.zeros((num_rows, 2), jnp.uint32),
         sample_index=jnp.zeros((num_rows,), jnp.int32),
         num_logprobs=jnp.full((num_rows,), -1, jnp.int32),
+        processed=jnp.zeros((num_rows,), bool),
     )
 
 
 def sample(
     logits: Float32[Array, "R V"],
     rows: SamplingRows,
-    position: Int32[Array, " R"],
+    rules: LogitRules,
+    context: Context,
     active: Bool[Array, " R"],
     *,
     max_logprobs: int,
+    transform: Transform | None = None,
 ) -> Sampled:
     """Draws one token per row.
 
     Args:
       logits: raw logits.
       rows: sampling parameters of the rows.
-      position: position of the token to draw, counted in prompt + generated.
+      rules: of the rows.
+      context: of the rows.
       active: rows that count; what the others get is meaningless.
       max_logprobs: K, size of the top lists.
+      transform: a user's function on the logits that the rules leave.
     """
-    random = active & (rows.temperature >= GREEDY_BELOW)
-    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    token = _if_any(random, lambda token: jnp.where(random, _draw(logits, rows, position, random), token), token)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)
-    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    logprob = (chosen - normaliser)[:, 0]
+    ruled = active if transform is not None else active & logit_rules.in_force(rules, context)
+
+    def processed() -> Float32[Array, "R V"]:
+        changed = logit_rules.apply(logits, rules, context, active)
+        return changed if transform is None else transform(changed)
+
+    def choose(logits: Float32[Array, "R V"], wanted: Bool[Array, " R"], token: Int32[Array, " R"]) -> Array:
+        token = jnp.where(wanted, jnp.argmax(logits, axis=-1).astype(jnp.int32), token)
+        random = wanted & rows.random
+
+        def draw(token: Int32[Array, " R"]) -> Int32[Array, " R"]:
+            return jnp.where(random, _pick(_weights(logits, rows, random), _uniforms(rows, context)), token)
+
+        return if_any(random, draw, token)
+
+    def choose_by_rules(chosen: tuple[Array, Array]) -> tuple[Array, Array]:
+        token, failed = chosen
+        changed = processed()
+        best = jnp.take_along_axis(changed, jnp.argmax(changed, axis=-1)[:, None], axis=1)[:, 0]
+        return choose(changed, ruled, token), failed | (ruled & ~jnp.isfinite(best))
+
+    chosen = (jnp.zeros_like(context.num_tokens), jnp.zeros_like(active))
+    if transform is None:
+        token = choose(logits, active & ~ruled, chosen[0])
+        # In a loop that returns tokens only: the raw logits, needed afterwards, are then not copied.
+        token, failed = if_any(ruled, choose_by_rules, (token, chosen[1]))
+    else:
+        token, failed = choose_by_rules(chosen)
 
     asked = active & (rows.num_logprobs >= 0)
+    of_token = jnp.take_along_axis(logits, token[:, None], axis=1)
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    logprob = (of_token - normaliser)[:, 0]
+    failed = failed | (active & ~jnp.isfinite(logprob))
+    nothing = (
+        logprob,
+        jnp.zeros_like(token),
+        jnp.full((token.shape[0], max_logprobs), -1, jnp.int32),
+        jnp.zeros((token.shape[0], max_logprobs), jnp.float32),
+    )
+    raw = asked & ~rows.processed
+    found = if_any(raw, lambda found: _report(logits, normaliser, token, raw, found), nothing)
+
+    def report_processed(found: tuple[Array, ...]) -> tuple[Array, ...]:
+        logprobs = _processed_logprobs(processed(), rows, active)
+        return _report(logprobs, jnp.zeros_like(normaliser), token, of_processed, found)
+
+    of_processed = asked & rows.processed
+    logprob, rank, top_ids, top_logprobs = if_any(of_processed, report_processed, found)
+    return Sampled(token=token, logprob=logprob, rank=rank, top_ids=top_ids, top_logprobs=top_logprobs, failed=failed)
+
+
+def _report(
+    logits: Float32[Array, "R V"],
+    normaliser: Float32[Array, "R 1"],
+    token: Int32[Array, " R"],
+    wanted: Bool[Array, " R"],
+    found: tuple[Array, ...],
+) -> tuple[Array, ...]:
+    """(logprob, rank, top ids, their logprobs) of wanted rows, in place of those of `found`."""
+    max_logprobs = found[2].shape[1]
     num_top = min(max_logprobs, logits.shape[1])
-    shape = (logits.shape[0], max_logprobs)
+    values, ids = lax.platform_dependent(logits, cuda=_top(num_top, _TOP_K_PIECE), default=_top(num_top, _ALL))
+    possible = values > -jnp.inf
+    unused = ((0, 0), (0, max_logprobs - num_top))
+    ids = jnp.pad(jnp.where(possible, ids, -1), unused, constant_values=-1)
+    values = jnp.pad(jnp.where(possible, values - normaliser, 0), unused)
+    of_token = jnp.take_along_axis(logits, token[:, None], axis=1)
+    rank = 1 + jnp.sum(logits > of_token, axis=-1, dtype=jnp.int32)
+    new = ((of_token - normaliser)[:, 0], rank, ids, values)
+    return tuple(
+        jnp.where(jnp.expand_dims(wanted, tuple(range(1, leaf.ndim))), leaf, old)
+        for leaf, old in zip(new, found, strict=True)
+    )
 
-    def report(_: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        values, ids = lax.platform_dependent(logits, cuda=_top(num_top, _TOP_K_PIECE), default=_top(num_top, _ALL))
-        rank = 1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32)
-        unused = ((0, 0), (0, max_logprobs - num_top))
-        ids = jnp.pad(ids, unused, constant_values=-1)
-        values = jnp.pad(values - normaliser, unused)
-        some = asked[:, None]
-        return jnp.where(asked, rank, 0), jnp.where(some, ids, -1), jnp.where(some, values, 0)
 
-    nothing = (jnp.zeros(shape[:1], jnp.int32), jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
-    rank, top_ids, top_logprobs = _if_any(asked, report, nothing)
-    return Sampled(token=token, logprob=logprob, rank=rank, top_ids=top_ids, top_logprobs=top_logprobs)
+def token_logprobs(
+    logits: Float32[Array, "R V"], token: Int32[Array, " R"], num_logprobs: Int32[Array, " R"], *, max_logprobs: int
+) -> tuple[Float32[Array, " R"], Int32[Array, " R"], Int32[Array, "R K"], Float32[Array, "R K"]]:
+    """Raw log probability and rank of given tokens, and the most likely ones, for rows that ask (num_logprobs >= 0).
+
+    Rows that do not ask get NaN, 0, -1 and 0.
+    """
+    asked = num_logprobs >= 0
+    nothing = (
+        jnp.full(token.shape, jnp.nan, jnp.float32),
+        jnp.zeros_like(token),
+        jnp.full((token.shape[0], max_logprobs), -1, jnp.int32),
+        jnp.zeros((token.shape[0], max_logprobs), jnp.float32),
+    )
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    logprob, rank, ids, values = _report(logits, normaliser, token, asked, nothing)
+    return logprob, rank, ids, values
 
 
 def _top(k: int, piece: int) -> Callable[[Float32[Array, "R V"]], tuple[Float32[Array, "R K"], Int32[Array, "R K"]]]:
@@ -123,9 +208,8 @@ def _top(k: int, piece: int) -> Callable[[Float32[Array, "R V"]], tuple[Float32[
     return top
 
 
-def _draw(
-    logits: Float32[Array, "R V"], rows: SamplingRows, position: Int32[Array, " R"], random: Bool[Array, " R"]
-) -> Int32[Array, " R"]:
+def _weights(logits: Float32[Array, "R V"], rows: SamplingRows, random: Bool[Array, " R"]) -> Float32[Array, "R V"]:
+    """What random rows draw in proportion to: 0 for dropped tokens, 1 for the most likely one."""
     temperature = jnp.where(random, rows.temperature, 1.0)
     scaled = logits / temperature[:, None]
     scaled = jnp.where(scaled == 0, 0, scaled)  # -0.0 and 0.0 must compare equal; adding 0.0 is optimised away
@@ -150,9 +234,21 @@ def _draw(
         kept = jnp.where((ordered >= threshold) | ~limited, weights, 0)
         return _drop_ties(kept, (ordered == threshold) & limited, dropped - below(threshold))
 
-    weights = _if_any(random & (rows.top_k > 0), keep_top_k, weights)
-    weights = _if_any(random & (rows.top_p < 1), keep_top_p, weights)
-    return _pick(weights, _uniforms(rows, position))
+    weights = if_any(random & (rows.top_k > 0), keep_top_k, weights)
+    weights = if_any(random & (rows.top_p < 1), keep_top_p, weights)
+    return weights
+
+
+def _processed_logprobs(
+    logits: Float32[Array, "R V"], rows: SamplingRows, active: Bool[Array, " R"]
+) -> Float32[Array, "R V"]:
+    """Log probabilities that tokens are drawn with; greedy rows: of the logits at temperature 1."""
+    random = active & rows.random
+    weights = if_any(
+        random, lambda weights: jnp.where(random[:, None], _weights(logits, rows, random), weights), logits
+    )
+    drawn_from = jnp.where(weights > 0, jnp.log(weights) - jnp.log(jnp.sum(weights, axis=-1, keepdims=True)), -jnp.inf)
+    return jnp.where(random[:, None], drawn_from, jax.nn.log_softmax(logits, axis=-1))
 
 
 def _drop_ties(
@@ -168,7 +264,7 @@ def _drop_ties(
         order = jnp.cumsum(tied.astype(jnp.int32), axis=-1, dtype=jnp.int32)
         return jnp.where(tied & (order <= num_dropped[:, None]), 0, weights)
 
-    return _if_any(num_dropped > 0, drop, weights)
+    return if_any(num_dropped > 0, drop, weights)
 
 
 def _ordered_bits(x: Float32[Array, "R V"]) -> UInt32[Array, "R V"]:
@@ -188,13 +284,13 @@ def _largest(holds: Callable[[UInt32[Array, "R 1"]], Bool[Array, " R"]], shape: 
     return lax.fori_loop(0, 32, settle_bit, jnp.zeros(shape, jnp.uint32))
 
 
-def _uniforms(rows: SamplingRows, position: Int32[Array, " R"]) -> Float32[Array, "R 2"]:
+def _uniforms(rows: SamplingRows, context: Context) -> Float32[Array, "R 2"]:
     def one(key_data: UInt32[Array, " 2"], sample_index: Int32[Array, ""], position: Int32[Array, ""]):
         key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
         key = jax.random.fold_in(jax.random.fold_in(key, sample_index), position)
         return jax.random.uniform(key, (2,), jnp.float32)
 
-    return jax.vmap(one)(rows.key_data, rows.sample_index, position)
+    return jax.vmap(one)(rows.key_data, rows.sample_index, context.num_tokens)
 
 
 def _pick(weights: Float32[Array, "R V"], uniforms: Float32[Array, "R 2"]) -> Int32[Array, " R"]:
@@ -214,9 +310,3 @@ def _inverse(weights: Float32[Array, "R X"], uniform: Float32[Array, " R"]) -> I
     first = jnp.min(jnp.where(possible & (cumulative > target), index, weights.shape[1]), axis=-1)
     last = jnp.max(jnp.where(possible, index, 0), axis=-1)
     return jnp.minimum(first, last)
-
-
-def _if_any(wanted: Bool[Array, " R"], compute: Callable[[T], T], otherwise: T) -> T:
-    """`compute(otherwise)` if any row wants it, as a loop of one trip or none: a cond would copy what it returns."""
-    done = ~jnp.any(wanted)
-    return lax.while_loop(lambda carry: ~carry[0], lambda carry: (~carry[0], compute(carry[1])), (done, otherwise))[1]

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxserve.request import CompletionOutput, Request, RequestMetrics, RequestOutput, TokenLogprob
+from jaxserve.request import CompletionOutput, Request, RequestMetrics, RequestOutput, SamplingParams, TokenLogprob
 from jaxserve.scheduler.state import Status
+from jaxserve.stop_strings import StopScanner
 from jaxserve.tokenizer import IncrementalDecoder, Tokenizer
 
-_ERROR = "the model's logits were not finite: its weights are damaged, or dtype is too narrow for them (try bfloat16)"
+_ERROR = (
+    "there was no token to draw: the model's logits were not finite (its weights are damaged, or dtype is too narrow for "
+    "them: try bfloat16), or allowed_token_ids, bad_words and logit_bias together left none"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +34,14 @@ class Sequence:
         self,
         request: Request,
         prompt_token_ids: tuple[int, ...],
+        params: SamplingParams,
         seed: int,
         tokenizer: Tokenizer | None,
         eos_token_ids: tuple[int, ...],
     ) -> None:
         self.request = request
         self.prompt_token_ids = prompt_token_ids
+        self.params = params  # as the device has them: bad words are token ids
         self.seed = seed
         self.token_ids: list[int] = []
         self.status = Status.WAITING
@@ -44,6 +50,7 @@ class Sequence:
         self._eos_token_ids = eos_token_ids
         self._tokenizer = tokenizer if request.params.detokenize else None
         self._decoder = self._make_decoder()
+        self._scanner = StopScanner(request.params.stop_strings, include=request.params.include_stop_str_in_output)
         self._text: list[str] = []
         self._num_reported = 0  # tokens that an update has had
         self._unreported: list[str] = []  # text that none has had
@@ -64,34 +71,58 @@ class Sequence:
             context=self.prompt_token_ids,
         )
 
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will be added."""
+        return self.status >= Status.STOP
+
     def append(
         self, token: int, logprob: float, rank: int, top_ids: np.ndarray, top_logprobs: np.ndarray, status: Status
     ) -> None:
-        """Takes one generated token; `status` is that of the sequence after it."""
+        """Takes one generated token; `status` is that of the sequence after it.
+
+        A stop string ends the sequence here, whatever the status; tokens that come after that are not taken.
+        """
+        if self.finished:
+            return
         if self._first_token_time is None:
             self._first_token_time = time.monotonic()
         self.token_ids.append(token)
-        if self._decoder is not None and status != Status.STOP:
-            self._add_text(self._decoder.push(token))
         if self.request.params.logprobs is not None:
             self._cumulative_logprob += logprob
             self._logprobs.append(self._places(token, logprob, rank, top_ids, top_logprobs))
+        if self._decoder is not None and not self._is_stop_token(token, status):
+            self._add_text(self._decoder.push(token))
+            if self._scanner.matched is not None:
+                self._end(Status.STOP)
 
     def finish(self, status: Status) -> None:
-        """Ends the sequence for the reason `status`."""
-        self.status = status
-        self._finish_time = time.monotonic()
+        """Ends the sequence for the reason `status`, unless it has ended."""
+        if self.finished:
+            return
         if self._decoder is not None:
             self._add_text(self._decoder.flush())
+            if self._scanner.matched is None:
+                self._add_final(self._scanner.flush())
+            elif status == Status.LENGTH:
+                status = Status.STOP
+        self._end(status)
+
+    def _end(self, status: Status) -> None:
+        self.status = status
+        self._finish_time = time.monotonic()
+
+    def _is_stop_token(self, token: int, status: Status) -> bool:
+        """Whether the token is one that ends the sequence: then it has no text."""
+        return status == Status.STOP and (token in self._eos_token_ids or token in self.request.params.stop_token_ids)
 
     def take_update(self) -> Update | None:
         """What has come since the last call; None if nothing."""
         new, text = tuple(self.token_ids[self._num_reported :]), "".join(self._unreported)
-        finished = self.status >= Status.STOP
-        if not new and not finished:
+        if not new and not self.finished:
             return None
         self._num_reported, self._unreported = len(self.token_ids), []
-        return Update(self.request.id, text, new, self.output() if finished else None)
+        return Update(self.request.id, text, new, self.output() if self.finished else None)
 
     def output(self) -> RequestOutput:
         """The result so far."""
@@ -121,15 +152,25 @@ class Sequence:
         )
 
     def _add_text(self, text: str) -> None:
+        may_stop = len(self.token_ids) >= self.request.params.min_tokens
+        self._add_final(self._scanner.push(text, may_stop=may_stop))
+
+    def _add_final(self, text: str) -> None:
         self._text.append(text)
         self._unreported.append(text)
 
-    def _stop_reason(self) -> int | None:
+    def _stop_reason(self) -> int | str | tuple[int, ...] | None:
+        """The first of what ended the sequence, in the order in which the device and the host test."""
         if self.status != Status.STOP:
             return None
+        if self._scanner.matched is not None:
+            return self._scanner.matched
         last, params = self.token_ids[-1], self.request.params
-        ended = last in self._eos_token_ids and not params.ignore_eos
-        return None if ended else last
+        if last in self._eos_token_ids and not params.ignore_eos:
+            return None
+        if last in params.stop_token_ids:
+            return last
+        return next((ids for ids in params.stop_sequences if tuple(self.token_ids[-len(ids) :]) == ids), last)
 
     def _places(
         self, token: int, logprob: float, rank: int, top_ids: np.ndarray, top_logprobs: np.ndarray

@@ -19,11 +19,13 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxserve.config import EngineConfig
 from jaxserve.forward import forward_rows
+from jaxserve.logit_rules import Context
 from jaxserve.models import ModelConfig, graphdef_of
 from jaxserve.pytree import Record, record
 from jaxserve.sampling import Sampled, sample
 from jaxserve.scheduler.state import EngineState, Status
 from jaxserve.scheduler.submission import Handles, Submission, abort, collect, submit
+from jaxserve.scheduler.token_counts import count_tokens
 from jaxserve.scheduler.transitions import samples, schedule, settle
 from pallas_kernels.backend import compiles_for_cuda
 
@@ -88,14 +90,14 @@ def step(
     state, plan = schedule(state, config=config)
     sampled = samples(state, plan.num_new)
     pool, hidden = forward_rows(params, state, plan, model=model, config=config)
+    state = count_tokens(state, sampled)
     drawn = _sample(params, state, hidden, sampled, model=model, config=config)
-    failed = ~jnp.isfinite(drawn.logprob)  # of any logit that is NaN or infinite
     before = state
-    state = settle(state.replace(pool=pool), plan.num_new, drawn.token, failed)
+    state = settle(state.replace(pool=pool), plan.num_new, drawn.token, drawn.failed)
     output = StepOutput(
         row_id=before.slots.row_id,
         num_new=plan.num_new,
-        sampled=sampled & ~failed,
+        sampled=sampled & ~drawn.failed,
         drawn=drawn,
         status=state.queue.status.at[before.slots.row_id].get(mode="fill", fill_value=Status.FREE),
         prompt_slot=plan.slot,
@@ -266,6 +268,7 @@ def _nothing_drawn(config: EngineConfig) -> Sampled:
         rank=jnp.zeros((slots,), jnp.int32),
         top_ids=jnp.full((slots, tops), -1, jnp.int32),
         top_logprobs=jnp.zeros((slots, tops), jnp.float32),
+        failed=jnp.zeros((slots,), bool),
     )
 
 
@@ -288,10 +291,18 @@ def _sample(
         start, drawn = carry
         slot = lax.dynamic_slice_in_dim(order.astype(jnp.int32), start, size)
         row = state.slots.row_id.at[slot].get(mode="fill", fill_value=state.queue.status.shape[0])
-        rows = jax.tree.map(lambda leaf: leaf.at[row].get(mode="clip"), state.queue.sampling)
-        position = state.queue.num_tokens.at[row].get(mode="fill", fill_value=0)
+        queue = state.queue
+        rows, rules = jax.tree.map(lambda leaf: leaf.at[row].get(mode="clip"), (queue.sampling, queue.rules))
+        context = Context(
+            tokens=queue.tokens.at[row].get(mode="clip"),
+            num_tokens=queue.num_tokens.at[row].get(mode="fill", fill_value=0),
+            prompt_length=queue.prompt_length.at[row].get(mode="fill", fill_value=0),
+            stop_token_ids=queue.stop_token_ids.at[row].get(mode="fill", fill_value=-1),
+            slot=slot,
+            seen=state.seen,
+        )
         logits = forward.logits(hidden.at[slot].get(mode="fill", fill_value=0))
-        new = sample(logits, rows, position, slot < num_slots, max_logprobs=config.max_logprobs)
+        new = sample(logits, rows, rules, context, slot < num_slots, max_logprobs=config.max_logprobs)
         return start + size, jax.tree.map(lambda old, leaf: old.at[slot].set(leaf, mode="drop"), drawn, new)
 
     return lax.while_loop(lambda carry: carry[0] < num_sampling, tile, (jnp.int32(0), _nothing_drawn(config)))[1]

@@ -202,6 +202,22 @@ class IncrementalDecoder:
         return tail[::-1]
 
 
+def spell(words: Sequence[str | tuple[int, ...]], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Token sequences that spell words: each at the start of a text, and after a blank where that is another one.
+
+    Lists of token ids stay as they are.
+    """
+    spellings: list[tuple[int, ...]] = []
+    for word in words:
+        if not isinstance(word, str):
+            spellings.append(word)
+            continue
+        alone = tuple(tokenizer.encode(word, add_special_tokens=False))
+        after_blank = tuple(tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
+        spellings += [alone] if alone[:1] == after_blank[:1] else [alone, after_blank]
+    return tuple(dict.fromkeys(spelling for spelling in spellings if spelling))
+
+
 class _Stream(Protocol):
     def push(self, token_id: int) -> str: ...
     def flush(self) -> str: ...

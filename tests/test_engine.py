@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve import Engine, EngineConfig, Request, SamplingParams, UnsupportedError, Update
+from jaxserve import Engine, EngineConfig, Request, SamplingParams, Update
 from jaxserve.compile_guard import forbid_compilation
 from tests import small_model
 
@@ -204,11 +204,6 @@ def test_what_cannot_be_served_is_refused_before_anything_is_generated(
     with pytest.raises(ValueError, match=message):
         engine.generate(prompts, SamplingParams(**params))
     assert engine.stats.num_steps == steps and not engine.has_unfinished
-
-
-def test_parameters_of_a_later_version_are_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match="presence_penalty"):
-        SamplingParams(presence_penalty=0.5)
 
 
 def test_an_id_in_use_is_refused(engine: Engine) -> None:

@@ -61,7 +61,7 @@ def test_json_lines_come_back_with_a_bad_line_reported_in_its_place(
         {"prompt": "x", "temperature": 9},
         {"prompt_token_ids": [1, 2, 3], "max_tokens": 2, "seed": 5, "ignore_eos": True},
         {"prompt_token_ids": [1] * 200},
-        {"prompt": "y", "stop": ["z"]},
+        {"prompt": "y", "stop": [""]},
     ]
     prompts.write_text("\n".join([*map(json.dumps, lines), "{"]) + "\n")
     done = run(checkpoint, "--prompts_file", str(prompts), "--output", str(output))

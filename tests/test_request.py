@@ -92,37 +92,26 @@ def test_values_out_of_range_are_refused_by_name_and_value(name, value):
     assert "must be" in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("n", 2),
-        ("n", True),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -0.5),
-        ("frequency_penalty", math.nan),
-        ("repetition_penalty", 1.1),
-        ("logit_bias", {5: 1.0}),
-        ("allowed_token_ids", [1]),
-        ("allowed_token_ids", []),
-        ("bad_words", ["no"]),
-        ("min_tokens", 1),
-        ("stop", ["\n"]),
-        ("stop", "\n"),
-        ("include_stop_str_in_output", True),
-        ("logprobs_mode", "processed"),
-        ("prompt_logprobs", 0),
-        ("truncate_prompt_tokens", 10),
-    ],
-)
+@pytest.mark.parametrize(("name", "value"), [("n", 2), ("prompt_logprobs", 0)])
 def test_parameters_that_are_not_built_are_refused_by_name(name, value):
     with pytest.raises(UnsupportedError, match=f"^{name}=.* is not supported yet"):
         SamplingParams(**{name: value})
 
 
+CHANGED = {
+    "logit_bias": {1: 1.0},
+    "stop_token_ids": [1],
+    "allowed_token_ids": [1],
+    "logprobs_mode": "processed",
+    "truncate_prompt_tokens": 3,
+    "seed": 1,
+    "logprobs": 1,
+}
+
+
 def test_every_parameter_is_either_honoured_or_refused():
-    changed = {"logit_bias": {1: 1.0}, "stop_token_ids": [1], "logprobs_mode": "processed", "seed": 1, "logprobs": 1}
     for field in dataclasses.fields(SamplingParams):
-        value = changed.get(field.name)
+        value = CHANGED.get(field.name)
         if value is None:
             default = field.default
             value = not default if isinstance(default, bool) else ["a"] if default == () else (default or 0) + 1
@@ -132,6 +121,46 @@ def test_every_parameter_is_either_honoured_or_refused():
         except UnsupportedError:
             continue
         assert params != SamplingParams(), field.name
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"logprobs_mode": "both"}, "logprobs_mode='both' must be raw or processed"),
+        ({"min_tokens": 20}, "min_tokens=20 must be at most max_tokens=16"),
+        ({"stop": ["x"], "detokenize": False}, "stop=.* needs text: leave detokenize on"),
+        ({"allowed_token_ids": []}, "allowed_token_ids=.* leaves no token to draw"),
+        ({"logit_bias": {3: math.inf}}, r"logit_bias\[3\]=inf must be a number"),
+        ({"logit_bias": {"x": 1}}, "logit_bias key='x' must be an integer"),
+        ({"logit_bias": {1: 1, "1": 2}}, "logit_bias has token id 1 twice"),
+        ({"logit_bias": [1]}, "must be a mapping from token ids to numbers"),
+        ({"bad_words": [""]}, r"bad_words\[0\]='' must not be empty"),
+        ({"bad_words": {"a": 1}}, "bad_words=.* must be a list of strings"),
+        ({"stop": [[]]}, r"stop\[0\]=\[\] must not be empty"),
+        ({"stop": [3]}, r"stop\[0\]=3 must be a list of token ids"),
+        ({"presence_penalty": 2.5}, "presence_penalty=2.5 must be a number in"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty=nan must be a number in"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0 must be a number in"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty=inf must be a number in"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens=0 must be an integer from 1"),
+    ],
+)
+def test_what_contradicts_or_means_nothing_is_refused_in_one_sentence(fields, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        SamplingParams(**fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bias_is_clamped_and_its_keys_may_be_digits_as_in_json():
+    assert SamplingParams(logit_bias={"7": -1000, 3: 0.5}).logit_bias == ((3, 0.5), (7, -100.0))
+    again = SamplingParams(logit_bias={3: 0.5})
+    assert dataclasses.replace(again, top_k=2).logit_bias == again.logit_bias
+
+
+def test_texts_and_token_lists_to_stop_at_are_told_apart():
+    params = SamplingParams(stop=["END", [5, np.int32(6)], "\n"])
+    assert params.stop_strings == ("END", "\n") and params.stop_sequences == ((5, 6),)
+    assert SamplingParams(stop="END").stop_strings == ("END",)
 
 
 def test_empty_lists_and_whole_numbers_count_as_defaults():

@@ -11,12 +11,36 @@ import pytest
 import scipy.stats
 from jax import lax
 
-from jaxserve import sampling
+from jaxserve import EngineConfig, sampling
+from jaxserve.logit_rules import Context, plain_rules
 from jaxserve.sampling import Sampled, SamplingRows, greedy_rows, sample
 
 K = 5  # max_logprobs
 AMBIGUOUS = 1e-6  # closer to a threshold than this, float32 may round to either side
-SAMPLE = jax.jit(functools.partial(sample, max_logprobs=K))
+CONFIG = EngineConfig(max_slots=1, max_model_len=8)
+
+
+def context_of(position: jax.Array) -> Context:
+    """Of rows about which only the position of the token to draw is known."""
+    number = position.shape[0]
+    nothing = jnp.zeros((number, 1), jnp.int32)
+    return Context(
+        tokens=nothing,
+        num_tokens=position,
+        prompt_length=position,
+        stop_token_ids=nothing - 1,
+        slot=jnp.arange(number, dtype=jnp.int32),
+        seen=None,
+    )
+
+
+def sample_plainly(logits, rows, position, active, *, max_logprobs: int) -> Sampled:
+    """`sample` without rules."""
+    rules = plain_rules(logits.shape[0], logits.shape[1], CONFIG)
+    return sample(logits, rows, rules, context_of(position), active, max_logprobs=max_logprobs)
+
+
+SAMPLE = jax.jit(functools.partial(sample_plainly, max_logprobs=K))
 
 
 def rows(number: int, **values: Any) -> SamplingRows:
@@ -102,10 +126,9 @@ CASES = pytest.mark.parametrize(("seed", "number", "vocab_size"), [(0, 3000, 50)
 
 
 @CASES
-def test_the_kept_tokens_and_their_weights_are_the_oracles(monkeypatch, seed, number, vocab_size):
+def test_the_kept_tokens_and_their_weights_are_the_oracles(seed, number, vocab_size):
     logits, wanted, supports = random_cases(seed, number, vocab_size)
-    monkeypatch.setattr(sampling, "_pick", lambda weights, _: weights)
-    weights = jax.jit(sampling._draw)(logits, wanted, np.zeros(number, np.int32), np.ones(number, bool))
+    weights = jax.jit(sampling._weights)(logits, wanted, np.ones(number, bool))
     num_skipped = 0
     for row, support in zip(np.asarray(weights, np.float64), supports, strict=True):
         if support.ambiguous:
@@ -272,7 +295,7 @@ def test_rows_that_ask_for_no_logprobs_get_none_beside_rows_that_do():
 def test_top_lists_have_their_fixed_size_also_beyond_the_vocabulary(max_logprobs):
     logits = jnp.asarray([[1.0, 3.0, 2.0]], jnp.float32)
     wanted = rows(1, temperature=0.0, num_logprobs=max_logprobs)
-    drawn = sample(logits, wanted, jnp.zeros(1, jnp.int32), jnp.ones(1, bool), max_logprobs=max_logprobs)
+    drawn = sample_plainly(logits, wanted, jnp.zeros(1, jnp.int32), jnp.ones(1, bool), max_logprobs=max_logprobs)
     assert drawn.top_ids.tolist() == [[1, 2, 0, -1, -1, -1, -1][:max_logprobs]]
     assert drawn.top_logprobs.shape == (1, max_logprobs)
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int32
 from jaxserve.cache import KVPool, PageTable, init_kv_pool, init_page_table
 from jaxserve.cache.kv_pool import stores_bits
 from jaxserve.config import EngineConfig
+from jaxserve.logit_rules import LogitRules, plain_rules
 from jaxserve.models import ModelConfig
 from jaxserve.pytree import Record, record
 from jaxserve.request import FinishReason
@@ -55,7 +56,10 @@ class Queue(Record):
     num_tokens: Int32[Array, " Q"]  # prompt + generated
     max_length: Int32[Array, " Q"]  # num_tokens at which the sequence ends
     stop_token_ids: Int32[Array, "Q Z"]  # generating one of these ends the sequence; -1: unused entry
+    stop_sequences: Int32[Array, "Q NS LS"]  # generating one of these does too; aligned at their end; -1: before it
     sampling: SamplingRows
+    rules: LogitRules
+    num_prompt_logprobs: Int32[Array, " Q"]  # most likely tokens reported per prompt token; -1: none, nor logprobs
     priority: Int32[Array, " Q"]  # lower goes first
     arrival: Int32[Array, " Q"]  # running number; breaks ties of priority
     status: Int32[Array, " Q"]  # a `Status`
@@ -70,6 +74,7 @@ class Slots(Record):
 
     row_id: Int32[Array, " S"]  # queue row; Q = none, the slot is not in use
     num_computed: Int32[Array, " S"]  # tokens whose keys and values are in the pool
+    num_counted: Int32[Array, " S"]  # tokens that `EngineState.seen` tells of; 0: the slot's row of it is stale
 
 
 @record
@@ -80,6 +85,9 @@ class EngineState(Record):
     slots: Slots
     table: PageTable
     pool: KVPool
+    seen: (
+        Int32[Array, "S V"] | None
+    )  # per slot 2 * times generated + whether in the prompt; None: no penalties in the config
     next_arrival: Int32[Array, ""]  # number for the next submission; good for 2^31 of them, then make a new state
 
     @property
@@ -104,7 +112,10 @@ def init_state(model: ModelConfig, config: EngineConfig) -> EngineState:
             num_tokens=_zeros(rows),
             max_length=_zeros(rows),
             stop_token_ids=jnp.full((rows, stops), -1, jnp.int32),
+            stop_sequences=jnp.full((rows, config.max_stop_sequences, config.max_stop_sequence_len), -1, jnp.int32),
             sampling=greedy_rows(rows),
+            rules=plain_rules(rows, model.vocab_size, config),
+            num_prompt_logprobs=jnp.full((rows,), -1, jnp.int32),
             priority=_zeros(rows),
             arrival=_zeros(rows),
             status=_zeros(rows),
@@ -112,11 +123,12 @@ def init_state(model: ModelConfig, config: EngineConfig) -> EngineState:
             num_preemptions=_zeros(rows),
             generation=_zeros(rows),
         ),
-        slots=Slots(row_id=jnp.full((slots,), rows, jnp.int32), num_computed=_zeros(slots)),
+        slots=Slots(row_id=jnp.full((slots,), rows, jnp.int32), num_computed=_zeros(slots), num_counted=_zeros(slots)),
         table=init_page_table(slots, config.pages_per_slot, config.num_pages),
         pool=init_kv_pool(
             model, config.num_pages, config.page_size, config.kv_dtype, as_bits=stores_bits(config.backend)
         ),
+        seen=jnp.zeros((slots, model.vocab_size), jnp.int32) if config.penalties else None,
         next_arrival=jnp.asarray(0, jnp.int32),
     )
 

@@ -4,13 +4,19 @@ Inside jit nothing raises: a row that is not valid ends at once with status ERRO
 gets the handle "none". `jaxserve.rows` builds submissions on the host, where mistakes do raise.
 """
 
+from typing import TypeVar
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxserve.config import EngineConfig
+from jaxserve.logit_rules import LogitRules, penalised
 from jaxserve.models import ModelConfig
 from jaxserve.pytree import Record, record
 from jaxserve.scheduler.state import EngineState, SamplingRows, Status
+
+T = TypeVar("T")
 
 
 @record
@@ -21,7 +27,10 @@ class Submission(Record):
     prompt_length: Int32[Array, " W"]  # tokens, at least 1 and at most M - 1
     max_tokens: Int32[Array, " W"]  # tokens to generate at most; clipped to what M leaves
     stop_token_ids: Int32[Array, "W Z"]  # end-of-sequence ids among them; -1: unused entry
+    stop_sequences: Int32[Array, "W NS LS"]  # token ids, aligned at their end; -1: before it
     sampling: SamplingRows  # of W rows
+    rules: LogitRules  # of W rows
+    num_prompt_logprobs: Int32[Array, " W"]  # -1: none asked for
     priority: Int32[Array, " W"]  # lower goes first
     valid: Bool[Array, " W"]
 
@@ -56,7 +65,10 @@ def submit(
         num_tokens=queue.num_tokens.at[row].set(submission.prompt_length, mode="drop"),
         max_length=queue.max_length.at[row].set(max_length, mode="drop"),
         stop_token_ids=queue.stop_token_ids.at[row].set(submission.stop_token_ids, mode="drop"),
+        stop_sequences=queue.stop_sequences.at[row].set(submission.stop_sequences, mode="drop"),
         sampling=_set_rows(queue.sampling, row, submission.sampling),
+        rules=_set_rows(queue.rules, row, submission.rules),
+        num_prompt_logprobs=queue.num_prompt_logprobs.at[row].set(submission.num_prompt_logprobs, mode="drop"),
         priority=queue.priority.at[row].set(submission.priority, mode="drop"),
         arrival=queue.arrival.at[row].set(state.next_arrival + order, mode="drop"),
         status=queue.status.at[row].set(
@@ -88,7 +100,7 @@ def collect(state: EngineState, mask: Bool[Array, " Q"], generation: Int32[Array
 
 
 def _acceptable(submission: Submission, model: ModelConfig, config: EngineConfig) -> Bool[Array, " W"]:
-    sampling, length = submission.sampling, submission.prompt_length
+    sampling, rules, length = submission.sampling, submission.rules, submission.prompt_length
     in_prompt = jnp.arange(submission.tokens.shape[1], dtype=jnp.int32)[None, :] < length[:, None]
     in_vocab = (submission.tokens >= 0) & (submission.tokens < model.vocab_size)
     return (
@@ -105,13 +117,23 @@ def _acceptable(submission: Submission, model: ModelConfig, config: EngineConfig
         & (sampling.min_p <= 1)
         & (sampling.num_logprobs >= -1)
         & (sampling.num_logprobs <= config.max_logprobs)
+        & (submission.num_prompt_logprobs >= -1)
+        & (submission.num_prompt_logprobs <= config.max_logprobs)
+        & _within(rules.presence_penalty, 2)
+        & _within(rules.frequency_penalty, 2)
+        & (rules.repetition_penalty > 0)
+        & jnp.isfinite(rules.repetition_penalty)
+        & (config.penalties | ~penalised(rules))
+        & jnp.all(_within(rules.bias, 100), axis=1)
+        & jnp.all((rules.bias_ids >= -1) & (rules.bias_ids < model.vocab_size), axis=1)
+        & jnp.all(rules.bad_words < model.vocab_size, axis=(1, 2))
+        & (rules.min_tokens >= 0)
     )
 
 
-def _set_rows(rows: SamplingRows, row: Int32[Array, " W"], new: SamplingRows) -> SamplingRows:
-    return SamplingRows(
-        **{
-            name: getattr(rows, name).at[row].set(getattr(new, name), mode="drop")
-            for name in SamplingRows.__dataclass_fields__
-        }
-    )
+def _within(values: Float32[Array, "*W"], bound: float) -> Bool[Array, "*W"]:
+    return jnp.abs(values) <= bound
+
+
+def _set_rows(rows: T, row: Int32[Array, " W"], new: T) -> T:
+    return jax.tree.map(lambda old, leaf: old.at[row].set(leaf, mode="drop"), rows, new)

@@ -13,7 +13,7 @@ from jaxserve.cache.page_table import allocate, allocate_each, release, release_
 from jaxserve.config import EngineConfig
 from jaxserve.pytree import Record, record
 from jaxserve.scheduler import policy
-from jaxserve.scheduler.state import EngineState, Status
+from jaxserve.scheduler.state import EngineState, Queue, Status
 
 
 @record
@@ -93,6 +93,7 @@ def admit(state: EngineState, *, config: EngineConfig) -> EngineState:
             slots=state.slots.replace(
                 row_id=state.slots.row_id.at[slot].set(row),
                 num_computed=state.slots.num_computed.at[slot].set(0),
+                num_counted=state.slots.num_counted.at[slot].set(0),
             ),
             table=table,
         )
@@ -169,17 +170,34 @@ def advance(state: EngineState, num_new: Int32[Array, " S"], token: Int32[Array,
     sampled = samples(state, num_new)
     row = jnp.where(sampled, state.slots.row_id, num_rows)
     length = queue.num_tokens.at[row].get(mode="fill", fill_value=0)
+    tokens = queue.tokens.at[row, length].set(token, mode="drop")
     stop_token_ids = queue.stop_token_ids.at[row].get(mode="fill", fill_value=-1)
-    stopped = jnp.any(stop_token_ids == token[:, None], axis=1)
+    stopped = jnp.any(stop_token_ids == token[:, None], axis=1) | _ends_sequence(queue, tokens, row, length + 1)
     full = length + 1 >= queue.max_length.at[row].get(mode="fill", fill_value=0)
     status = jnp.where(stopped, Status.STOP.value, jnp.where(full, Status.LENGTH.value, Status.RUNNING.value))
     queue = queue.replace(
-        tokens=queue.tokens.at[row, length].set(token, mode="drop"),
+        tokens=tokens,
         num_tokens=queue.num_tokens.at[row].add(1, mode="drop"),
         status=queue.status.at[row].set(status.astype(jnp.int32), mode="drop"),
     )
     slots = state.slots.replace(num_computed=state.slots.num_computed + num_new)
     return state.replace(queue=queue, slots=slots)
+
+
+def _ends_sequence(
+    queue: Queue, tokens: Int32[Array, "Q M"], row: Int32[Array, " S"], num_tokens: Int32[Array, " S"]
+) -> Bool[Array, " S"]:
+    """Whether what was generated ends with a stop sequence, and may end by then."""
+    sequences = queue.stop_sequences.at[row].get(mode="fill", fill_value=-1)
+    if not sequences.shape[1]:
+        return jnp.zeros(row.shape, bool)
+    start = queue.prompt_length.at[row].get(mode="fill", fill_value=0)[:, None]
+    position = num_tokens[:, None] - sequences.shape[2] + jnp.arange(sequences.shape[2], dtype=jnp.int32)[None, :]
+    recent = tokens.at[row[:, None], position].get(mode="fill", fill_value=-2)
+    recent = jnp.where(position >= start, recent, -2)[:, None, :]
+    ended = jnp.all((sequences < 0) | (sequences == recent), axis=2) & (sequences[:, :, -1] >= 0)
+    min_tokens = queue.rules.min_tokens.at[row].get(mode="fill", fill_value=0)
+    return jnp.any(ended, axis=1) & (num_tokens - start[:, 0] >= min_tokens)
 
 
 def retire(state: EngineState) -> EngineState:
@@ -201,14 +219,14 @@ def _loop_without_pool(
     body: Callable[[EngineState], EngineState],
     state: EngineState,
 ) -> EngineState:
-    """A while loop that leaves the pool and the tokens out of its carry: neither is touched, nor can be copied."""
-    pool, tokens = state.pool, state.queue.tokens
+    """A while loop that leaves the large arrays out of its carry: they are not touched, nor can they be copied."""
+    pool, seen, tokens = state.pool, state.seen, state.queue.tokens
 
     def split(state: EngineState) -> EngineState:
-        return state.replace(pool=None, queue=state.queue.replace(tokens=None))
+        return state.replace(pool=None, seen=None, queue=state.queue.replace(tokens=None))
 
     state = lax.while_loop(cond, lambda small: split(body(small)), split(state))
-    return state.replace(pool=pool, queue=state.queue.replace(tokens=tokens))
+    return state.replace(pool=pool, seen=seen, queue=state.queue.replace(tokens=tokens))
 
 
 def _ceil_div(a: Int32[Array, ""], b: int) -> Int32[Array, ""]:

@@ -66,6 +66,7 @@ def sampling_rows(**changes) -> SamplingRows:
         "key_data": [[1, 2], [3, 4], [2**32 - 1, 6]],
         "sample_index": [0, 1, 2],
         "num_logprobs": [-1, 0, 3],
+        "processed": [False, True, False],
     }
     kept = jax.device_get(start().queue.sampling)
     known = {field.name: getattr(kept, field.name)[:3] for field in dataclasses.fields(SamplingRows)}

@@ -23,6 +23,7 @@ from oracle import VOCAB_SIZE, Limits, Oracle, Request, StepRecord
 from workloads import Driver, Planned
 
 from jaxserve.config import EngineConfig
+from jaxserve.logit_rules import LogitRules, plain_rules
 from jaxserve.models import ModelConfig
 from jaxserve.pytree import Record, record
 from jaxserve.sampling import SamplingRows, greedy_rows
@@ -333,20 +334,24 @@ def submission_of(requests: list[Request | None], config: EngineConfig) -> Submi
             tokens[index, : len(request.prompt)] = request.prompt
             stops[index, : len(request.stop_token_ids)] = request.stop_token_ids
     known = [request or Request(prompt=(), max_tokens=0, prompt_length=0) for request in requests]
+    sampling, rules = _plain_rows(width, config)
     return Submission(
         tokens=tokens,
         prompt_length=np.array([request.prompt_length for request in known], np.int32),
         max_tokens=np.array([request.max_tokens for request in known], np.int32),
         stop_token_ids=stops,
-        sampling=_sampling(width),
+        stop_sequences=np.full((width, config.max_stop_sequences, config.max_stop_sequence_len), -1, np.int32),
+        sampling=sampling,
+        rules=rules,
+        num_prompt_logprobs=np.full(width, -1, np.int32),
         priority=np.array([request.priority for request in known], np.int32),
         valid=np.array([request is not None for request in requests]),
     )
 
 
 @functools.cache
-def _sampling(width: int) -> SamplingRows:
-    return jax.device_get(greedy_rows(width))
+def _plain_rows(width: int, config: EngineConfig) -> tuple[SamplingRows, LogitRules]:
+    return jax.device_get((greedy_rows(width), plain_rules(width, VOCAB_SIZE, config)))
 
 
 def _by_row(handles: list[dict[int, int]], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
