@@ -7,6 +7,7 @@ heads of the kv head are the rows of its products. A second kernel combines the 
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ _PROGRAMS_PER_SM = 3  # to have loads in flight while others compute
 _MIN_TILES_PER_SPLIT = 4  # a split's partial result costs about as much as half a tile
 _MAX_SPLITS = 128  # the combining kernel holds one row of each in registers
 _MAX_GRID = 65535  # programs along the second dimension
-_COMBINED_DIMS = 64  # of the head, per combining program
+COMBINED_DIMS = 64  # of the head, per combining program
 
 
 def decode_attention(
@@ -52,30 +53,18 @@ def decode_attention(
     Raises:
       ValueError: if the shapes, the dtype of the pages or `num_splits` are not supported.
     """
-    tiles.check_supported(q, kv)
+    plan = plan_of(q, kv, window=window, num_splits=num_splits)
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads = kv.k.shape[1]
+    num_splits = plan.num_splits
     kv = kv._replace(k=tiles.kernel_pages(kv.k), v=tiles.kernel_pages(kv.v))
-    tile_size = _tile_size(head_dim, kv.k.dtype)
-    group_size = num_heads // num_kv_heads
-    heads_per_program = min(tiles.padded(group_size), _max_heads_per_program(kv.k.dtype))
-    head_programs = num_kv_heads * -(-group_size // heads_per_program)
-    if num_splits is None:
-        longest = kv.page_ids.shape[1] * kv.page_size
-        longest = longest if window is None else min(longest, window)
-        num_splits = default_num_splits(head_programs * num_rows, -(-longest // tile_size))
-    if not 1 <= num_splits <= _MAX_SPLITS:
-        raise ValueError(f"num_splits {num_splits} is not in 1..{_MAX_SPLITS}: choose it there, or None")
-    if num_rows > _MAX_GRID:
-        raise ValueError(f"{num_rows} rows exceed {_MAX_GRID}: use fewer rows")
-    splitting = {"window": window, "tile_size": tile_size, "num_splits": num_splits}
+    splitting = {"window": window, "tile_size": plan.tile_size, "num_splits": num_splits}
 
     def partial(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((num_rows, num_heads, *shape), jnp.float32)
 
     split = tiles.triton_call(
-        functools.partial(_decode_kernel, heads_per_program=heads_per_program, softcap=softcap, **splitting),
-        grid=(head_programs, num_rows, num_splits),
+        functools.partial(_decode_kernel, heads_per_program=plan.heads_per_program, softcap=softcap, **splitting),
+        grid=(plan.head_programs, num_rows, num_splits),
         out_shape=(
             [partial(num_splits), partial(num_splits), partial(num_splits, head_dim)]
             if num_splits > 1
@@ -91,7 +80,7 @@ def decode_attention(
         return parts[0]
     combine = tiles.triton_call(
         functools.partial(_combine_kernel, num_slots=kv.num_slots, **splitting),
-        grid=(num_heads, num_rows, -(-head_dim // _COMBINED_DIMS)),
+        grid=(num_heads, num_rows, -(-head_dim // COMBINED_DIMS)),
         out_shape=partial(head_dim),
         num_warps=4,
         num_stages=1,
@@ -99,6 +88,39 @@ def decode_attention(
         interpret=interpret,
     )
     return combine(parts, slot, position, sinks, kv.v_scale)
+
+
+class Plan(NamedTuple):
+    """How decoding is cut into programs, the same for every way to compile it."""
+
+    tile_size: int  # positions
+    heads_per_program: int
+    head_programs: int  # programs for all heads of a row
+    num_splits: int
+
+
+def plan_of(q: Float[Array, "B H D"], kv: PagedKV, *, window: int | None, num_splits: int | None) -> Plan:
+    """Checks what `decode_attention` is given, and plans it.
+
+    Raises:
+      ValueError: as there.
+    """
+    tiles.check_supported(q, kv)
+    num_rows, num_heads, head_dim = q.shape
+    num_kv_heads = kv.k.shape[1]
+    tile_size = _tile_size(head_dim, kv.k.dtype)
+    group_size = num_heads // num_kv_heads
+    heads_per_program = min(tiles.padded(group_size), _max_heads_per_program(kv.k.dtype))
+    head_programs = num_kv_heads * -(-group_size // heads_per_program)
+    if num_splits is None:
+        longest = kv.page_ids.shape[1] * kv.page_size
+        longest = longest if window is None else min(longest, window)
+        num_splits = default_num_splits(head_programs * num_rows, -(-longest // tile_size))
+    if not 1 <= num_splits <= _MAX_SPLITS:
+        raise ValueError(f"num_splits {num_splits} is not in 1..{_MAX_SPLITS}: choose it there, or None")
+    if num_rows > _MAX_GRID:
+        raise ValueError(f"{num_rows} rows exceed {_MAX_GRID}: use fewer rows")
+    return Plan(tile_size, heads_per_program, head_programs, num_splits)
 
 
 def default_num_splits(num_programs: int, max_tiles: int) -> int:
@@ -208,7 +230,7 @@ def _combine_kernel(
 ):
     head, row = pl.program_id(0), pl.program_id(1)
     head_dim = out_ref.shape[2]
-    block = min(tiles.padded(head_dim), _COMBINED_DIMS)
+    block = min(tiles.padded(head_dim), COMBINED_DIMS)
     dim = pl.program_id(2) * block + jnp.arange(block, dtype=jnp.int32)
     split = jnp.arange(tiles.padded(num_splits, 1), dtype=jnp.int32)
 
