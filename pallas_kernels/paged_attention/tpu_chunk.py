@@ -24,6 +24,7 @@ from pallas_kernels.paged_attention.query_blocks import QueryBlocks
 from pallas_kernels.paged_attention.tpu_tiles import LANES, NUM_BUFFERS, Schedule, SoftmaxState, Tiles
 
 _TILE_SIZE = 256  # positions
+_SUBLANES = 8
 _PACKED_SUBLANES = 16  # of bfloat16 in a register
 _UNIT_QUERIES = 32  # small ones waste few rows on blocks' ends, large ones need fewer copies
 _PART_QUERIES = 128  # rows of one product: the MXU's size; what a short block is rounded up to
@@ -49,8 +50,8 @@ def chunk_attention(
     """`reference.paged_attention` of the rows in `blocks`; rows in none of them give 0.
 
     One grid step per block and group of kv heads that fits in VMEM. Operands of products are bfloat16 unless the pages are
-    float32. Values that are NaN at positions which a later row of the same block sees do reach the earlier ones, unlike all
-    else that a row does not see. For head_dim that is no multiple of 128, see `tpu_decode.decode_attention`.
+    float32. A row that sees a value that is not finite is NaN in all elements of that value's heads; others do not change. For
+    head_dim that is no multiple of 128, see `tpu_decode.decode_attention`.
 
     Raises:
       ValueError: if the pages' dtype, head_dim, page size or the size of the page table is not supported.
@@ -173,6 +174,7 @@ def _attend_units(
                 buffers,
                 buffers,
                 pltpu.SemaphoreType.DMA((NUM_BUFFERS,)),
+                pltpu.VMEM((heads, _SUBLANES, _TILE_SIZE), jnp.float32),
                 state,
                 state,
                 pltpu.VMEM((heads, num_parts, part_queries, head_dim), jnp.float32),
@@ -189,7 +191,7 @@ def _attend_units(
 def _kernel(
     slot, oldest, newest, tiles_before, next_item, page_ids, first_unit, num_rows, first_position,  # scalars
     q, sinks, k_pages, v_pages, out,
-    k_tiles, v_tiles, copied, largest, total, out_block, written,  # scratch
+    k_tiles, v_tiles, copied, broken, largest, total, out_block, written,  # scratch
     *, num_slots, window, softcap, rows,
 ):  # fmt: skip
     units_per_part = rows.per_part // rows.per_unit
@@ -217,6 +219,16 @@ def _kernel(
 
     def fold(k_tile, v_tile, tile_position):
         """Adds a tile to the parts that see some of it; adding it to the others would leave their bits."""
+        last_position = tile_position + tiles.tile_size - 1
+        sees_all = begin >= last_position
+        if window is not None:
+            sees_all &= tile_position > newest[item] - window
+
+        @pl.when(~sees_all)
+        def _():
+            span = oldest[item], newest[item]
+            lax.fori_loop(0, heads, lambda head, _: _take_out_broken(v_tile, broken, head, tile_position, span), 0)
+
         keys = tile_position + lax.broadcasted_iota(jnp.int32, (1, tiles.tile_size), 1)
         row_of_query = lax.div(lax.broadcasted_iota(jnp.int32, (part_queries, 1), 0), rows.group_size)
 
@@ -228,13 +240,12 @@ def _kernel(
             units = pl.ds(part * units_per_part, units_per_part)
             queries = q[head, units].reshape(part_queries, q.shape[3])
             k, v = (tpu_tiles.as_operand(tile[head], q.dtype) for tile in (k_tile, v_tile))
-            state(head, part).fold(queries, k, v, visible, softcap)
+            state(head, part).fold(queries, k, v, visible, softcap, jnp.where(sees_all, 0.0, broken[head, :1]))
 
         first = lax.div(jnp.maximum(tile_position - begin, 0), rows.per_part)
         end = num_parts
         if window is not None:
-            last_seen_from = tile_position + tiles.tile_size - 1 + (window - 1)
-            end = jnp.minimum(end, lax.div(last_seen_from - begin, rows.per_part) + 1)
+            end = jnp.minimum(end, lax.div(last_position + (window - 1) - begin, rows.per_part) + 1)
         for_each_part(first, end, fold_part)
 
     @pl.when(slot[item] < num_slots)
@@ -256,3 +267,24 @@ def _kernel(
 
         for_each_unit(lambda copy: copy.start())
         for_each_unit(lambda copy: copy.wait())
+
+
+def _take_out_broken(tile, broken, head, tile_position, span):
+    """Of positions that not all rows see, values that are not finite become 0, and `broken` says where they were."""
+    if tile.dtype == jnp.int8:  # is finite
+        broken[head] = jnp.zeros(broken.shape[1:], jnp.float32)
+        return 0
+    values = tpu_tiles.as_operand(tile[head], jnp.dtype(jnp.float32))
+    positions = tile_position + lax.broadcasted_iota(jnp.int32, values.shape, 0)
+    read = (positions >= span[0]) & (positions <= span[1])
+    zeros = values - values  # or NaN
+    tile[head] = tpu_tiles.as_stored(jnp.where(read & (zeros == 0), values, 0.0), tile.dtype)
+    ones = jnp.ones((broken.shape[1], values.shape[1]), jnp.bfloat16)
+    broken[head] = lax.dot_general(  # sums over lanes that end up along lanes
+        ones,
+        jnp.where(read, zeros, 0.0).astype(jnp.bfloat16),
+        (((1,), (1,)), ((), ())),
+        precision=lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+    return 0

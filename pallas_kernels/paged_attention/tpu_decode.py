@@ -111,10 +111,24 @@ def _kernel(
         queries = q[0].astype(operand_dtype)
 
         def fold(k_tile, v_tile, first_position):
+            first, last = oldest[row], newest[row]
+
+            @pl.when((first_position < first) | (first_position + tiles.tile_size - 1 > last))
+            def _():
+                _clear_unseen(v_tile, first_position, first, last)
+
             positions = first_position + lax.broadcasted_iota(jnp.int32, (1, 1, tiles.tile_size), 2)
-            visible = (positions >= oldest[row]) & (positions <= newest[row])
             k, v = (tpu_tiles.as_operand(tile[...], operand_dtype) for tile in (k_tile, v_tile))
-            state.fold(queries, k, v, visible, softcap)
+            state.fold(queries, k, v, (positions >= first) & (positions <= last), softcap)
 
         tiles.for_each(row, lambda _: 0, fold)
         state.finish()
+
+
+def _clear_unseen(tile, first_position, first, last) -> None:
+    if tile.dtype == jnp.int8:  # has no NaN
+        return
+    positions = first_position + lax.broadcasted_iota(jnp.int32, tile.shape, 1)
+    values = tpu_tiles.as_operand(tile[...], jnp.dtype(jnp.float32))
+    seen = (positions >= first) & (positions <= last)
+    tile[...] = tpu_tiles.as_stored(jnp.where(seen, values, 0.0), tile.dtype)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.paged_attention.pages import PagedKV
 
@@ -151,7 +151,7 @@ class Tiles:
         Args:
           item: with a slot; items are gone through in ascending order, each once.
           first_head: of the kv heads that an item works on, as a function of the item.
-          fold: gets references to [heads, tile size, D]; values of positions outside the item's span are 0 in them.
+          fold: gets references to [heads, tile size, D], in which positions outside the item's span hold anything.
         """
         schedule, size = self.schedule, jnp.int32(self.tile_size)
         oldest, newest, next_item = schedule.oldest[item], schedule.newest[item], schedule.next_item[item]
@@ -174,13 +174,7 @@ class Tiles:
                 self._for_each_copy(next_item, first_head(next_item), next_first, 1 - buffer, lambda copy: copy.start())
 
             self._for_each_copy(item, first_head(item), tile, buffer, lambda copy: copy.wait())
-            first_position = tile * size
-
-            @pl.when((first_position < oldest) | (first_position + size - 1 > newest))
-            def _():
-                self._clear_values(buffer, first_position, oldest, newest)
-
-            fold(self.k_tiles.at[buffer], self.v_tiles.at[buffer], first_position)
+            fold(self.k_tiles.at[buffer], self.v_tiles.at[buffer], tile * size)
             return 0
 
         lax.fori_loop(first, last + 1, body, 0)
@@ -196,6 +190,7 @@ class Tiles:
         def body(index, _):
             position = index * unit
             page = self.page_ids[slot * self.pages_per_slot + lax.div(position, page_size)]
+            page = jnp.minimum(page, self.k_pages.shape[0] - 1)  # a wrong table must not stop the device
             offset = 0 if unit == page_size else pl.multiple_of(lax.rem(position, page_size), unit)
             place = pl.multiple_of(lax.rem(position, self.tile_size), unit)
             for pages, tiles in ((self.k_pages, self.k_tiles), (self.v_pages, self.v_tiles)):
@@ -205,25 +200,19 @@ class Tiles:
 
         lax.fori_loop(lax.div(begin, unit), lax.div(end, unit) + 1, body, 0)
 
-    def _clear_values(self, buffer, first_position, oldest, newest) -> None:
-        """A weight of 0 does not keep out a NaN. Integers have none."""
-        tile = self.v_tiles.at[buffer]
-        if tile.dtype == jnp.int8:
-            return
-        positions = first_position + lax.broadcasted_iota(jnp.int32, tile.shape, 1)
-        values = as_operand(tile[...], jnp.dtype(jnp.float32))
-        values = jnp.where((positions >= oldest) & (positions <= newest), values, 0)
-        if tile.dtype == jnp.uint16:
-            tile[...] = pltpu.bitcast(values.astype(jnp.bfloat16), jnp.uint16)
-        else:
-            tile[...] = values.astype(tile.dtype)
-
 
 def as_operand(stored: Array, dtype: jnp.dtype) -> Array:
     """Stored numbers as an operand of a product."""
     if stored.dtype == jnp.uint16:
         stored = pltpu.bitcast(stored, jnp.bfloat16)
     return stored.astype(dtype)
+
+
+def as_stored(values: Float32[Array, "*shape"], dtype: jnp.dtype) -> Array:
+    """Back to what `as_operand` makes float32 of."""
+    if dtype == jnp.uint16:
+        return pltpu.bitcast(values.astype(jnp.bfloat16), jnp.uint16)
+    return values.astype(dtype)
 
 
 class SoftmaxState(NamedTuple):
@@ -244,10 +233,19 @@ class SoftmaxState(NamedTuple):
         q: Float[Array, "... M D"],
         k: Float[Array, "... T D"],
         v: Float[Array, "... T D"],
-        visible: Array,
+        visible: Bool[Array, "... M T"],
         softcap: float | None,
+        broken: Float32[Array, "... 1 T"] | None = None,
     ) -> None:
-        """Adds a tile (Milakov and Gimelshein, 2018; Dao et al., 2022); a row that sees none of it keeps its bits."""
+        """Adds a tile (Milakov and Gimelshein, 2018; Dao et al., 2022); a row that sees none of it keeps its bits.
+
+        Args:
+          q, k: queries and keys.
+          v: values; finite where a row does not see them, as a weight of 0 does not keep out a NaN.
+          visible: whether a row sees a position.
+          softcap: as in `reference.paged_attention`.
+          broken: NaN for positions whose values were taken out for not being finite, else 0; None: none were.
+        """
         batch, last = tuple(range(q.ndim - 2)), q.ndim - 1
         precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
         scores = lax.dot_general(
@@ -255,6 +253,8 @@ class SoftmaxState(NamedTuple):
         )
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
+        if broken is not None:
+            scores = scores + broken
         scores = jnp.where(visible, scores, -jnp.inf)
         largest = self.largest[...]
         new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
