@@ -35,7 +35,7 @@ def decode_attention(
       interpret: run the kernel in Pallas' interpreter, on any device; slow.
 
     Raises:
-      ValueError: if the backend is unknown, or does not support the shapes or the dtype.
+      ValueError: if the backend is unknown, or does not support the shapes, the dtype or `interpret`.
     """
     backend = resolve_backend(backend)
     options = {"window": window, "softcap": softcap, "sinks": sinks}
@@ -46,6 +46,8 @@ def decode_attention(
 
         return tpu.decode_attention(q, kv, slot, position, **options, interpret=interpret)
     if backend == "jax_triton":
+        if interpret:
+            raise ValueError("backend 'jax_triton' cannot be interpreted: interpret 'triton'")
         from pallas_kernels.paged_attention import jax_triton_decode
 
         return jax_triton_decode.decode_attention(q, kv, slot, position, **options, num_splits=num_splits)

@@ -76,11 +76,15 @@ def check_supported(q: Float[Array, "B H D"], kv: PagedKV) -> None:
     if kv.k.size > _MAX_POOL_ELEMENTS:
         raise ValueError(f"a pool array of {kv.k.size} elements exceeds {_MAX_POOL_ELEMENTS}: use fewer pages")
     if kv.k.dtype == jnp.float8_e4m3fn:
-        _check_converts_e4m3()
+        check_converts_e4m3()
 
 
-def _check_converts_e4m3() -> None:
-    """Triton ends the whole process where an older GPU meets this dtype."""
+def check_converts_e4m3() -> None:
+    """Refuses GPUs that cannot: Triton ends the whole process where an older one meets float8_e4m3fn.
+
+    Raises:
+      ValueError: naming the compute capability, and dtypes to use instead.
+    """
     capability = getattr(jax.devices()[0], "compute_capability", None)
     if capability is not None and tuple(map(int, capability.split("."))) < (8, 9):
         raise ValueError(

@@ -26,11 +26,12 @@ def rotary_write(
     Args:
       qkv, cos, sin, kv, slot, position, q_norm, k_norm, norm_eps: as in `reference.rotary_write`, which says what is
         computed. The page arrays are written in place if the caller has no further use for them.
-      backend: "triton", "reference" (plain JAX); None: the platform's default. "tpu" runs as "reference": XLA's scatter.
+      backend: "triton" (Pallas on NVIDIA GPUs), "reference" (plain JAX); None: the platform's default. "tpu" runs as
+        "reference", with XLA's scatter; "jax_triton" as "triton".
       interpret: run the kernel in Pallas' interpreter, on any device; slow.
 
     Raises:
-      ValueError: if the backend is unknown.
+      ValueError: if the backend is unknown, or does not support the shapes or the dtype.
     """
     backend = resolve_backend(backend)
     norms = {"q_norm": q_norm, "k_norm": k_norm, "norm_eps": norm_eps}

@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from pallas_kernels.paged_attention.pages import PagedKV
+from pallas_kernels.paged_attention.triton_tiles import check_converts_e4m3
 
 _STORED = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint16")
 _MAX_HEAD_DIM = 256
@@ -61,13 +62,12 @@ def rotary_write(
     many there are.
 
     Args:
-      qkv, cos, sin, kv, slot, position, q_norm, k_norm, norm_eps: as there; positions are not negative. Pages of
-        float8_e4m3fn need compute capability 8.9 or higher.
+      qkv, cos, sin, kv, slot, position, q_norm, k_norm, norm_eps: as there; positions are not negative.
       interpret: run in Pallas' interpreter, on any device; slow.
 
     Raises:
-      ValueError: if the head dimension is odd or above 256, the dtype of the pages is none of those that `PagedKV` names, or
-        a page array has more than 2^31 elements.
+      ValueError: if the head dimension is odd or above 256, the dtype of the pages is none of those that `PagedKV` names or
+        beyond the GPU, or a page array has more than 2^31 elements.
     """
     num_rows, num_kv_heads, packed, head_dim = qkv.shape
     group_size = packed - 2
@@ -105,6 +105,8 @@ def _check(kv: PagedKV, head_dim: int) -> None:
                 f"a page array of shape {pages.shape} has {pages.size} elements, more than {_MAX_POOL_ELEMENTS}: "
                 "use fewer pages"
             )
+        if pages.dtype == jnp.float8_e4m3fn:
+            check_converts_e4m3()
 
 
 def _kernel(inputs, k_pages, v_pages, q_out, *, rows: int, norm_eps: float, interpret: bool) -> None:

@@ -164,18 +164,24 @@ def test_without_jax_triton_the_error_names_what_to_install(monkeypatch):
         decode_attention(*case.rows, backend="jax_triton")
 
 
+def test_it_cannot_be_interpreted_by_pallas():
+    case = make_case(SHAPES["llama-135m"], "float32")
+    with pytest.raises(ValueError, match="'jax_triton' cannot be interpreted: interpret 'triton'"):
+        decode_attention(*case.rows, backend="jax_triton", interpret=True)
+
+
 def test_importing_the_backend_imports_neither_triton_nor_jax_triton():
     code = "import sys; from pallas_kernels.paged_attention import jax_triton_decode; "
     code += "sys.exit(bool({'triton', 'jax_triton'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], cwd=_ROOT, check=True)
 
 
-def test_what_the_kernels_do_not_support_is_refused(monkeypatch):
+def test_what_the_kernels_do_not_support_is_refused():
     pytest.importorskip("jax_triton", reason='needs jax-triton: pip install "jaxserve[triton]"', exc_type=ImportError)
     case = make_case(SHAPES["llama-135m"], "float32")
     with pytest.raises(ValueError, match="num_splits 0 is not in 1..128"):
         decode_attention(*case.rows, backend="jax_triton", num_splits=0)
-    with pytest.raises(ValueError, match="pages of float64|pages of uint32"):
+    with pytest.raises(ValueError, match="pages of uint32 are not supported"):
         decode_attention(*case.replace(k=case.k.view(np.uint32), v=case.v.view(np.uint32)).rows, backend="jax_triton")
 
 

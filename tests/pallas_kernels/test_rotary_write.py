@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 import warnings
 
 import jax
@@ -312,6 +313,13 @@ def test_a_head_dimension_that_cannot_be_split_or_held_is_refused():
         make_case(AttentionShape("", 2, 2, 65), "float32").run("triton")
     with pytest.raises(ValueError, match="head_dim is 320"):
         make_case(AttentionShape("", 2, 2, 320), "float32").run("triton")
+
+
+def test_8_bit_floats_that_a_gpu_cannot_convert_are_refused(monkeypatch):
+    case = make_case(AttentionShape("", 2, 2, 64), "float8_e4m3fn")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability="8.0")])
+    with pytest.raises(ValueError, match="compute capability 8.9 or more, this one has 8.0"):
+        case.run("triton")
 
 
 def test_pages_of_another_dtype_and_pools_that_int32_cannot_count_are_refused():
