@@ -64,7 +64,9 @@ def write_rows(
     """Stores each row's heads at `offset` of page `page_id`; a row whose page is "none" (N) is dropped."""
     if scale is not None:
         rows = rows / scale[None, :, None]
-    return pages.at[page_id, :, offset].set(as_stored(rows, pages.dtype), mode="drop")
+    # Indexed by head too: given whole columns of heads, XLA:TPU turns the pool to another layout and back, if in a loop.
+    head = jnp.arange(rows.shape[1], dtype=jnp.int32)[None, :]
+    return pages.at[page_id[:, None], head, offset[:, None]].set(as_stored(rows, pages.dtype), mode="drop")
 
 
 def _normalised(x: Float32[Array, "*B D"], scale: Float[Array, " D"] | None, eps: float) -> Float32[Array, "*B D"]:
