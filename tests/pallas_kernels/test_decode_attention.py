@@ -16,7 +16,7 @@ from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape
 from tests.pallas_kernels import cases
 from tests.pallas_kernels.cases import NUM_SLOTS, Case, assert_close
 
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "triton", "tpu"]
 COMPUTE = {"float32": "float32", "bfloat16": "bfloat16", "uint16": "bfloat16"}  # else float16
 make_case = functools.partial(cases.make_case, pages_per_slot=3)
 
@@ -29,8 +29,22 @@ ODD_SHAPES = {
 ALL_SHAPES = {**SHAPES, **ODD_SHAPES}
 FEW_SHAPES = ["gemma2-2b", "gpt-oss-20b", "llama-135m", "small", "many heads"]
 
+TPU_SHAPES = ["gemma2-2b", "gpt-oss-20b", "llama-135m", "small"]  # its interpreter is slow
+
 backends = pytest.mark.parametrize("backend", BACKENDS)
-few_shapes = pytest.mark.parametrize("name", FEW_SHAPES)
+
+
+def backends_with(*cases: tuple):
+    """Every backend with every case of a shape's name and more; "tpu" with few shapes, and not with float16."""
+    return [
+        (backend, *case)
+        for case in cases
+        for backend in BACKENDS
+        if backend != "tpu" or (case[0] in TPU_SHAPES and "float16" not in case)
+    ]
+
+
+few_shapes = pytest.mark.parametrize(("backend", "name"), backends_with(*zip(FEW_SHAPES)))
 
 
 @functools.cache
@@ -47,11 +61,12 @@ def run(backend: str, case: Case, num_splits: int | None = 2) -> np.ndarray:
 
 def compute_of(backend: str, dtype: str) -> str:
     """What the backend rounds operands of products to."""
-    return "float32" if backend == "reference" else COMPUTE.get(dtype, "float16")
+    if backend == "reference" or dtype == "float32":
+        return "float32"
+    return "bfloat16" if backend == "tpu" else COMPUTE.get(dtype, "float16")
 
 
-@backends
-@pytest.mark.parametrize("name", ALL_SHAPES)
+@pytest.mark.parametrize(("backend", "name"), backends_with(*zip(ALL_SHAPES)))
 def test_it_is_softmax_attention_to_the_positions_that_a_row_sees_and_to_nothing_else(backend, name):
     case = make_case(ALL_SHAPES[name], "bfloat16")
     out = run(backend, case)
@@ -61,17 +76,16 @@ def test_it_is_softmax_attention_to_the_positions_that_a_row_sees_and_to_nothing
     np.testing.assert_array_equal(run(backend, case.poisoned()), out)
 
 
-@backends
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
+    ("backend", "name", "dtype"),
+    backends_with(
         ("small", "float32"),
         ("llama-135m", "float16"),
         ("qwen2-0.5b", "uint16"),
         ("gpt-oss-20b", "int8"),
         ("many heads", "float8_e4m3fn"),
         ("wide heads", "float8_e5m2"),
-    ],
+    ),
 )
 def test_pages_of_every_dtype(backend, name, dtype):
     case = make_case(ALL_SHAPES[name], dtype)
@@ -88,7 +102,6 @@ def test_any_number_of_splits_also_more_than_there_are_tiles(name, num_splits):
     np.testing.assert_array_equal(run("triton", case.poisoned(), num_splits), run("triton", case, num_splits))
 
 
-@backends
 @few_shapes
 def test_a_rows_bits_do_not_depend_on_other_rows(backend, name):
     case = make_case(ALL_SHAPES[name], "bfloat16", seed=1)
@@ -100,7 +113,6 @@ def test_a_rows_bits_do_not_depend_on_other_rows(backend, name):
         np.testing.assert_array_equal(run(backend, case.replace(position=shorter))[row], expected[row])
 
 
-@backends
 @few_shapes
 def test_bits_do_not_depend_on_places_of_rows_slots_and_pages(backend, name):
     case = make_case(ALL_SHAPES[name], "bfloat16", seed=2)
@@ -118,9 +130,8 @@ def test_bits_do_not_depend_on_places_of_rows_slots_and_pages(backend, name):
     np.testing.assert_array_equal(run(backend, moved), run(backend, case)[rows])
 
 
-@backends
 @pytest.mark.parametrize("where", ["q", "k", "v"])
-@pytest.mark.parametrize("name", ["llama-135m", "gpt-oss-20b"])
+@pytest.mark.parametrize(("backend", "name"), backends_with(*zip(["llama-135m", "gpt-oss-20b"])))
 def test_a_nan_that_a_row_sees_is_not_hidden(backend, where, name):
     case = make_case(ALL_SHAPES[name], "bfloat16")
     row = int(np.flatnonzero(case.slot == 2)[0])  # of a slot of one position

@@ -40,16 +40,21 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tpu_chunk, "_BLOCK_QUERIES", 96)
 
 
-def case_for(attention, shape: AttentionShape, num_positions: int = 48, seed: int = 0) -> Case:
+def case_for(attention, shape: AttentionShape, num_positions: int = 48, dtype: str = "float32", seed: int = 0) -> Case:
     """Poisoned, with prompts of up to `num_positions`."""
     chunks, pages_per_slot = attention is chunk_attention, max(num_positions // shape.page_size, 2)
-    case = make_case(shape, "float32", chunks=chunks, seed=seed, pages_per_slot=pages_per_slot, max_rows_per_slot=40)
+    case = make_case(shape, dtype, chunks=chunks, seed=seed, pages_per_slot=pages_per_slot, max_rows_per_slot=40)
     return case.poisoned()
 
 
+def runner(attention, shape: AttentionShape, interpret: bool = True):
+    options = {"window": shape.window, "softcap": shape.softcap, "backend": "tpu", "interpret": interpret}
+    attend = jax.jit(functools.partial(attention, **options))
+    return lambda case: np.asarray(attend(*case.rows, sinks=case.options["sinks"]))
+
+
 def run(attention, case: Case, interpret: bool = True) -> np.ndarray:
-    options = {"window": case.shape.window, "softcap": case.shape.softcap, "backend": "tpu", "interpret": interpret}
-    return np.asarray(jax.jit(functools.partial(attention, **options))(*case.rows, sinks=case.options["sinks"]))
+    return runner(attention, case.shape, interpret)(case)
 
 
 def num_races(attention, case: Case, capsys, **params) -> int:
@@ -68,6 +73,32 @@ def test_many_tiles_per_row_and_grid_steps_per_block(attention, shape, small_til
     out = run(attention, case)
     assert_close(out, case)
     assert not out[case.slot == NUM_SLOTS].any()
+
+
+@attentions
+@pytest.mark.parametrize("dtype", ["bfloat16", "uint16", "int8", "float8_e4m3fn"])
+def test_tiles_of_every_dtype(attention, dtype, small_tiles):
+    case = case_for(attention, SHAPE, dtype=dtype)
+    assert_close(run(attention, case), case, "bfloat16")
+
+
+def test_bits_of_a_row_of_many_tiles_do_not_depend_on_other_rows(small_tiles):
+    case = case_for(decode_attention, SMALL_SHAPES[1], num_positions=96, seed=2)
+    attend = runner(decode_attention, case.shape)
+    expected = attend(case)
+    for row in np.flatnonzero(case.position > 2 * TILE_SIZE):
+        alone = np.where(np.arange(len(case.slot)) == row, case.slot, NUM_SLOTS)
+        np.testing.assert_array_equal(attend(case.replace(slot=alone))[row], expected[row])
+
+
+def test_bits_of_a_chunk_of_many_tiles_do_not_depend_on_its_cuts(small_tiles):
+    case = case_for(chunk_attention, SMALL_SHAPES[1], num_positions=96, seed=2)
+    attend = runner(chunk_attention, case.shape)
+    expected, rows = attend(case), np.flatnonzero(case.slot == 0)
+    assert len(rows) == 40
+    for part in (rows[:7], rows[7:], rows[13:14]):
+        alone = np.where(np.isin(np.arange(len(case.slot)), part), case.slot, NUM_SLOTS)
+        np.testing.assert_array_equal(attend(case.replace(slot=alone))[part], expected[part])
 
 
 def test_bits_of_a_chunk_are_the_same_whatever_heads_and_rows_a_grid_step_works_on(small_tiles, monkeypatch):
