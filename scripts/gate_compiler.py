@@ -186,6 +186,7 @@ def faults(report: Report, program: Program, target: Target) -> list[str]:
         if kernel.spill_store_bytes or kernel.spill_load_bytes:
             spilled = f"{kernel.spill_store_bytes} bytes to local memory and loads {kernel.spill_load_bytes}"
             found.append(f"{kernel.name} spills {spilled} per thread")
+        found += [f"{kernel.name}: {loss}" for loss in kernel.losses]
         if kernel.shared_memory_bytes > target.shared_memory_limit:
             asked = f"{kernel.shared_memory_bytes} bytes of shared memory"
             found.append(f"{kernel.name} asks for {asked}, of {target.shared_memory_limit}")

@@ -20,6 +20,7 @@ import pathlib
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from gate_jax_triton import compiled_kernels
 from jax.extend.mlir import ir
@@ -38,6 +39,7 @@ class Kernel:
       num_stages: of its software pipeline; None: several kernels of that name and number of warps differ in it, or it is one
         of jax-triton's.
       grid: blocks.
+      losses: of speed, in the assembler's words; such as that asynchronous products had to be serialized.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Kernel:
     num_warps: int
     num_stages: int | None
     grid: tuple[int, int, int]
+    losses: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +201,8 @@ def _ptxas() -> str:
     return str(next(tools / name for name in ("ptxas-blackwell", "ptxas") if (tools / name).exists()))
 
 
-def _assemble(architecture: str, source: pathlib.Path) -> dict[str, int]:
-    """Registers and spills per thread of the one kernel in a PTX file."""
+def _assemble(architecture: str, source: pathlib.Path) -> dict[str, Any]:
+    """What the assembler says about the one kernel in a PTX file."""
     command = [_ptxas(), "-v", f"-arch={architecture}", str(source), "-o", str(source.with_suffix(".cubin"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -212,7 +215,8 @@ def _assemble(architecture: str, source: pathlib.Path) -> dict[str, int]:
     found = {name: re.search(pattern, done.stderr) for name, pattern in numbers.items()}
     if not all(found.values()):
         raise RuntimeError(f"ptxas prints something unknown: {done.stderr}")
-    return {name: int(match[1]) for name, match in found.items() if match}
+    losses = re.findall(r"Potential Performance Loss: (.*?)(?: in| for) the function '", done.stderr)
+    return {name: int(match[1]) for name, match in found.items() if match} | {"losses": tuple(losses)}
 
 
 def pool_copies(hlo: str, shape: tuple[int, ...]) -> Iterator[str]:

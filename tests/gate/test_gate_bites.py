@@ -55,8 +55,10 @@ def test_a_kernel_is_described_as_it_was_asked_for():
     assert 0 < kernel.registers < 255 and not kernel.spill_store_bytes
 
 
-def test_spilled_registers_are_noticed():
-    assert "product spills" in found(product(128, 1, 2))
+def test_spilled_registers_and_serialized_products_are_noticed():
+    text = found(product(256, 8, 2))
+    assert "product spills" in text
+    assert "product: wgmma.mma_async instructions are serialized due to insufficient register resources" in text
 
 
 def test_too_much_shared_memory_is_noticed():

@@ -131,6 +131,7 @@ def report(**changes) -> Report:
             {"kernels": (Kernel("k", 80, 0, 0, 232449, 4, 3, (1, 1, 1)),)},
             "k asks for 232449 bytes of shared memory, of 232448",
         ),
+        ({"kernels": (Kernel("k", 80, 0, 0, 0, 4, 3, (1, 1, 1), ("a is serialized",)),)}, "k: a is serialized"),
         ({"pool_copies": ("copy in main.1",)}, "copied or worked on as a whole: copy in main.1"),
         ({"alias_bytes": 3999}, "only 3999 bytes are written in place, of a pool of 4000"),
         ({"temp_bytes": 2000}, "2000 bytes of temporaries"),
