@@ -1,7 +1,8 @@
-"""The sampler against a float64 oracle that sorts, written from the order of operations in the documentation."""
+"""The sampler against a float64 oracle that sorts, without and with rules on the logits."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,12 +12,13 @@ import pytest
 import scipy.stats
 from jax import lax
 
-from jaxserve import EngineConfig, sampling
-from jaxserve.logit_rules import Context, plain_rules
+from jaxserve import EngineConfig, SamplingParams, logit_rules, sampling
+from jaxserve.logit_rules import Context, LogitRules, plain_rules
 from jaxserve.sampling import Sampled, SamplingRows, greedy_rows, sample
+from tests import sampling_cases
+from tests.sampling_cases import Case, Support, softmax, support_of
 
 K = 5  # max_logprobs
-AMBIGUOUS = 1e-6  # closer to a threshold than this, float32 may round to either side
 CONFIG = EngineConfig(max_slots=1, max_model_len=8)
 
 
@@ -62,55 +64,10 @@ def draw(logits: Any, wanted: SamplingRows, position: Any = 0) -> Sampled:
     return jax.device_get(SAMPLE(logits, wanted, position, np.ones(number, bool)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Support:
-    """What the oracle keeps of one row."""
-
-    probs: np.ndarray  # renormalised; 0 for dropped tokens
-    ambiguous: bool  # whether rounding could move a threshold
-
-    @property
-    def kept(self) -> np.ndarray:
-        return self.probs > 0
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    weights = np.exp(x - x.max())
-    return weights / weights.sum()
-
-
-def oracle(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> Support:
-    """temperature -> min_p -> top_k -> top_p on the renormalised distribution."""
-    scaled = (logits.astype(np.float32) / np.float32(temperature)).astype(np.float64)
-    probs = softmax(scaled)
-    ratio, min_p = probs / probs.max(), float(np.float32(min_p))
-    ambiguous = 0 < min_p < 1 and bool(np.any(np.abs(ratio / min_p - 1) < AMBIGUOUS))
-    scaled = np.where(ratio < min_p, -np.inf, scaled)
-    if 0 < top_k < len(scaled):
-        scaled = np.where(scaled < np.sort(scaled)[-top_k], -np.inf, scaled)
-    if top_p < 1:
-        allowed = 1 - float(np.float32(top_p))
-        order = np.argsort(scaled, kind="stable")
-        cumulative = np.cumsum(softmax(scaled)[order])
-        ambiguous |= bool(np.any(np.abs(cumulative[:-1] - allowed) < AMBIGUOUS))
-        dropped = order[:-1][cumulative[:-1] <= allowed]
-        scaled[dropped] = -np.inf
-    return Support(softmax(scaled), ambiguous)
-
-
-def random_cases(seed: int, number: int, vocab_size: int) -> tuple[np.ndarray, SamplingRows, list[Support]]:
-    """Rows of logits with and without ties and -inf, with parameters from one end of their ranges to the other."""
-    rng = np.random.default_rng(seed)
-    logits = rng.standard_normal((number, vocab_size)) * rng.choice([0.1, 1.0, 4.0], (number, 1))
-    logits = np.where(rng.random((number, 1)) < 0.4, np.round(logits * 2) / 2, logits)
-    sparse = rng.random((number, 1)) < 0.3
-    logits = np.where(sparse & (rng.random(logits.shape) < rng.random((number, 1))), -np.inf, logits)
-    single = rng.random(number) < 0.05
-    logits[single] = -np.inf
-    logits[np.arange(number), rng.integers(0, vocab_size, number)] = rng.standard_normal(number)
-    logits = logits.astype(np.float32)
+def random_limits(rng: np.random.Generator, number: int, vocab_size: int) -> SamplingRows:
+    """Sampling parameters from one end of their ranges to the other."""
     some_p = rng.choice([1.0, 0.999, 0.9, 0.5, 0.1, 1e-3, 1e-6], number)
-    wanted = rows(
+    return rows(
         number,
         temperature=rng.choice([0.1, 0.7, 1.0, 2.0], number),
         top_k=rng.choice([0, 1, 2, 7, 20, vocab_size - 1, vocab_size, vocab_size + 3, 2**31 - 1], number),
@@ -118,41 +75,69 @@ def random_cases(seed: int, number: int, vocab_size: int) -> tuple[np.ndarray, S
         min_p=rng.choice([0.0, 0.0, 0.0, 0.003, 0.1, 0.5, 1.0], number),
         key_data=rng.integers(0, 2**32, (number, 2)),
     )
-    parameters = zip(logits, wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p, strict=True)
-    return logits, wanted, [oracle(*row) for row in parameters]
 
 
-CASES = pytest.mark.parametrize(("seed", "number", "vocab_size"), [(0, 3000, 50), (1, 1500, 300), (2, 500, 1000)])
+def random_logits(rng: np.random.Generator, number: int, vocab_size: int) -> np.ndarray:
+    """Rows with and without ties and banned tokens; of some only one token is left."""
+    logits = rng.standard_normal((number, vocab_size)) * rng.choice([0.1, 1.0, 4.0], (number, 1))
+    logits = np.where(rng.random((number, 1)) < 0.4, np.round(logits * 2) / 2, logits)
+    sparse = rng.random((number, 1)) < 0.3
+    logits = np.where(sparse & (rng.random(logits.shape) < rng.random((number, 1))), -np.inf, logits)
+    single = rng.random(number) < 0.05
+    logits[single] = -np.inf
+    logits[np.arange(number), rng.integers(0, vocab_size, number)] = rng.standard_normal(number)
+    return logits.astype(np.float32)
 
 
-@CASES
+@functools.cache
+def random_rows(seed: int, number: int, vocab_size: int) -> tuple[np.ndarray, SamplingRows, Support]:
+    """Logits, parameters, and what the oracle makes of them."""
+    rng = np.random.default_rng(seed)
+    logits, wanted = random_logits(rng, number, vocab_size), random_limits(rng, number, vocab_size)
+    return logits, wanted, support_of(logits, wanted)
+
+
+# 100,000 rows in all; the draw has one block of 128 tokens, two, or eight.
+BATCHES = pytest.mark.parametrize(
+    ("seed", "number", "vocab_size"), [(0, 80_000, 24), (1, 18_000, 130), (2, 2_000, 1000)]
+)
+
+
+@BATCHES
 def test_the_kept_tokens_and_their_weights_are_the_oracles(seed, number, vocab_size):
-    logits, wanted, supports = random_cases(seed, number, vocab_size)
-    weights = jax.jit(sampling._weights)(logits, wanted, np.ones(number, bool))
-    num_skipped = 0
-    for row, support in zip(np.asarray(weights, np.float64), supports, strict=True):
-        if support.ambiguous:
-            num_skipped += 1
-            continue
-        representable = support.probs > 1e-30 * support.probs.max()
-        np.testing.assert_array_equal(
-            (row > 0)[representable | ~support.kept], representable[representable | ~support.kept]
-        )
-        np.testing.assert_allclose(row / row.sum(), support.probs, rtol=1e-5, atol=1e-7)
-    assert num_skipped < 0.02 * number, num_skipped
+    assert_weights_agree(jax.jit(sampling._weights), *random_rows(seed, number, vocab_size))
 
 
-@CASES
+def assert_weights_agree(program: Callable[..., Any], logits: np.ndarray, wanted: SamplingRows, support: Support):
+    """Rows whose thresholds rounding could move aside, of which there are few."""
+    weights = np.asarray(program(logits, wanted, np.ones(len(logits), bool)), np.float64)
+    certain, probs = ~support.ambiguous, support.probs
+    assert certain.mean() > 0.98
+    decidable = (probs > 1e-30 * probs.max(axis=1, keepdims=True)) | (probs == 0)  # others may underflow
+    assert np.array_equal(((weights > 0) & decidable)[certain], (support.kept & decidable)[certain])
+    assert not np.any((weights > 0) & ~support.widest)
+    weights /= weights.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(weights[certain], probs[certain], rtol=1e-5, atol=1e-7)
+
+
+def test_the_weights_test_notices_that_ties_at_the_top_p_boundary_are_kept(monkeypatch):
+    monkeypatch.setattr(sampling, "_drop_ties", lambda weights, tied, excess: weights)
+    with pytest.raises(AssertionError):
+        assert_weights_agree(jax.jit(lambda *args: sampling._weights(*args)), *random_rows(4, 1000, 24))
+
+
+@BATCHES
 def test_nothing_outside_the_support_is_ever_drawn(seed, number, vocab_size):
-    logits, wanted, supports = random_cases(seed, number, vocab_size)
-    kept, certain = np.stack([s.kept for s in supports]), ~np.array([s.ambiguous for s in supports])
-    seen = np.zeros_like(kept)
-    for position in range(8):
-        token = draw(logits, wanted, position).token
-        seen[np.arange(number), token] = True
-    assert not (seen & ~kept)[certain].any()
-    assert np.all((seen.sum(axis=1) == 1) | (kept.sum(axis=1) > 1) | ~certain)
-    assert (seen.sum(axis=1) > 1).mean() > 0.3  # it does draw at random
+    logits, wanted, support = random_rows(seed, number, vocab_size)
+    drawn = np.zeros_like(support.kept)
+    for position in range(5):
+        drawn[np.arange(number), draw(logits, wanted, position).token] = True
+    certain = ~support.ambiguous
+    assert not np.any(drawn & ~support.widest)
+    assert not np.any((drawn & ~support.kept)[certain])
+    assert np.all((drawn.sum(axis=1) == 1) | (support.kept.sum(axis=1) > 1) | ~certain)
+    assert (drawn.sum(axis=1) > 1).mean() > 0.3  # it does draw at random
+    assert (support.kept.sum(axis=1) == 1).mean() > 0.05  # and of some rows one token only is left
 
 
 DRAWS = 50_000
@@ -170,8 +155,7 @@ def test_fifty_thousand_draws_follow_the_distribution(settings):
     rng = np.random.default_rng(11)
     logits = (1.5 * rng.standard_normal(300)).astype(np.float32)
     token = draw(logits, rows(DRAWS, **settings), np.arange(DRAWS)).token
-    full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
-    assert chi_square(token, oracle(logits, **full).probs) > 1e-6
+    assert chi_square(token, support_of(logits[None], rows(1, **settings)).probs[0]) > 1e-6
 
 
 @pytest.mark.parametrize("field", ["sample_index", "key_data"])
@@ -202,52 +186,52 @@ def chi_square(token: np.ndarray, probs: np.ndarray) -> float:
     return float(scipy.stats.chisquare(observed, wanted).pvalue)
 
 
-def support_of(logits: list[float], **settings: Any) -> set[int]:
+def tokens_drawn(logits: list[float], **settings: Any) -> set[int]:
     """All tokens among 512 draws. The vocabulary is filled up to eight with impossible ones: one program for all."""
     padded = [*logits, *[-np.inf] * (8 - len(logits))]
     return set(draw(padded, rows(512, **settings), np.arange(512)).token.tolist())
 
 
 def test_ties_with_the_kth_logit_are_kept():
-    assert support_of([1.0, 3.0, 2.0, 2.0, 0.0, 2.0], top_k=2) == {1, 2, 3, 5}
-    assert support_of([1.0, 3.0, 2.0, 2.0, 0.0, 2.0], top_k=1) == {1}
-    assert support_of([0.0, -0.0, -1.0, -0.0], top_k=1) == {0, 1, 3}
+    assert tokens_drawn([1.0, 3.0, 2.0, 2.0, 0.0, 2.0], top_k=2) == {1, 2, 3, 5}
+    assert tokens_drawn([1.0, 3.0, 2.0, 2.0, 0.0, 2.0], top_k=1) == {1}
+    assert tokens_drawn([0.0, -0.0, -1.0, -0.0], top_k=1) == {0, 1, 3}
 
 
 def test_ties_at_the_top_p_boundary_are_dropped_lowest_index_first():
-    assert support_of([0.0] * 8, top_p=0.75) == {2, 3, 4, 5, 6, 7}  # 2/8 <= 1 - 0.75 are dropped
-    assert support_of([0.0] * 8, top_p=0.5) == {4, 5, 6, 7}
-    assert support_of([0.0] * 8, top_p=0.49) == {4, 5, 6, 7}
-    assert support_of([0.0] * 8, top_p=0.51) == {3, 4, 5, 6, 7}
-    assert support_of([0.0] * 8, top_p=1e-6) == {7}
-    assert support_of([0.0, -np.inf, 0.0, -np.inf, 0.0, 0.0], top_p=0.5) == {4, 5}
+    assert tokens_drawn([0.0] * 8, top_p=0.75) == {2, 3, 4, 5, 6, 7}  # 2/8 <= 1 - 0.75 are dropped
+    assert tokens_drawn([0.0] * 8, top_p=0.5) == {4, 5, 6, 7}
+    assert tokens_drawn([0.0] * 8, top_p=0.49) == {4, 5, 6, 7}
+    assert tokens_drawn([0.0] * 8, top_p=0.51) == {3, 4, 5, 6, 7}
+    assert tokens_drawn([0.0] * 8, top_p=1e-6) == {7}
+    assert tokens_drawn([0.0, -np.inf, 0.0, -np.inf, 0.0, 0.0], top_p=0.5) == {4, 5}
 
 
 def test_top_p_counts_the_mass_that_min_p_and_top_k_have_left():
     logits = np.log([0.4, 0.3, 0.2, 0.1]).tolist()
-    assert support_of(logits, top_p=0.75) == {0, 1, 2}
-    assert support_of(logits, top_p=0.5) == {0, 1}
-    assert support_of(logits, top_p=0.5, top_k=2) == {0}  # 3/7 of what is left lies below
-    assert support_of(logits, top_p=0.5, min_p=0.6) == {0}
-    assert support_of(logits, top_p=0.65, top_k=2) == {0, 1}
+    assert tokens_drawn(logits, top_p=0.75) == {0, 1, 2}
+    assert tokens_drawn(logits, top_p=0.5) == {0, 1}
+    assert tokens_drawn(logits, top_p=0.5, top_k=2) == {0}  # 3/7 of what is left lies below
+    assert tokens_drawn(logits, top_p=0.5, min_p=0.6) == {0}
+    assert tokens_drawn(logits, top_p=0.65, top_k=2) == {0, 1}
 
 
 def test_min_p_looks_at_the_distribution_after_temperature():
     logits = np.log([0.6, 0.3, 0.1]).tolist()
-    assert support_of(logits, min_p=0.4) == {0, 1}
-    assert support_of(logits, min_p=0.4, temperature=0.5) == {0}  # 0.36 : 0.09 : 0.01
-    assert support_of([1.0, 2.0, 2.0], min_p=1.0) == {1, 2}
+    assert tokens_drawn(logits, min_p=0.4) == {0, 1}
+    assert tokens_drawn(logits, min_p=0.4, temperature=0.5) == {0}  # 0.36 : 0.09 : 0.01
+    assert tokens_drawn([1.0, 2.0, 2.0], min_p=1.0) == {1, 2}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 9.9e-6])
 def test_greedy_takes_the_lowest_id_of_the_most_likely_whatever_else_is_set(temperature):
     logits = [0.0, 2.0, 2.0, 1.0, 2.0]
-    assert support_of(logits, temperature=temperature) == {1}
-    assert support_of(logits, temperature=temperature, top_p=0.1, top_k=1, min_p=1.0) == {1}
+    assert tokens_drawn(logits, temperature=temperature) == {1}
+    assert tokens_drawn(logits, temperature=temperature, top_p=0.1, top_k=1, min_p=1.0) == {1}
 
 
 def test_from_a_temperature_of_1e_5_on_ties_are_drawn_at_random():
-    assert support_of([0.0, 2.0, 2.0, 1.0, 2.0], temperature=1e-5) == {1, 2, 4}
+    assert tokens_drawn([0.0, 2.0, 2.0, 1.0, 2.0], temperature=1e-5) == {1, 2, 4}
 
 
 def test_logprobs_ranks_and_top_lists_are_those_of_the_raw_distribution():
@@ -291,6 +275,14 @@ def test_rows_that_ask_for_no_logprobs_get_none_beside_rows_that_do():
     assert np.all(drawn.logprob < 0)
 
 
+def test_zeros_of_both_signs_are_ties_in_the_top_list_as_they_are_for_greedy_rows():
+    logits = np.array([-1.0, -0.0, 0.0, -2.0, 0.0, -0.0], np.float32)
+    padded = np.pad(logits, (0, 54), constant_values=-9)
+    drawn = draw(padded, rows(4, temperature=0.0, num_logprobs=K))
+    assert drawn.token.tolist() == [1] * 4
+    assert drawn.top_ids[0].tolist() == [1, 2, 4, 5, 0]
+
+
 @pytest.mark.parametrize("max_logprobs", [0, 7])
 def test_top_lists_have_their_fixed_size_also_beyond_the_vocabulary(max_logprobs):
     logits = jnp.asarray([[1.0, 3.0, 2.0]], jnp.float32)
@@ -311,7 +303,7 @@ def test_the_largest_are_found_in_pieces_as_at_once_ties_and_banned_tokens_inclu
 
 
 def test_a_row_gives_the_same_in_any_place_and_beside_any_neighbours():
-    logits, wanted, _ = random_cases(6, 64, 300)
+    logits, wanted, _ = random_rows(6, 64, 300)
     rng = np.random.default_rng(6)
     wanted = wanted.replace(num_logprobs=rng.integers(-1, K + 1, 64).astype(np.int32))
     wanted = wanted.replace(sample_index=rng.integers(0, 9, 64).astype(np.int32))
@@ -320,7 +312,7 @@ def test_a_row_gives_the_same_in_any_place_and_beside_any_neighbours():
     for order in (rng.permutation(64), rng.permutation(64)):
         moved = draw(logits[order], jax.tree.map(lambda leaf, order=order: leaf[order], wanted), position[order])
         assert_rows_equal(moved, jax.tree.map(lambda leaf, order=order: leaf[order], expected), np.arange(64))
-    other_logits, others, _ = random_cases(7, 64, 300)
+    other_logits, others, _ = random_rows(7, 64, 300)
     for neighbours in (others, rows(64, temperature=0.0), rows(64, num_logprobs=2, top_p=0.5)):
         kept = np.arange(64) % 3 == 0
         mixed = jax.tree.map(
@@ -348,7 +340,7 @@ def assert_rows_equal(drawn: Sampled, expected: Sampled, which: np.ndarray) -> N
 
 
 def test_inactive_rows_do_not_disturb_active_ones():
-    logits, wanted, _ = random_cases(8, 64, 50)
+    logits, wanted, _ = random_rows(8, 64, 50)
     position, active = np.zeros(64, np.int32), np.arange(64) % 2 == 0
     expected = draw(logits, wanted)
     broken = np.where(active[:, None], logits, np.nan).astype(np.float32)
@@ -388,3 +380,265 @@ def test_a_token_of_one_in_a_million_has_its_share_of_all_uniform_numbers():
     assert abs(counts[0] - 100) <= 1
     assert abs(counts[1] - 1e-6 * 2**23) <= 1
     assert np.all(np.diff(tokens) >= 0)
+
+
+# From here on with rules. 2,500 requests, each with 40 rows of logits and limits: 100,000 rows.
+VOCAB = 24
+NUM_CASES, NUM_REPEATS = 2500, 40
+RULED = jax.jit(functools.partial(sample, max_logprobs=K))
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows with rules, and what the oracle makes of their logits."""
+
+    logits: np.ndarray
+    wanted: SamplingRows
+    rules: LogitRules
+    context: Context
+    changed: np.ndarray  # logits after the rules, float64
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.logits, self.wanted, self.rules, self.context
+
+    @property
+    def possible(self) -> np.ndarray:
+        """Rows with a token left."""
+        return np.isfinite(self.changed).any(axis=1)
+
+    @functools.cached_property
+    def support(self) -> Support:
+        """Of greedy rows: at temperature 1. Of rows with no token left: of any token."""
+        sure = np.where(self.possible[:, None], self.changed, 0)
+        temperature = np.where(self.wanted.temperature > 0, self.wanted.temperature, np.float32(1))
+        return support_of(sure, self.wanted.replace(temperature=temperature))
+
+
+def make_batch(seed: int, num_cases: int, num_repeats: int) -> Batch:
+    rng = np.random.default_rng(seed)
+    cases = [
+        sampling_cases.random_case(rng, VOCAB, *sampling_cases.random_rules(rng), exact=True) for _ in range(num_cases)
+    ]
+    _, rules, context = sampling_cases.arrays_of(cases, VOCAB)
+    of_case = np.tile(np.arange(num_cases), num_repeats)
+    seen = context.seen
+    rules, context = jax.tree.map(lambda leaf: leaf[of_case], (rules, context.replace(seen=None)))
+    number = len(of_case)
+    wanted = random_limits(rng, number, VOCAB).replace(
+        num_logprobs=np.where(rng.random(number) < 0.8, K, -1).astype(np.int32), processed=rng.random(number) < 0.5
+    )
+    greedy = rng.random(number) < 0.3
+    wanted = wanted.replace(temperature=np.where(greedy, np.float32(0), wanted.temperature))
+    logits = sampling_cases.grid(rng, number, VOCAB)
+    changed = np.stack([sampling_cases.ruled(row, cases[case]) for row, case in zip(logits, of_case, strict=True)])
+    return Batch(logits, wanted, rules, context.replace(seen=seen), changed)
+
+
+@functools.cache
+def big_batch() -> Batch:
+    return make_batch(20, NUM_CASES, NUM_REPEATS)
+
+
+@functools.cache
+def drawn_of_big_batch() -> Sampled:
+    batch = big_batch()
+    return jax.device_get(RULED(*batch.arguments, np.ones(len(batch.logits), bool)))
+
+
+def assert_rows_follow_the_oracle(drawn: Sampled, batch: Batch) -> None:
+    """Which rows fail, which token greedy rows get, and that random rows stay within their support."""
+    row = np.arange(len(batch.logits))
+    np.testing.assert_array_equal(drawn.failed, ~batch.possible)
+    greedy, support = batch.possible & (batch.wanted.temperature == 0), batch.support
+    random = batch.possible & ~greedy
+    np.testing.assert_array_equal(drawn.token[greedy], np.argmax(batch.changed, axis=1)[greedy])
+    assert np.all(support.widest[row, drawn.token][random])
+    assert np.all(support.kept[row, drawn.token][random & ~support.ambiguous])
+
+
+def test_with_rules_in_any_combination_nothing_outside_the_support_is_drawn():
+    batch = big_batch()
+    assert len(batch.logits) == 100_000
+    assert_rows_follow_the_oracle(drawn_of_big_batch(), batch)
+    assert (~batch.possible).sum() > 50  # every token ruled out
+    assert (batch.possible & (batch.support.kept.sum(axis=1) == 1)).sum() > 10_000
+    assert (batch.changed != batch.logits).any(axis=1).mean() > 0.7
+    assert batch.support.ambiguous.mean() < 0.02
+
+
+def test_the_test_above_notices_penalties_of_prompt_tokens(monkeypatch):
+    penalise = logit_rules._penalise
+    monkeypatch.setattr(
+        logit_rules, "_penalise", lambda logits, rules, seen: penalise(logits, rules, seen + (seen & 1))
+    )
+    batch = make_batch(22, 60, 4)
+    program = jax.jit(lambda *args: sample(*args, max_logprobs=0))
+    with pytest.raises(AssertionError):
+        assert_rows_follow_the_oracle(jax.device_get(program(*batch.arguments, np.ones(240, bool))), batch)
+
+
+@pytest.mark.parametrize("mode", ["raw", "processed"])
+def test_logprobs_are_of_the_raw_distribution_or_of_the_one_drawn_from(mode):
+    batch, drawn = big_batch(), drawn_of_big_batch()
+    asked = batch.possible & (batch.wanted.num_logprobs >= 0) & (batch.wanted.processed == (mode == "processed"))
+    logits = batch.logits.astype(np.float64)
+    if mode == "processed":
+        logits = np.where(batch.possible[:, None], batch.changed, 0)
+        random = batch.wanted.temperature > 0
+        temperature = np.where(random, batch.wanted.temperature, np.float32(1))[:, None]
+        scaled = (logits.astype(np.float32) / temperature).astype(np.float64)
+        logits = np.where(batch.support.kept | ~random[:, None], scaled, -np.inf)
+        asked &= ~(batch.support.ambiguous & random)
+    row = np.arange(len(logits))
+    with np.errstate(divide="ignore"):
+        logprobs = np.log(softmax(logits))
+    asked &= ~np.any((logprobs > -np.inf) & (logprobs < -60), axis=1)  # these may underflow
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :K]
+    top_logprobs = np.take_along_axis(logprobs, order, 1)
+    there = top_logprobs > -np.inf
+    assert asked.sum() > 10_000
+    assert np.all(there[asked]) == (mode == "raw")  # processed: tokens of probability 0 are left out
+    np.testing.assert_array_equal(drawn.top_ids[asked], np.where(there, order, -1)[asked])
+    np.testing.assert_allclose(drawn.top_logprobs[asked], np.where(there, top_logprobs, 0)[asked], rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(drawn.logprob[asked], logprobs[row, drawn.token][asked], rtol=1e-5, atol=2e-5)
+    rank = 1 + (logits > logits[row, drawn.token][:, None]).sum(axis=1)
+    np.testing.assert_array_equal(drawn.rank[asked], rank[asked])
+
+
+def test_rows_with_rules_that_ask_for_no_logprobs_get_the_raw_one_of_their_token():
+    batch, drawn = big_batch(), drawn_of_big_batch()
+    silent = batch.possible & (batch.wanted.num_logprobs < 0)
+    raw = np.log(softmax(batch.logits.astype(np.float64)))[np.arange(len(batch.logits)), drawn.token]
+    np.testing.assert_allclose(drawn.logprob[silent], raw[silent], rtol=1e-5, atol=2e-5)
+    assert np.all(drawn.rank[silent] == 0) and np.all(drawn.top_ids[silent] == -1)
+
+
+@pytest.mark.parametrize("limits", [{}, {"temperature": 1.2, "top_k": 12, "top_p": 0.97, "min_p": 0.01}])
+def test_draws_follow_the_distribution_that_rules_leave(limits):
+    params = SamplingParams(
+        allowed_token_ids=range(5, 24),
+        bad_words=[[9, 7], [8]],
+        min_tokens=4,
+        stop_token_ids=[20],
+        logit_bias={6: 1.5, 21: -2, 2: 9},
+        repetition_penalty=1.4,
+        frequency_penalty=0.3,
+        presence_penalty=-0.6,
+        seed=5,
+        **limits,
+    )
+    case = Case(params, (12, 13, 6, 13), (14, 15, 9))
+    logits = np.random.default_rng(13).standard_normal((1, VOCAB)).astype(np.float32)
+    wanted, rules, context = sampling_cases.arrays_of([case], VOCAB)
+    probs = support_of(sampling_cases.ruled(logits[0], case)[None], wanted).probs[0]
+    assert 6 < (probs > 0).sum() <= (12 if limits else 17)
+    number = NUM_CASES * NUM_REPEATS  # the shape of the program above
+    logits, wanted, rules, context = jax.tree.map(
+        lambda leaf: np.repeat(leaf, number, axis=0), (logits, wanted, rules, context)
+    )
+    wanted = wanted.replace(sample_index=np.arange(number, dtype=np.int32))
+    context = context.replace(seen=context.seen[:NUM_CASES])
+    token = np.asarray(RULED(logits, wanted, rules, context, np.ones(number, bool)).token)
+    assert np.all(probs[token] > 0)
+    assert chi_square(token, probs) > 1e-6
+
+
+def take(batch: tuple[Any, ...], order: np.ndarray) -> tuple[Any, ...]:
+    """Rows in another order; their slots are where they were."""
+    logits, wanted, rules, context = batch
+    moved = jax.tree.map(lambda leaf: leaf[order], (logits, wanted, rules, context.replace(seen=None)))
+    return *moved[:3], moved[3].replace(seen=context.seen)
+
+
+def sixty_four(*cases: Case) -> tuple[Any, ...]:
+    """Arguments of `sample` for these cases and as many more as make 64, which have rules of all kinds."""
+    rng = np.random.default_rng(21)
+    more = [
+        sampling_cases.random_case(rng, VOCAB, *sampling_cases.random_rules(rng), exact=True)
+        for _ in range(64 - len(cases))
+    ]
+    logits = sampling_cases.grid(rng, 64, VOCAB)
+    return logits, *sampling_cases.arrays_of([*cases, *more], VOCAB)
+
+
+def run_sixty_four(arguments: tuple[Any, ...], active: np.ndarray | None = None) -> Sampled:
+    return jax.device_get(RULED(*arguments, np.ones(64, bool) if active is None else active))
+
+
+IMPOSSIBLE = SamplingParams(allowed_token_ids=[5, 6], bad_words=[[5], [6]], logprobs=2)
+
+
+def test_a_row_gives_the_same_whatever_rules_its_neighbours_have():
+    logits, wanted, rules, context = sixty_four(Case(IMPOSSIBLE, (1, 2), ()))
+    rng = np.random.default_rng(0)
+    wanted = random_limits(rng, 64, VOCAB).replace(
+        num_logprobs=rng.integers(-1, K + 1, 64).astype(np.int32), processed=rng.random(64) < 0.5
+    )
+    none = jax.device_get(plain_rules(64, VOCAB, sampling_cases.CONFIG))
+    others = jax.tree.map(lambda leaf: np.roll(leaf, 7, axis=0), rules)
+
+    def run(rules: LogitRules, active: np.ndarray | None = None) -> Sampled:
+        return run_sixty_four((logits, wanted, rules, context), active)
+
+    def mixed(kept: np.ndarray, rules: LogitRules, others: LogitRules) -> LogitRules:
+        """`rules` in the rows that are kept, `others` in the rest."""
+        return jax.tree.map(lambda a, b: np.where(kept[(...,) + (None,) * (a.ndim - 1)], a, b), rules, others)
+
+    expected, without = run(rules), run(none)
+    assert expected.failed[0] and not expected.failed.all() and not without.failed.any()
+    assert (expected.token != without.token).sum() > 20
+    order = rng.permutation(64)
+    moved = run_sixty_four(take((logits, wanted, rules, context), order))
+    assert_rows_equal(moved, jax.tree.map(lambda leaf: leaf[order], expected), np.arange(64))
+    for kept in (np.arange(64) % 2 == 0, np.arange(64) % 5 == 1, np.arange(64) == 9):
+        which = np.flatnonzero(kept)
+        assert_rows_equal(run(mixed(kept, rules, none)), expected, which)
+        assert_rows_equal(run(mixed(kept, none, rules)), without, which)
+        assert_rows_equal(run(mixed(kept, rules, others)), expected, which)
+        assert_rows_equal(run(rules, kept), expected, which)  # the others inactive
+
+
+def test_a_row_with_every_token_ruled_out_fails_and_its_neighbours_do_not():
+    fine = dataclasses.replace(IMPOSSIBLE, bad_words=[[5]])
+    cases = [Case(params, (1, 2), ()) for params in (fine, IMPOSSIBLE, SamplingParams(temperature=0))]
+    logits, *others = sixty_four(*cases)
+    drawn = run_sixty_four((logits, *others))
+    assert drawn.failed[:3].tolist() == [False, True, False]
+    assert drawn.token[[0, 2]].tolist() == [6, np.argmax(logits[2])]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_fail_their_row_also_where_rules_hide_them(value):
+    hiding = SamplingParams(allowed_token_ids=[5, 6], temperature=0.0)
+    logits, *others = sixty_four(
+        *(Case(params, (1,), ()) for params in (hiding, SamplingParams(temperature=0), hiding))
+    )
+    logits[:2, 9] = value
+    assert run_sixty_four((logits, *others)).failed[:3].tolist() == [True, True, False]
+
+
+CHANGED = jax.jit(
+    lambda logits, wanted, rules, context, changed: sample(
+        logits, wanted, rules, context, np.ones(len(logits), bool), max_logprobs=K, changed=changed
+    )
+)
+
+
+def test_what_a_users_function_made_of_the_logits_is_drawn_from_before_the_temperature():
+    batch = make_batch(23, 64, 4)
+    changed = np.where(batch.changed > -np.inf, np.square(np.maximum(batch.changed, -1e6)) / 8, -np.inf)
+    batch.changed[0], changed[1] = -np.inf, -np.inf
+    changed_batch = dataclasses.replace(batch, changed=changed)
+    drawn = jax.device_get(CHANGED(*batch.arguments, changed.astype(np.float32)))
+    assert_rows_follow_the_oracle(drawn, changed_batch)  # of the rules nothing more is seen
+    with pytest.raises(AssertionError):
+        assert_rows_follow_the_oracle(drawn, batch)
+    raw, row = changed_batch.possible & ~batch.wanted.processed, np.arange(len(changed))
+    expected = np.log(softmax(batch.logits.astype(np.float64)))[row, drawn.token]
+    np.testing.assert_allclose(drawn.logprob[raw], expected[raw], rtol=1e-5, atol=2e-5)
+    greedy = changed_batch.possible & batch.wanted.processed & (batch.wanted.temperature == 0)
+    greedy &= batch.wanted.num_logprobs >= 0
+    expected = np.log(softmax(np.where(changed_batch.possible[:, None], changed, 0)).max(axis=1))
+    np.testing.assert_allclose(drawn.logprob[greedy], expected[greedy], rtol=1e-5, atol=2e-5)
+    assert raw.any() and greedy.any()
