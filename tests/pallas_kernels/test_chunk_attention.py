@@ -274,12 +274,17 @@ def lowered_for_cuda(case: Case) -> str:
     """StableHLO for an NVIDIA GPU, made without one."""
     device = jax.sharding.AbstractDevice("NVIDIA H100", None, "cuda")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
-    attention = functools.partial(chunk_attention, **{**case.options, "sinks": None}, backend="triton")
+    options = {**case.options, "backend": "triton"}
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (case.rows, options.pop("sinks")))
+
+    def attention(rows, sinks):
+        return chunk_attention(*rows, sinks=sinks, **options)
+
     with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
         )
-        traced = jax.jit(attention).trace(*case.rows, sinks=case.options["sinks"])
+        traced = jax.jit(attention).trace(*arguments)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
