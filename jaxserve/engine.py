@@ -21,11 +21,12 @@ from flax import nnx
 
 from jaxserve.capacity import resolve_capacities
 from jaxserve.config import EngineConfig
+from jaxserve.logits_fn import LogitsFn
 from jaxserve.models import ModelConfig
 from jaxserve.request import Request, RequestOutput, SamplingParams
-from jaxserve.rows import check_prompt, derived_seed, empty_submission, fill_row, one_per_prompt, truncated
+from jaxserve.rows import check_aux, check_prompt, derived_seed, empty_submission, fill_row, one_per_prompt, truncated
 from jaxserve.scheduler import Handles, Status, check_invariants, init_state
-from jaxserve.sequence import Sequence, Update
+from jaxserve.sequence import Group, Sequence, Update
 from jaxserve.stats import EngineStats
 from jaxserve.step import Changes, StepOutput, StepOutputs, programs
 from jaxserve.tokenizer import Tokenizer, load_eos_token_ids, load_tokenizer, spell
@@ -60,6 +61,8 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         eos_token_ids: SequenceOf[int] = (),
         seed: int = 0,
+        logits_fn: LogitsFn | None = None,
+        aux: Any = None,
     ) -> None:
         """Allocates the KV pool.
 
@@ -70,6 +73,8 @@ class Engine:
           tokenizer: for text prompts and text results.
           eos_token_ids: end-of-sequence ids.
           seed: seeds of requests without one are derived from it.
+          logits_fn: changes the logits that tokens are drawn from; compiled into the engine's programs.
+          aux: what it starts with for each sequence, a tree of arrays; a request may have its own.
 
         Raises:
           ValueError: if the longest sequence is longer than the model was made for, or the pool too large.
@@ -83,7 +88,8 @@ class Engine:
         self._params = _commit(params)
         self._seed = seed
         self._num_added = 0
-        self._programs = programs(model, self.config)
+        self._programs = programs(model, self.config, logits_fn)
+        self._aux = aux
         self._undelivered: list[Update] = []  # of requests that another caller of `serve` waits for
         self._reset()
         self._warm = False
@@ -91,9 +97,9 @@ class Engine:
 
     def _reset(self) -> None:
         """Forgets all requests, and everything on the device but the weights."""
-        self._state = jax.device_put(init_state(self.model, self.config), _replicated(self._params))
-        self._waiting: list[tuple[int, int, Sequence]] = []  # not on the device yet: a heap of (priority, number, ...)
-        self._unfinished: dict[str, Sequence] = {}
+        self._state = jax.device_put(init_state(self.model, self.config, aux=self._aux), _replicated(self._params))
+        self._waiting: list[tuple[int, int, Group]] = []  # not on the device yet: a heap of (priority, number, ...)
+        self._unfinished: dict[str, Group] = {}
         self._by_row: dict[int, Sequence] = {}
         self._generation: Any = np.zeros(self.config.num_rows, np.int32)  # of rows in `_by_row` and `_to_collect`
         self._to_collect: list[int] = []  # finished rows
@@ -110,6 +116,8 @@ class Engine:
         config: EngineConfig | None = None,
         load_format: str = "auto",
         seed: int = 0,
+        logits_fn: LogitsFn | None = None,
+        aux: Any = None,
     ) -> Self:
         """An engine for a checkpoint in Hugging Face layout.
 
@@ -120,6 +128,7 @@ class Engine:
           config: capacities.
           load_format: "auto", or "dummy" for random weights and no tokenizer.
           seed: for random weights, and for requests without a seed.
+          logits_fn, aux: as in the constructor.
 
         Raises:
           ValueError: if the checkpoint is not there, malformed, or of an architecture that is not supported.
@@ -130,7 +139,9 @@ class Engine:
         dtype = dtype or "bfloat16"
         if load_format == "dummy":
             model = families.read_model_config(path_or_id)
-            return cls(weights.random_params(model, seed, dtype), model, config, seed=seed)
+            return cls(
+                weights.random_params(model, seed, dtype), model, config, seed=seed, logits_fn=logits_fn, aux=aux
+            )
         if load_format != "auto":
             raise ValueError(f"load_format={load_format!r} must be auto or dummy")
         directory = checkpoint.resolve_model(path_or_id)
@@ -138,7 +149,16 @@ class Engine:
         tokenizer = load_tokenizer(directory)
         eos_token_ids = load_eos_token_ids(directory)
         params = checkpoint.load_hugging_face(directory, model, dtype=dtype)
-        return cls(params, model, config, tokenizer=tokenizer, eos_token_ids=eos_token_ids, seed=seed)
+        return cls(
+            params,
+            model,
+            config,
+            tokenizer=tokenizer,
+            eos_token_ids=eos_token_ids,
+            seed=seed,
+            logits_fn=logits_fn,
+            aux=aux,
+        )
 
     def generate(
         self,
@@ -160,17 +180,54 @@ class Engine:
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         each = one_per_prompt(len(texts), params, priorities)
-        sequences = []
+        groups = []
         for index, (prompt, (wanted, priority)) in enumerate(zip(texts, each, strict=True)):
             fields: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
             number = self._num_added + index
             try:
                 request = Request(id=f"generate-{number}", params=wanted, priority=priority, **fields)
-                sequences.append(self._accept(request, number))
+                groups.append(self._accept(request, number))
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from None
-        results = {update.request_id: update.output for update in self._serve(sequences) if update.output is not None}
-        return [results[sequence.request.id] for sequence in sequences]
+        results = {update.request_id: update.output for update in self._serve(groups) if update.output is not None}
+        return [results[group.request.id] for group in groups]
+
+    def score(
+        self,
+        prompts: SequenceOf[str] | SequenceOf[SequenceOf[int]],
+        completions: SequenceOf[str] | SequenceOf[SequenceOf[int]],
+    ) -> list[tuple[float, ...]]:
+        """Log probabilities of given completions, token by token, of the model's own distribution.
+
+        They come from the programs that generate, in one batch with whatever else is being served.
+
+        Args:
+          prompts: texts, or lists of token ids, at least one each.
+          completions: what follows each prompt, in the same form; texts are tokenised apart from their prompts.
+
+        Raises:
+          ValueError: if there are not as many completions as prompts, or one is not valid or too long; the message has its
+            index.
+        """
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(completions)} completions for {len(prompts)} prompts: give one per prompt")
+        known = [self._encoded(prompt, special=True) for prompt in prompts]
+        whole = [ids + self._encoded(text, special=False) for ids, text in zip(known, completions, strict=True)]
+        results = self.generate(whole, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False))
+        return [
+            tuple(
+                (places or {})[token].logprob
+                for token, places in zip(ids[len(start) :], (result.prompt_logprobs or ())[len(start) :], strict=True)
+            )
+            for start, ids, result in zip(known, whole, results, strict=True)
+        ]
+
+    def _encoded(self, text: str | SequenceOf[int], *, special: bool) -> list[int]:
+        if not isinstance(text, str):
+            return list(text)
+        if self.tokenizer is None:
+            raise ValueError("this engine has no tokenizer: give token ids in place of text")
+        return self.tokenizer.encode(text, add_special_tokens=special)
 
     def serve(self, requests: Iterable[Request], *, steps_per_call: int | None = None) -> Iterator[Update]:
         """Adds requests and yields what becomes of them as it comes.
@@ -185,18 +242,17 @@ class Engine:
         Raises:
           ValueError: on the first `next`, if a request is not valid; none is added then.
         """
-        sequences: list[Sequence] = []
+        groups: dict[str, Group] = {}
         for request in requests:
-            sequence = self._accept(request, self._num_added + len(sequences))
-            if any(request.id == other.request.id for other in sequences):
+            if request.id in groups:
                 raise ValueError(f"request id {request.id!r} is there twice: ids must differ")
-            sequences.append(sequence)
-        yield from self._serve(sequences, steps_per_call)
+            groups[request.id] = self._accept(request, self._num_added + len(groups))
+        yield from self._serve(list(groups.values()), steps_per_call)
 
-    def _serve(self, sequences: list[Sequence], steps_per_call: int | None = None) -> Iterator[Update]:
-        for sequence in sequences:
-            self._enqueue(sequence)
-        unfinished = {sequence.request.id for sequence in sequences}
+    def _serve(self, groups: list[Group], steps_per_call: int | None = None) -> Iterator[Update]:
+        for group in groups:
+            self._enqueue(group)
+        unfinished = {group.request.id for group in groups}
         try:
             while unfinished:
                 updates = self.step(steps_per_call)
@@ -218,25 +274,31 @@ class Engine:
         """
         self._enqueue(self._accept(request, self._num_added))
 
-    def _accept(self, request: Request, number: int) -> Sequence:
+    def _accept(self, request: Request, number: int) -> Group:
         """Checks a request, which is to be the engine's `number`-th."""
         if request.id in self._unfinished:
             raise ValueError(f"request id {request.id!r} is in use by an unfinished request: ids must differ")
+        if request.params.n > self.config.max_slots:
+            raise ValueError(
+                f"n={request.params.n} is above max_slots={self.config.max_slots}: ask for fewer samples or raise max_slots"
+            )
+        if request.aux is not None:
+            check_aux(request.aux, self._aux)
         seed = derived_seed(self._seed, number) if request.params.seed is None else request.params.seed
         prompt_token_ids, params = self._prompt_tokens(request), self._spelled(request.params)
         check_prompt(prompt_token_ids, params, model=self.model, config=self.config, eos_token_ids=self.eos_token_ids)
-        return Sequence(request, prompt_token_ids, params, seed, self.tokenizer, self.eos_token_ids)
+        return Group(request, prompt_token_ids, params, seed, self.tokenizer, self.eos_token_ids)
 
-    def _enqueue(self, sequence: Sequence) -> None:
-        self._unfinished[sequence.request.id] = sequence
-        heapq.heappush(self._waiting, (sequence.request.priority, self._num_added, sequence))
+    def _enqueue(self, group: Group) -> None:
+        self._unfinished[group.request.id] = group
+        heapq.heappush(self._waiting, (group.request.priority, self._num_added, group))
         self._num_added += 1
 
     def abort(self, request_id: str) -> None:
         """Ends a request with reason "abort" and what it has generated by then. Finished and unknown ones: no effect."""
-        sequence = self._unfinished.get(request_id)
-        if sequence is not None:
-            sequence.abort_requested = True
+        group = self._unfinished.get(request_id)
+        if group is not None:
+            group.abort_requested = True
             self._num_aborts += 1
 
     @property
@@ -338,42 +400,46 @@ class Engine:
         if not self._num_aborts:
             return []
         self._num_aborts = 0
-        aborted = [sequence for _, _, sequence in self._waiting if sequence.abort_requested]
+        aborted = [group for _, _, group in self._waiting if group.abort_requested]
         self._waiting = [entry for entry in self._waiting if not entry[2].abort_requested]
         heapq.heapify(self._waiting)
-        for sequence in aborted:
-            sequence.finish(Status.ABORT)
-            self._finish(sequence)
-        updates = (sequence.take_update() for sequence in aborted)
+        for group in aborted:
+            group.finish(Status.ABORT)
+            self._finish(group)
+        updates = (sequence.take_update() for group in aborted for sequence in group.samples)
         return [update for update in updates if update is not None]
 
     def _dispatch(self, max_steps: int) -> None:
         # Those that ended with a stop string run on until the device hears of it.
-        aborted = [row for row, sequence in self._by_row.items() if sequence.abort_requested or sequence.finished]
+        aborted = [row for row, sequence in self._by_row.items() if sequence.group.abort_requested or sequence.finished]
         num_free = self.config.num_rows - self._num_on_device + len(self._to_collect)
-        num_new = min(len(self._waiting), num_free, self.config.max_slots)
-        submitted = [heapq.heappop(self._waiting)[2] for _ in range(num_new)]
+        room = min(num_free, self.config.max_slots)
+        submitted: list[Sequence] = []
+        while self._waiting and len(submitted) + self._waiting[0][2].params.n <= room:
+            submitted += heapq.heappop(self._waiting)[2].samples
         handles = None
         if submitted or aborted or self._to_collect:
             changes = self._changes(submitted, self._to_collect, aborted)
-            self._num_on_device += num_new - len(self._to_collect)
+            self._num_on_device += len(submitted) - len(self._to_collect)
             self._to_collect = []
             self._state, handles = self._programs["update"](self._state, changes)
         self._state, outputs = self._programs["run_steps"](self._params, self._state, np.int32(max_steps))
         self._calls.append(_Call(submitted, handles if submitted else None, outputs))
 
     def _changes(self, submitted: list[Sequence], collected: list[int], aborted: list[int]) -> Changes:
-        rows = empty_submission(self.config.max_slots, self.model, self.config)
+        rows = empty_submission(self.config.max_slots, self.model, self.config, self._aux)
         for index, sequence in enumerate(submitted):
-            request = sequence.request
+            group = sequence.group
             fill_row(
                 rows,
                 index,
-                sequence.prompt_token_ids,
-                sequence.params,
-                seed=sequence.seed,
-                priority=request.priority,
+                group.prompt_token_ids,
+                group.params,
+                seed=group.seed,
+                priority=group.request.priority,
                 eos_token_ids=self.eos_token_ids,
+                sample_index=sequence.index,
+                aux=group.request.aux,
             )
         return Changes(
             submission=rows,
@@ -393,6 +459,7 @@ class Engine:
             for sequence, row, generation in zip(call.submitted, handles.row_id, handles.generation, strict=False):
                 self._by_row[int(row)] = sequence
                 self._generation[row] = generation
+        self._take_prompt_logprobs(outputs)
         touched = self._take_tokens(outputs)
         for row, sequence in list(self._by_row.items()):
             status = Status(int(outputs.status[row]))
@@ -401,17 +468,33 @@ class Engine:
                 del self._by_row[row]
                 self._to_collect.append(row)
                 sequence.finish(status)
-            if sequence.finished and sequence.request.id in self._unfinished:
-                self._finish(sequence)
-                touched.setdefault(row, sequence)
+            if sequence.finished and row not in touched and sequence.has_news:
+                touched[row] = sequence
+            group = sequence.group
+            if group.finished and group.request.id in self._unfinished:
+                self._finish(group)
         self._count(outputs.steps, int(outputs.num_steps))
         updates = (sequence.take_update() for sequence in touched.values())
         return [update for update in updates if update is not None]
 
     def _readable(self, outputs: StepOutputs) -> StepOutputs:
         """What the host has use for: the rest stays on the device."""
-        unused: dict[str, Any] = {"prompt_slot": None, "prompt_position": None, "prompt_logprob": None}
-        return outputs.replace(steps=outputs.steps.replace(**unused))
+        if any(group.params.prompt_logprobs is not None for group in self._unfinished.values()):
+            return outputs
+        return outputs.replace(steps=outputs.steps.replace(prompt=None))
+
+    def _take_prompt_logprobs(self, outputs: StepOutputs) -> None:
+        prompt: Any = outputs.steps.prompt
+        if prompt is None:
+            return
+        for index, place in np.argwhere(prompt.row_id[: int(outputs.num_steps)] < self.config.num_rows).tolist():
+            self._by_row[int(prompt.row_id[index, place])].group.add_prompt_logprob(
+                int(prompt.position[index, place]),
+                float(prompt.logprob[index, place]),
+                int(prompt.rank[index, place]),
+                prompt.top_ids[index, place],
+                prompt.top_logprobs[index, place],
+            )
 
     def _take_tokens(self, outputs: StepOutputs) -> dict[int, Sequence]:
         """Hands every drawn token to its sequence; returns the sequences that got some, by row."""
@@ -433,10 +516,10 @@ class Engine:
             )
         return touched
 
-    def _finish(self, sequence: Sequence) -> None:
-        del self._unfinished[sequence.request.id]
+    def _finish(self, group: Group) -> None:
+        del self._unfinished[group.request.id]
         self.stats.num_requests += 1
-        self.stats.num_prompt_tokens += len(sequence.prompt_token_ids)
+        self.stats.num_prompt_tokens += len(group.prompt_token_ids)
 
     def _count(self, steps: StepOutput, num_steps: int) -> None:
         stats = self.stats

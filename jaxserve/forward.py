@@ -12,6 +12,7 @@ rows: a sequence that resumes after preemption recomputes them as it computed th
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -20,9 +21,11 @@ from jaxtyping import Array, Float32, Int32
 from jaxserve.cache import KVPool
 from jaxserve.cache.attention import Rows, paged_attend
 from jaxserve.config import EngineConfig
-from jaxserve.models import ModelConfig, graphdef_of
+from jaxserve.models import ModelConfig, Transformer, graphdef_of
+from jaxserve.optional import if_any
 from jaxserve.pytree import Record, record
-from jaxserve.scheduler.state import EngineState
+from jaxserve.sampling import token_logprobs
+from jaxserve.scheduler.state import EngineState, Queue
 from jaxserve.scheduler.transitions import Plan
 
 
@@ -57,24 +60,54 @@ def part(state: EngineState, plan: Plan, *, config: EngineConfig) -> PartedRows:
     )
 
 
+@record
+class PromptLogprobs(Record):
+    """Raw log probabilities of prompt tokens, one entry per row of the forward pass."""
+
+    row_id: Int32[Array, " B"]  # queue row; Q = none: nothing was asked for here
+    position: Int32[Array, " B"]  # of the token in its prompt, from 1 on
+    logprob: Float32[Array, " B"]  # of the token, given those before it
+    rank: Int32[Array, " B"]  # of the token, 1 = most likely
+    top_ids: Int32[Array, "B K"]  # most likely tokens, first first; -1: none
+    top_logprobs: Float32[Array, "B K"]
+
+
+@record
+class Found(Record):
+    """What the forward pass of a step is for, the pages aside."""
+
+    hidden: Float32[Array, "S E"]  # of each slot's last known token, if that is among the rows
+    prompt: PromptLogprobs
+
+
+def no_prompt_logprobs(config: EngineConfig) -> PromptLogprobs:
+    """Entries for the rows of one step, none of which asked for anything."""
+    rows, tops = config.max_rows, config.max_logprobs
+    return PromptLogprobs(
+        row_id=jnp.full((rows,), config.num_rows, jnp.int32),
+        position=jnp.zeros((rows,), jnp.int32),
+        logprob=jnp.zeros((rows,), jnp.float32),
+        rank=jnp.zeros((rows,), jnp.int32),
+        top_ids=jnp.full((rows, tops), -1, jnp.int32),
+        top_logprobs=jnp.zeros((rows, tops), jnp.float32),
+    )
+
+
 def forward_rows(
     params: nnx.State, state: EngineState, plan: Plan, *, model: ModelConfig, config: EngineConfig
-) -> tuple[KVPool, Float32[Array, "S E"]]:
-    """The model on the rows of the plan, tile by tile; later tiles see the pages that earlier ones wrote.
-
-    Returns:
-      The pool, and per slot the hidden state of its last known token, if that is among the rows.
-    """
+) -> tuple[KVPool, Found]:
+    """The model on the rows of the plan, tile by tile; later tiles see the pages that earlier ones wrote."""
     hidden = jnp.zeros((state.slots.row_id.shape[0], model.embed_dim), jnp.float32)
+    found = Found(hidden=hidden, prompt=no_prompt_logprobs(config))
     run = functools.partial(_tiles, params, state, model=model, config=config)
     if config.backend == "reference":
         rows = (plan.slot, plan.position, jnp.int32(0), plan.num_rows)
-        return run(rows, Rows.SINGLE, config.tile_sizes, state.pool, hidden)
+        return run(rows, Rows.SINGLE, config.tile_sizes, state.pool, found)
     parted = part(state, plan, config=config)
     chunks = (parted.slot, parted.position, jnp.int32(0), parted.num_chunk_rows)
-    pool, hidden = run(chunks, Rows.CHUNKS, config.tile_sizes, state.pool, hidden)
+    pool, found = run(chunks, Rows.CHUNKS, config.tile_sizes, state.pool, found)
     single = (parted.slot, parted.position, parted.num_chunk_rows, parted.num_rows)
-    return run(single, Rows.SINGLE, config.tile_sizes[-1:], pool, hidden)
+    return run(single, Rows.SINGLE, config.tile_sizes[-1:], pool, found)
 
 
 def _tiles(
@@ -84,26 +117,27 @@ def _tiles(
     kind: Rows,
     sizes: tuple[int, ...],
     pool: KVPool,
-    hidden: Float32[Array, "S E"],
+    found: Found,
     *,
     model: ModelConfig,
     config: EngineConfig,
-) -> tuple[KVPool, Float32[Array, "S E"]]:
+) -> tuple[KVPool, Found]:
     """Rows from `start` to `end` of (slot, position, start, end), in tiles of `sizes`, the widest first."""
     slots, positions, start, end = rows
-    num_slots = state.slots.row_id.shape[0]
+    queue = state.queue
+    num_slots, num_rows = state.slots.row_id.shape[0], queue.status.shape[0]
     padding = (0, sizes[0])  # a tile may start anywhere
     slots = jnp.pad(slots, padding, constant_values=num_slots)
     positions = jnp.pad(positions, padding)
     forward = nnx.merge(graphdef_of(model), params)
 
-    def tile(size: int, carry: tuple[Array, KVPool, Array]) -> tuple[Array, KVPool, Array]:
-        first, pool, hidden = carry
-        slot = lax.dynamic_slice_in_dim(slots, first, size)
-        slot = jnp.where(first + jnp.arange(size, dtype=jnp.int32) < end, slot, num_slots)
+    def tile(size: int, carry: tuple[Array, KVPool, Found]) -> tuple[Array, KVPool, Found]:
+        first, pool, found = carry
+        index = first + jnp.arange(size, dtype=jnp.int32)
+        slot = jnp.where(index < end, lax.dynamic_slice_in_dim(slots, first, size), num_slots)
         position = lax.dynamic_slice_in_dim(positions, first, size)
-        row = state.slots.row_id.at[slot].get(mode="fill", fill_value=state.queue.status.shape[0])
-        tokens = state.queue.tokens.at[row, position].get(mode="fill", fill_value=0)
+        row = state.slots.row_id.at[slot].get(mode="fill", fill_value=num_rows)
+        tokens = queue.tokens.at[row, position].get(mode="fill", fill_value=0)
         attend = paged_attend(
             state.table.page_ids,
             slot,
@@ -114,15 +148,40 @@ def _tiles(
             interpret=config.interpret_kernels,
         )
         out, pages = forward(tokens, position, attend=attend, kv=tuple(zip(pool.k, pool.v, strict=True)))
-        last = position + 1 == state.queue.num_tokens.at[row].get(mode="fill", fill_value=0)
-        hidden = hidden.at[jnp.where(last, slot, num_slots)].set(out, mode="drop")
+        last = position + 1 == queue.num_tokens.at[row].get(mode="fill", fill_value=0)
+        hidden = found.hidden.at[jnp.where(last, slot, num_slots)].set(out, mode="drop")
+        prompt = _prompt_logprobs(forward, out, row, position, index, queue, found.prompt, config)
         k, v = zip(*pages, strict=True)
-        return first + size, KVPool(k=k, v=v), hidden
+        return first + size, KVPool(k=k, v=v), Found(hidden=hidden, prompt=prompt)
 
-    carry = (start, pool, hidden)
+    carry = (start, pool, found)
     for size in sizes:
         smallest = 0 if size == sizes[-1] else size - 1
         carry = lax.while_loop(
             lambda carry, smallest=smallest: end - carry[0] > smallest, functools.partial(tile, size), carry
         )
     return carry[1], carry[2]
+
+
+def _prompt_logprobs(
+    forward: Transformer,
+    out: Float32[Array, "R E"],
+    row: Int32[Array, " R"],
+    position: Int32[Array, " R"],
+    index: Int32[Array, " R"],
+    queue: Queue,
+    found: PromptLogprobs,
+    config: EngineConfig,
+) -> PromptLogprobs:
+    """Adds a tile's rows, at `index` of all rows: each tells of the prompt token after its own. One tile's logits are alive."""
+    in_prompt = position + 1 < queue.prompt_length.at[row].get(mode="fill", fill_value=0)
+    asked = queue.num_prompt_logprobs.at[row].get(mode="fill", fill_value=-1)
+    asked = jnp.where(in_prompt, asked, -1)
+
+    def add(found: PromptLogprobs) -> PromptLogprobs:
+        token = queue.tokens.at[row, position + 1].get(mode="fill", fill_value=0)
+        logprobs = token_logprobs(forward.logits(out), token, asked, max_logprobs=config.max_logprobs)
+        new = PromptLogprobs(jnp.where(asked >= 0, row, queue.status.shape[0]), position + 1, *logprobs)
+        return jax.tree.map(lambda old, leaf: old.at[index].set(leaf, mode="drop"), found, new)
+
+    return if_any(asked >= 0, add, found)

@@ -71,7 +71,7 @@ class SamplingParams:
     None: all.
 
     Raises:
-      UnsupportedError: if n or prompt_logprobs is set: not there yet.
+      UnsupportedError: if n is set: not there yet.
       ValueError: if a value has the wrong type or is out of range, or values contradict each other.
     """
 
@@ -187,7 +187,7 @@ class SamplingParams:
         return dataclasses.replace(self, **fields)
 
 
-_UNSUPPORTED = ("n", "prompt_logprobs")
+_UNSUPPORTED = ("n",)
 _SWITCHES = (
     "ignore_eos",
     "detokenize",
@@ -210,6 +210,7 @@ class Request:
         given.
       params: sampling parameters.
       priority: lower goes first; ties in the order of arrival.
+      aux: where the engine's `logits_fn` starts for this request; None: as the engine was told.
     """
 
     id: str
@@ -217,6 +218,7 @@ class Request:
     prompt_token_ids: tuple[int, ...] | None = None
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     priority: int = 0
+    aux: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
@@ -281,6 +283,7 @@ class RequestOutput:
     metrics: RequestMetrics | None = None  # None: refused before it arrived
     seed: int | None = None  # what replays the request; None for greedy requests without one
     error: str | None = None  # why the request was refused or failed
+    prompt_logprobs: tuple[Mapping[int, TokenLogprob] | None, ...] | None = None  # per prompt token; the first has none
 
     @property
     def finished(self) -> bool:

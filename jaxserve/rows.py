@@ -1,8 +1,10 @@
 """Requests made into rows of the queue: everything a request asks for is checked here, before any device work."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxserve.config import EngineConfig
@@ -130,6 +132,7 @@ def make_submission(
     priorities: Sequence[int] | None = None,
     seed: int = 0,
     num_rows: int | None = None,
+    aux: Any = None,
 ) -> Submission:
     """Rows for `jaxserve.submit`, one per prompt, as host arrays.
 
@@ -144,6 +147,7 @@ def make_submission(
       seed: of the requests without one.
       num_rows: rows of the submission, padding included, so that submissions of all sizes share one program;
         None: one per prompt.
+      aux: what a `LogitsFn` starts with, as in `init_state`.
 
     Raises:
       ValueError: as `check_prompt`, naming the prompt by its index; or if there are more prompts than `num_rows`.
@@ -155,7 +159,7 @@ def make_submission(
     width = len(prompts) if num_rows is None else num_rows
     if len(prompts) > width:
         raise ValueError(f"{len(prompts)} prompts do not fit num_rows={width}: submit them in several parts")
-    rows = empty_submission(width, model, config)
+    rows = empty_submission(width, model, config, aux)
     for index, (prompt, (wanted, priority)) in enumerate(zip(prompts, each, strict=True)):
         try:
             if wanted.stop_strings:
@@ -188,8 +192,8 @@ def key_data(seed: int) -> np.ndarray:
     return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
 
 
-def empty_submission(num_rows: int, model: ModelConfig, config: EngineConfig) -> Submission:
-    """A submission of nothing: host arrays, to be filled by `fill_row`."""
+def empty_submission(num_rows: int, model: ModelConfig, config: EngineConfig, aux: Any = None) -> Submission:
+    """A submission of nothing: host arrays, to be filled by `fill_row`; `aux` as in `init_state`."""
     sampling = SamplingRows(
         temperature=_rows((num_rows,), 0, np.float32),
         top_k=_rows((num_rows,), 0),
@@ -221,7 +225,9 @@ def empty_submission(num_rows: int, model: ModelConfig, config: EngineConfig) ->
         rules=rules,
         num_prompt_logprobs=_rows((num_rows,), -1),
         priority=_rows((num_rows,), 0),
+        follows=_rows((num_rows,), False, bool),
         valid=_rows((num_rows,), False, bool),
+        aux=jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], num_rows, axis=0), aux),
     )
 
 
@@ -234,8 +240,10 @@ def fill_row(
     seed: int,
     priority: int,
     eos_token_ids: Sequence[int],
+    sample_index: int = 0,
+    aux: Any = None,
 ) -> None:
-    """Writes one checked request into row `index` of an `empty_submission`."""
+    """Writes one sample of a checked request into row `index` of an `empty_submission`; `aux` None: as that was given."""
     stops = _stops(params, eos_token_ids)
     rows.tokens[index, : len(prompt_token_ids)] = prompt_token_ids
     rows.prompt_length[index] = len(prompt_token_ids)
@@ -249,11 +257,32 @@ def fill_row(
     sampling.top_p[index] = params.top_p
     sampling.min_p[index] = params.min_p
     sampling.key_data[index] = key_data(seed)
+    sampling.sample_index[index] = sample_index
     sampling.num_logprobs[index] = -1 if params.logprobs is None else params.logprobs
     sampling.processed[index] = params.logprobs_mode == "processed"
-    rows.num_prompt_logprobs[index] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
+    if params.prompt_logprobs is not None and sample_index == 0:  # the prompt is the same for all
+        rows.num_prompt_logprobs[index] = params.prompt_logprobs
     _fill_aligned(rows.stop_sequences[index], params.stop_sequences)
     _fill_rules(rows.rules, index, params)
+    if aux is not None:
+        jax.tree.map(functools.partial(_set_leaf, index), rows.aux, aux)
+
+
+def check_aux(aux: Any, initial: Any) -> None:
+    """Refuses an `aux` that is not like the engine's.
+
+    Raises:
+      ValueError: naming both, if structure, shapes or dtypes differ.
+    """
+    kinds = [
+        jax.tree.map(lambda leaf: f"{np.asarray(leaf).dtype}{list(np.shape(leaf))}", tree) for tree in (aux, initial)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"aux is {kinds[0]}, but the engine's is {kinds[1]}: make them alike")
+
+
+def _set_leaf(index: int, leaf: Any, value: Any) -> None:
+    leaf[index] = value
 
 
 def _fill_rules(rules: Any, index: int, params: SamplingParams) -> None:

@@ -27,8 +27,6 @@ _BLOCK = 128  # tokens per block of the two-level draw
 _TOP_K_PIECE = 16  # the largest k for which XLA:GPU has a kernel; for more it sorts whole rows
 _ALL = 1 << 30
 
-Transform = Callable[[Float32[Array, "R V"]], Float32[Array, "R V"]]
-
 
 @record
 class SamplingRows(Record):
@@ -83,7 +81,7 @@ def sample(
     active: Bool[Array, " R"],
     *,
     max_logprobs: int,
-    transform: Transform | None = None,
+    changed: Float32[Array, "R V"] | None = None,
 ) -> Sampled:
     """Draws one token per row.
 
@@ -94,13 +92,12 @@ def sample(
       context: of the rows.
       active: rows that count; what the others get is meaningless.
       max_logprobs: K, size of the top lists.
-      transform: a user's function on the logits that the rules leave.
+      changed: what a user's function made of the logits that the rules left, to draw from; None: the rules are applied here.
     """
-    ruled = active if transform is not None else active & logit_rules.in_force(rules, context)
+    ruled = active if changed is not None else active & logit_rules.in_force(rules, context)
 
     def processed() -> Float32[Array, "R V"]:
-        changed = logit_rules.apply(logits, rules, context, active)
-        return changed if transform is None else transform(changed)
+        return logit_rules.apply(logits, rules, context, active) if changed is None else changed
 
     def choose(logits: Float32[Array, "R V"], wanted: Bool[Array, " R"], token: Int32[Array, " R"]) -> Array:
         token = jnp.where(wanted, jnp.argmax(logits, axis=-1).astype(jnp.int32), token)
@@ -113,12 +110,12 @@ def sample(
 
     def choose_by_rules(chosen: tuple[Array, Array]) -> tuple[Array, Array]:
         token, failed = chosen
-        changed = processed()
-        best = jnp.take_along_axis(changed, jnp.argmax(changed, axis=-1)[:, None], axis=1)[:, 0]
-        return choose(changed, ruled, token), failed | (ruled & ~jnp.isfinite(best))
+        logits = processed()
+        best = jnp.take_along_axis(logits, jnp.argmax(logits, axis=-1)[:, None], axis=1)[:, 0]
+        return choose(logits, ruled, token), failed | (ruled & ~jnp.isfinite(best))
 
     chosen = (jnp.zeros_like(context.num_tokens), jnp.zeros_like(active))
-    if transform is None:
+    if changed is None:
         token = choose(logits, active & ~ruled, chosen[0])
         # In a loop that returns tokens only: the raw logits, needed afterwards, are then not copied.
         token, failed = if_any(ruled, choose_by_rules, (token, chosen[1]))
@@ -196,6 +193,7 @@ def _top(k: int, piece: int) -> Callable[[Float32[Array, "R V"]], tuple[Float32[
 
     def top(logits: Float32[Array, "R V"]) -> tuple[Float32[Array, "R K"], Int32[Array, "R K"]]:
         left = jnp.maximum(logits, jnp.finfo(jnp.float32).min)  # -inf means: taken out
+        left = jnp.where(left == 0, 0, left)  # `lax.top_k` puts 0.0 before -0.0, whichever has the lower id
         rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
         found: list[Array] = []
         for first in range(0, k, piece):

@@ -1,4 +1,4 @@
-"""The host's side of one sequence: what has come back from the device, as text and as a result."""
+"""The host's side of a request and of its samples: what has come back from the device, as text and as a result."""
 
 import dataclasses
 import time
@@ -19,16 +19,17 @@ _ERROR = (
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What is new about a request."""
+    """What is new about one sample of a request."""
 
     request_id: str
-    text: str  # to be appended to the text so far; final, never taken back
+    text: str  # to be appended to the sample's text so far; final, never taken back
     token_ids: tuple[int, ...]  # generated since the last update
-    output: RequestOutput | None = None  # the whole result, once the request has finished
+    output: RequestOutput | None = None  # the whole result, once all samples of the request have finished
+    index: int = 0  # which sample
 
 
-class Sequence:
-    """Collects tokens of one request; made when the request is accepted."""
+class Group:
+    """A request on its way: its samples, and what they have in common. Made when the request is accepted."""
 
     def __init__(
         self,
@@ -43,32 +44,100 @@ class Sequence:
         self.prompt_token_ids = prompt_token_ids
         self.params = params  # as the device has them: bad words are token ids
         self.seed = seed
+        self.abort_requested = False
+        self.tokenizer = tokenizer if params.detokenize else None
+        self.eos_token_ids = eos_token_ids
+        self.arrival_time = time.monotonic()
+        self.samples = [Sequence(self, index) for index in range(params.n)]
+        self._prompt_logprobs: list[Mapping[int, TokenLogprob] | None] = [None] * len(prompt_token_ids)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all samples have."""
+        return all(sample.finished for sample in self.samples)
+
+    def finish(self, status: Status) -> None:
+        """Ends all samples that have not ended."""
+        for sample in self.samples:
+            sample.finish(status)
+
+    def add_prompt_logprob(
+        self, position: int, logprob: float, rank: int, top_ids: np.ndarray, top_logprobs: np.ndarray
+    ) -> None:
+        """Takes what is known of the prompt token at `position`; the same again if its row was computed again."""
+        num_top, token = self.params.prompt_logprobs or 0, self.prompt_token_ids[position]
+        self._prompt_logprobs[position] = self.places(token, logprob, rank, top_ids[:num_top], top_logprobs[:num_top])
+
+    def output(self) -> RequestOutput:
+        """The result so far."""
+        params, status = self.params, [sample.status for sample in self.samples]
+        asked = params.prompt_logprobs is not None
+        return RequestOutput(
+            request_id=self.request.id,
+            prompt=self.request.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=tuple(sample.completion() for sample in self.samples),
+            metrics=self._metrics(),
+            error=_ERROR if Status.ERROR in status else None,
+            seed=None if params.greedy and params.seed is None else self.seed,
+            prompt_logprobs=tuple(self._prompt_logprobs) if asked else None,
+        )
+
+    def places(
+        self, token: int, logprob: float, rank: int, top_ids: np.ndarray, top_logprobs: np.ndarray
+    ) -> Mapping[int, TokenLogprob]:
+        """A token's place in a distribution, and those of the most likely ones."""
+        top = {
+            int(top_id): TokenLogprob(float(value), place, self._name(int(top_id)))
+            for place, (top_id, value) in enumerate(zip(top_ids, top_logprobs, strict=True), 1)
+            if top_id >= 0
+        }
+        return {token: TokenLogprob(logprob, rank, self._name(token))} | top
+
+    def _name(self, token: int) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.decode_token(token)
+
+    def _metrics(self) -> RequestMetrics:
+        first = [sample.first_token_time for sample in self.samples if sample.first_token_time is not None]
+        last = [sample.finish_time for sample in self.samples if sample.finish_time is not None]
+        return RequestMetrics(
+            arrival_time=self.arrival_time,
+            first_token_time=min(first, default=None),
+            finish_time=max(last) if len(last) == len(self.samples) else None,
+            num_preemptions=sum(sample.num_preemptions for sample in self.samples),
+        )
+
+
+class Sequence:
+    """Collects tokens of one sample of a request."""
+
+    def __init__(self, group: Group, index: int) -> None:
+        self.group = group
+        self.index = index  # which sample
         self.token_ids: list[int] = []
         self.status = Status.WAITING
         self.num_preemptions = 0
-        self.abort_requested = False
-        self._eos_token_ids = eos_token_ids
-        self._tokenizer = tokenizer if request.params.detokenize else None
+        self.first_token_time: float | None = None
+        self.finish_time: float | None = None
+        params = group.request.params
         self._decoder = self._make_decoder()
-        self._scanner = StopScanner(request.params.stop_strings, include=request.params.include_stop_str_in_output)
+        self._scanner = StopScanner(params.stop_strings, include=params.include_stop_str_in_output)
         self._text: list[str] = []
         self._num_reported = 0  # tokens that an update has had
+        self.end_reported = False
         self._unreported: list[str] = []  # text that none has had
         self._logprobs: list[Mapping[int, TokenLogprob]] = []
         self._cumulative_logprob = 0.0
-        self._arrival_time = time.monotonic()
-        self._first_token_time: float | None = None
-        self._finish_time: float | None = None
 
     def _make_decoder(self) -> IncrementalDecoder | None:
-        if self._tokenizer is None:
+        if self.group.tokenizer is None:
             return None
-        params = self.request.params
+        params = self.group.params
         return IncrementalDecoder(
-            self._tokenizer,
+            self.group.tokenizer,
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
-            context=self.prompt_token_ids,
+            context=self.group.prompt_token_ids,
         )
 
     @property
@@ -85,12 +154,13 @@ class Sequence:
         """
         if self.finished:
             return
-        if self._first_token_time is None:
-            self._first_token_time = time.monotonic()
+        if self.first_token_time is None:
+            self.first_token_time = time.monotonic()
         self.token_ids.append(token)
-        if self.request.params.logprobs is not None:
+        num_top = self.group.params.logprobs
+        if num_top is not None:
             self._cumulative_logprob += logprob
-            self._logprobs.append(self._places(token, logprob, rank, top_ids, top_logprobs))
+            self._logprobs.append(self.group.places(token, logprob, rank, top_ids[:num_top], top_logprobs[:num_top]))
         if self._decoder is not None and not self._is_stop_token(token, status):
             self._add_text(self._decoder.push(token))
             if self._scanner.matched is not None:
@@ -110,25 +180,34 @@ class Sequence:
 
     def _end(self, status: Status) -> None:
         self.status = status
-        self._finish_time = time.monotonic()
+        self.finish_time = time.monotonic()
 
     def _is_stop_token(self, token: int, status: Status) -> bool:
         """Whether the token is one that ends the sequence: then it has no text."""
-        return status == Status.STOP and (token in self._eos_token_ids or token in self.request.params.stop_token_ids)
+        return status == Status.STOP and (
+            token in self.group.eos_token_ids or token in self.group.params.stop_token_ids
+        )
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there are tokens, or an end, that no update has told of."""
+        return len(self.token_ids) > self._num_reported or (self.finished and not self.end_reported)
 
     def take_update(self) -> Update | None:
         """What has come since the last call; None if nothing."""
-        new, text = tuple(self.token_ids[self._num_reported :]), "".join(self._unreported)
-        if not new and not self.finished:
+        if not self.has_news:
             return None
-        self._num_reported, self._unreported = len(self.token_ids), []
-        return Update(self.request.id, text, new, self.output() if self.finished else None)
+        new, text = tuple(self.token_ids[self._num_reported :]), "".join(self._unreported)
+        self._num_reported, self._unreported, self.end_reported = len(self.token_ids), [], self.finished
+        last = all(sample.end_reported for sample in self.group.samples)
+        output = self.group.output() if last else None
+        return Update(self.group.request.id, text, new, output, self.index)
 
-    def output(self) -> RequestOutput:
+    def completion(self) -> CompletionOutput:
         """The result so far."""
-        params, asked = self.request.params, self.request.params.logprobs is not None
-        completion = CompletionOutput(
-            index=0,
+        asked = self.group.params.logprobs is not None
+        return CompletionOutput(
+            index=self.index,
             text="".join(self._text),
             token_ids=tuple(self.token_ids),
             finish_reason=self.status.finish_reason,
@@ -136,23 +215,9 @@ class Sequence:
             logprobs=tuple(self._logprobs) if asked else None,
             cumulative_logprob=self._cumulative_logprob if asked else None,
         )
-        return RequestOutput(
-            request_id=self.request.id,
-            prompt=self.request.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            outputs=(completion,),
-            metrics=RequestMetrics(
-                arrival_time=self._arrival_time,
-                first_token_time=self._first_token_time,
-                finish_time=self._finish_time,
-                num_preemptions=self.num_preemptions,
-            ),
-            error=_ERROR if self.status == Status.ERROR else None,
-            seed=None if params.greedy and params.seed is None else self.seed,
-        )
 
     def _add_text(self, text: str) -> None:
-        may_stop = len(self.token_ids) >= self.request.params.min_tokens
+        may_stop = len(self.token_ids) >= self.group.params.min_tokens
         self._add_final(self._scanner.push(text, may_stop=may_stop))
 
     def _add_final(self, text: str) -> None:
@@ -165,24 +230,9 @@ class Sequence:
             return None
         if self._scanner.matched is not None:
             return self._scanner.matched
-        last, params = self.token_ids[-1], self.request.params
-        if last in self._eos_token_ids and not params.ignore_eos:
+        last, params = self.token_ids[-1], self.group.params
+        if last in self.group.eos_token_ids and not params.ignore_eos:
             return None
         if last in params.stop_token_ids:
             return last
         return next((ids for ids in params.stop_sequences if tuple(self.token_ids[-len(ids) :]) == ids), last)
-
-    def _places(
-        self, token: int, logprob: float, rank: int, top_ids: np.ndarray, top_logprobs: np.ndarray
-    ) -> Mapping[int, TokenLogprob]:
-        num_top = self.request.params.logprobs or 0
-        sampled = {token: TokenLogprob(logprob, rank, self._name(token))}
-        top = {
-            int(top_id): TokenLogprob(float(value), place, self._name(int(top_id)))
-            for place, (top_id, value) in enumerate(zip(top_ids[:num_top], top_logprobs[:num_top], strict=True), 1)
-            if top_id >= 0
-        }
-        return sampled | top
-
-    def _name(self, token: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.decode_token(token)

@@ -1,11 +1,84 @@
-"""Running totals of an engine, and the sentence they are printed as."""
+"""Running totals of an engine, its load, and how long requests take, as records and as a sentence."""
 
+import bisect
 import dataclasses
+import math
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from jaxserve.scheduler.state import Status
+
+if TYPE_CHECKING:
+    from jaxserve.step import StepOutputs
+
+# Seconds: five to each factor of ten, from 0.1 ms to 1000 s.
+BUCKETS = tuple(float(f"{10 ** (exponent / 5):.3g}") for exponent in range(-20, 16))
+
+
+@dataclasses.dataclass
+class Histogram:
+    """Durations counted in the buckets `BUCKETS`, whose bounds are inclusive, as those of Prometheus are."""
+
+    counts: list[int] = dataclasses.field(default_factory=lambda: [0] * (len(BUCKETS) + 1))  # the last: above all bounds
+    count: int = 0
+    sum: float = 0.0  # seconds
+
+    def observe(self, seconds: float, times: int = 1) -> None:
+        """Counts a duration, as often as `times` says."""
+        self.counts[bisect.bisect_left(BUCKETS, seconds)] += times
+        self.count += times
+        self.sum += seconds * times
+
+    @property
+    def mean(self) -> float:
+        """Seconds; NaN if nothing was observed."""
+        return self.sum / self.count if self.count else math.nan
+
+    def quantile(self, q: float) -> float:
+        """An estimate of the duration below which a share `q` of them lies, in seconds; NaN if nothing was observed.
+
+        The bucket is exact, the place in it is by linear interpolation; above the last bound it is that bound.
+
+        Raises:
+          ValueError: if `q` is not in [0, 1].
+        """
+        if not 0 <= q <= 1:
+            raise ValueError(f"q={q} must lie in [0, 1]: 0.5 is the median")
+        if not self.count:
+            return math.nan
+        rank, below = q * self.count, 0
+        for index, number in enumerate(self.counts[:-1]):
+            if number and below + number >= rank:
+                low = BUCKETS[index - 1] if index else 0.0
+                return low + (BUCKETS[index] - low) * max(rank - below, 0.0) / number
+            below += number
+        return BUCKETS[-1]
+
+    def copy(self) -> Self:
+        """The same counts, on their own."""
+        return dataclasses.replace(self, counts=list(self.counts))
+
+
+@dataclasses.dataclass
+class Latencies:
+    """How long requests take, as the host sees it: times are those at which a call's output was read."""
+
+    queue: Histogram = dataclasses.field(default_factory=Histogram)  # arrival to the start of the call that admits it
+    time_to_first_token: Histogram = dataclasses.field(default_factory=Histogram)  # from arrival
+    # Between tokens of a sample. Tokens that one call brings share evenly the time since the last one; those that come
+    # with the first count as 0. So the sum is that of last minus first token.
+    inter_token: Histogram = dataclasses.field(default_factory=Histogram)
+    end_to_end: Histogram = dataclasses.field(default_factory=Histogram)  # arrival to the end of all samples
+
+    def copy(self) -> Self:
+        """The same histograms, on their own."""
+        return type(self)(*(getattr(self, field.name).copy() for field in dataclasses.fields(self)))
 
 
 @dataclasses.dataclass
 class EngineStats:
-    """Totals since the engine was made, or since `reset_stats`."""
+    """Totals since the engine was made, or since `reset_stats`, and the load as of the last call that was read."""
 
     max_slots: int
     num_pages: int
@@ -16,9 +89,34 @@ class EngineStats:
     num_slot_steps: int = 0  # slots in use, summed over steps
     num_computed_tokens: int = 0  # rows of the forward pass, recomputation included
     num_preemptions: int = 0
+    num_device_calls: int = 0  # of compiled programs
+    num_host_reads: int = 0  # times the host waited for the device: once per call of `run_steps`
     peak_pages: int = 0  # most pages in use at once
     compile_seconds: float = 0.0  # the first calls of all programs
     busy_seconds: float = 0.0  # spent in `Engine.step`
+    num_running: int = 0  # load: samples in slots
+    num_waiting: int = 0  # load: requests in the host's queue, and samples in rows of the device's that have no slot
+    num_used_pages: int = 0  # load
+    latencies: Latencies = dataclasses.field(default_factory=Latencies)
+
+    def count(self, outputs: "StepOutputs") -> None:
+        """Adds what a call of `run_steps` did; its arrays are the host's."""
+        done: Any = outputs
+        steps, num_steps = done.steps, int(done.num_steps)
+        self.num_steps += num_steps
+        self.num_slot_steps += int(np.sum(steps.row_id[:num_steps] < len(done.status)))
+        self.num_computed_tokens += int(np.sum(steps.num_new[:num_steps]))
+        self.num_generated_tokens += int(np.sum(steps.sampled[:num_steps]))
+        self.num_preemptions += int(np.sum(steps.num_preempted[:num_steps]))
+        if num_steps:
+            used = self.num_pages - int(np.min(steps.num_free_pages[:num_steps]))
+            self.peak_pages = max(self.peak_pages, used)
+        self.num_running = int(np.sum(done.status == Status.RUNNING))
+        self.num_used_pages = self.num_pages - int(done.num_free_pages)
+
+    def snapshot(self) -> Self:
+        """A copy, which stays as it is; `dataclasses.asdict` makes plain numbers of it."""
+        return dataclasses.replace(self, latencies=self.latencies.copy())
 
     @property
     def tokens_per_second(self) -> float:

@@ -17,9 +17,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
+from jaxserve import logit_rules
+from jaxserve.cache import copy_pages
 from jaxserve.config import EngineConfig
-from jaxserve.forward import forward_rows
+from jaxserve.forward import PromptLogprobs, forward_rows, no_prompt_logprobs
 from jaxserve.logit_rules import Context
+from jaxserve.logits_fn import LogitsFn
 from jaxserve.models import ModelConfig, graphdef_of
 from jaxserve.pytree import Record, record
 from jaxserve.sampling import Sampled, sample
@@ -39,9 +42,7 @@ class StepOutput(Record):
     sampled: Bool[Array, " S"]  # whether a token was drawn
     drawn: Sampled  # of S rows
     status: Int32[Array, " S"]  # the row's `Status` after the step
-    prompt_slot: Int32[Array, " B"]  # slot of each row of the forward pass; S = none
-    prompt_position: Int32[Array, " B"]  # position of each row of the forward pass
-    prompt_logprob: Float32[Array, " B"]  # of that row's token given those before it; NaN: not computed
+    prompt: PromptLogprobs  # of prompt tokens, where asked for
     num_waiting: Int32[Array, ""]  # rows waiting after admission
     num_free_pages: Int32[Array, ""]  # while the step ran
     num_preempted: Int32[Array, ""]  # sequences that lost their slot in this step
@@ -68,11 +69,17 @@ class RunResults(Record):
     status: Int32[Array, " Q"]  # a `Status`
     top_ids: Int32[Array, "Q max_new K"]
     top_logprobs: Float32[Array, "Q max_new K"]
+    prompt_logprobs: Float32[Array, "Q M_or_0"]  # of prompt tokens by position; NaN: the first, or not asked for
     num_steps: Int32[Array, ""]
 
 
 def step(
-    params: nnx.State, state: EngineState, *, model: ModelConfig, config: EngineConfig
+    params: nnx.State,
+    state: EngineState,
+    *,
+    model: ModelConfig,
+    config: EngineConfig,
+    logits_fn: LogitsFn | None = None,
 ) -> tuple[EngineState, StepOutput]:
     """One iteration: abort, admit, plan, forward, sample, retire.
 
@@ -81,6 +88,7 @@ def step(
       state: what the previous step returned; may be donated.
       model: static.
       config: static.
+      logits_fn: static; changes the logits that tokens are drawn from.
 
     Raises:
       ValueError: while tracing, if the state was made with another configuration.
@@ -88,11 +96,12 @@ def step(
     _check_shapes(state, config)
     num_preempted = jnp.sum(state.queue.num_preemptions, dtype=jnp.int32)
     state, plan = schedule(state, config=config)
+    state = state.replace(pool=copy_pages(state.pool, plan.copy_from, plan.copy_to))
     sampled = samples(state, plan.num_new)
-    pool, hidden = forward_rows(params, state, plan, model=model, config=config)
+    pool, found = forward_rows(params, state, plan, model=model, config=config)
     state = count_tokens(state, sampled)
-    drawn = _sample(params, state, hidden, sampled, model=model, config=config)
-    before = state
+    aux, drawn = _sample(params, state, found.hidden, sampled, logits_fn, model=model, config=config)
+    before, state = state, state.replace(aux=aux)
     state = settle(state.replace(pool=pool), plan.num_new, drawn.token, drawn.failed)
     output = StepOutput(
         row_id=before.slots.row_id,
@@ -100,9 +109,7 @@ def step(
         sampled=sampled & ~drawn.failed,
         drawn=drawn,
         status=state.queue.status.at[before.slots.row_id].get(mode="fill", fill_value=Status.FREE),
-        prompt_slot=plan.slot,
-        prompt_position=plan.position,
-        prompt_logprob=jnp.full(plan.slot.shape, jnp.nan, jnp.float32),
+        prompt=found.prompt,
         num_waiting=jnp.sum(before.queue.status == Status.WAITING, dtype=jnp.int32),
         num_free_pages=before.table.num_free,
         num_preempted=jnp.sum(before.queue.num_preemptions, dtype=jnp.int32) - num_preempted,
@@ -117,6 +124,7 @@ def run_steps(
     *,
     model: ModelConfig,
     config: EngineConfig,
+    logits_fn: LogitsFn | None = None,
 ) -> tuple[EngineState, StepOutputs]:
     """Up to `num_steps` iterations; fewer when nothing is left, or when a row has finished and none waits for its slot.
 
@@ -134,7 +142,7 @@ def run_steps(
     def one_step(carry: tuple[EngineState, StepOutput, Array, Array]) -> tuple[EngineState, StepOutput, Array, Array]:
         state, ring, index, _ = carry
         num_finished = _num_finished(state)
-        state, output = step(params, state, model=model, config=config)
+        state, output = step(params, state, model=model, config=config, logits_fn=logits_fn)
         ring = jax.tree.map(lambda stack, leaf: stack.at[index].set(leaf), ring, output)
         finished = _num_finished(state) > num_finished
         return state, ring, index + 1, finished & ~jnp.any(state.queue.status == Status.WAITING)
@@ -159,12 +167,16 @@ def run(
     config: EngineConfig,
     max_new_tokens: int,
     num_top_logprobs: int = 0,
+    prompt_logprobs: bool = False,
+    logits_fn: LogitsFn | None = None,
 ) -> tuple[EngineState, RunResults]:
     """Iterates until every submitted sequence has finished: one compiled loop, nothing leaves the device in between.
 
     Args:
       max_new_tokens: columns of the results; tokens of a sequence beyond it are generated but not reported.
       num_top_logprobs: K of the results, at most `config.max_logprobs`; filled for rows that ask for logprobs.
+      prompt_logprobs: whether the results have those of prompts; filled for rows that ask for them.
+      logits_fn: as in `step`.
 
     Raises:
       ValueError: if `num_top_logprobs` is above `config.max_logprobs`, or `max_new_tokens` below 1.
@@ -183,10 +195,11 @@ def run(
         jnp.full((*shape, num_top_logprobs), -1, jnp.int32),
         jnp.zeros((*shape, num_top_logprobs), jnp.float32),
     )
+    of_prompt = jnp.full((num_rows, config.max_model_len if prompt_logprobs else 0), jnp.nan, jnp.float32)
 
     def one_step(carry: tuple[EngineState, tuple[Array, ...], Array]) -> tuple[EngineState, tuple[Array, ...], Array]:
-        state, kept, index = carry
-        state, output = step(params, state, model=model, config=config)
+        state, (*kept, of_prompt), index = carry
+        state, output = step(params, state, model=model, config=config, logits_fn=logits_fn)
         row = jnp.where(output.sampled, output.row_id, num_rows)
         column = (state.queue.num_tokens - state.queue.prompt_length).at[row].get(mode="fill", fill_value=0) - 1
         new = (
@@ -194,10 +207,12 @@ def run(
             output.drawn.top_ids[:, :num_top_logprobs],
             output.drawn.top_logprobs[:, :num_top_logprobs],
         )
-        kept = tuple(old.at[row, column].set(value, mode="drop") for old, value in zip(kept, new, strict=True))
-        return state, kept, index + 1
+        kept = [old.at[row, column].set(value, mode="drop") for old, value in zip(kept, new, strict=True)]
+        prompt = output.prompt
+        of_prompt = of_prompt.at[prompt.row_id, prompt.position].set(prompt.logprob, mode="drop")
+        return state, (*kept, of_prompt), index + 1
 
-    start = (state, kept, jnp.int32(0))
+    start = (state, (*kept, of_prompt), jnp.int32(0))
     state, kept, num_steps = lax.while_loop(lambda carry: has_work(carry[0]), one_step, start)
     queue = state.queue
     columns = queue.prompt_length[:, None] + jnp.arange(max_new_tokens, dtype=jnp.int32)[None, :]
@@ -208,6 +223,7 @@ def run(
         status=queue.status,
         top_ids=kept[1],
         top_logprobs=kept[2],
+        prompt_logprobs=kept[3],
         num_steps=num_steps,
     )
 
@@ -221,6 +237,10 @@ def _check_shapes(state: EngineState, config: EngineConfig) -> None:
         "page_size": (pages.shape[2], config.page_size),
         "num_pages": (pages.shape[0], config.num_pages or pages.shape[0]),
         "max_stop_token_ids": (queue.stop_token_ids.shape[1], config.max_stop_token_ids),
+        "max_stop_sequences": (queue.stop_sequences.shape[1], config.max_stop_sequences),
+        "max_logit_bias": (queue.rules.bias_ids.shape[1], config.max_logit_bias),
+        "max_bad_words": (queue.rules.bad_words.shape[1], config.max_bad_words),
+        "penalties": (state.seen is not None, config.penalties),
     }
     for name, (actual, wanted) in shapes.items():
         if actual != wanted:
@@ -244,16 +264,14 @@ def _empty_outputs(num_steps: int, config: EngineConfig) -> StepOutput:
     def zeros(*shape: int, dtype: Any = jnp.int32) -> Array:
         return jnp.zeros((num_steps, *shape), dtype)
 
-    slots, rows = config.max_slots, config.max_rows
+    slots = config.max_slots
     return StepOutput(
         row_id=zeros(slots),
         num_new=zeros(slots),
         sampled=zeros(slots, dtype=bool),
         drawn=jax.tree.map(lambda leaf: zeros(*leaf.shape, dtype=leaf.dtype), _nothing_drawn(config)),
         status=zeros(slots),
-        prompt_slot=zeros(rows),
-        prompt_position=zeros(rows),
-        prompt_logprob=zeros(rows, dtype=jnp.float32),
+        prompt=jax.tree.map(lambda leaf: zeros(*leaf.shape, dtype=leaf.dtype), no_prompt_logprobs(config)),
         num_waiting=zeros(),
         num_free_pages=zeros(),
         num_preempted=zeros(),
@@ -277,18 +295,19 @@ def _sample(
     state: EngineState,
     hidden: Float32[Array, "S E"],
     sampled: Bool[Array, " S"],
+    logits_fn: LogitsFn | None,
     *,
     model: ModelConfig,
     config: EngineConfig,
-) -> Sampled:
+) -> tuple[Any, Sampled]:
     """Output projection and sampling, in tiles of slots that sample: logits of one tile only are alive."""
     num_slots, size = hidden.shape[0], config.rows_per_tile
     forward = nnx.merge(graphdef_of(model), params)
     (order,) = jnp.nonzero(sampled, size=-(-num_slots // size) * size, fill_value=num_slots)
     num_sampling = jnp.sum(sampled, dtype=jnp.int32)
 
-    def tile(carry: tuple[Array, Sampled]) -> tuple[Array, Sampled]:
-        start, drawn = carry
+    def tile(carry: tuple[Array, Any, Sampled]) -> tuple[Array, Any, Sampled]:
+        start, aux, drawn = carry
         slot = lax.dynamic_slice_in_dim(order.astype(jnp.int32), start, size)
         row = state.slots.row_id.at[slot].get(mode="fill", fill_value=state.queue.status.shape[0])
         queue = state.queue
@@ -302,10 +321,16 @@ def _sample(
             seen=state.seen,
         )
         logits = forward.logits(hidden.at[slot].get(mode="fill", fill_value=0))
-        new = sample(logits, rows, rules, context, slot < num_slots, max_logprobs=config.max_logprobs)
-        return start + size, jax.tree.map(lambda old, leaf: old.at[slot].set(leaf, mode="drop"), drawn, new)
+        active, changed = slot < num_slots, None
+        if logits_fn is not None:
+            known = jax.tree.map(lambda leaf: leaf.at[row].get(mode="clip"), aux)
+            known, changed = logits_fn(known, logit_rules.apply(logits, rules, context, active), context)
+            aux = jax.tree.map(lambda old, leaf: old.at[row].set(leaf, mode="drop"), aux, known)
+        new = sample(logits, rows, rules, context, active, max_logprobs=config.max_logprobs, changed=changed)
+        return start + size, aux, jax.tree.map(lambda old, leaf: old.at[slot].set(leaf, mode="drop"), drawn, new)
 
-    return lax.while_loop(lambda carry: carry[0] < num_sampling, tile, (jnp.int32(0), _nothing_drawn(config)))[1]
+    start = (jnp.int32(0), state.aux, _nothing_drawn(config))
+    return lax.while_loop(lambda carry: carry[0] < num_sampling, tile, start)[1:]
 
 
 @record
@@ -335,15 +360,18 @@ GPU_COMPILER_OPTIONS: dict[str, Any] = {
 
 
 @functools.cache
-def programs(model: ModelConfig, config: EngineConfig) -> dict[str, Callable[..., Any]]:
+def programs(
+    model: ModelConfig, config: EngineConfig, logits_fn: LogitsFn | None = None
+) -> dict[str, Callable[..., Any]]:
     """The compiled programs of an engine, by name: `step`, `run_steps` and `update`. The state is donated to each.
 
     On NVIDIA GPUs each is compiled with `GPU_COMPILER_OPTIONS`, as a caller's own `jax.jit` of `run` should be.
     """
     options = GPU_COMPILER_OPTIONS if compiles_for_cuda(config.backend) else None
-    static = {"model": model, "config": config}
+    static: dict[str, Any] = {"model": model, "config": config}
+    stepping = static | {"logits_fn": logits_fn}
     return {
-        "step": jax.jit(functools.partial(step, **static), donate_argnums=1, compiler_options=options),
-        "run_steps": jax.jit(functools.partial(run_steps, **static), donate_argnums=1, compiler_options=options),
+        "step": jax.jit(functools.partial(step, **stepping), donate_argnums=1, compiler_options=options),
+        "run_steps": jax.jit(functools.partial(run_steps, **stepping), donate_argnums=1, compiler_options=options),
         "update": jax.jit(functools.partial(update, **static), donate_argnums=0, compiler_options=options),
     }

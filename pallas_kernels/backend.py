@@ -1,6 +1,4 @@
-"""Which backend of an operation runs."""
-
-import jax
+"""Which backend of an operation runs. JAX is imported when it is asked for a device: names are needed without one."""
 
 BACKENDS = ("reference", "triton", "jax_triton", "tpu")
 _OF_PLATFORM = {"gpu": "triton", "cuda": "triton", "tpu": "tpu"}
@@ -14,7 +12,7 @@ def resolve_backend(backend: str | None) -> str:
       ValueError: if the name is unknown.
     """
     if backend is None:
-        return _OF_PLATFORM.get(jax.default_backend(), "reference")
+        return _OF_PLATFORM.get(_platform(), "reference")
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}, or None to choose")
     return backend
@@ -22,7 +20,7 @@ def resolve_backend(backend: str | None) -> str:
 
 def compiles_for_cuda(backend: str) -> bool:
     """Whether what runs with this backend is compiled for an NVIDIA GPU; or interpreted, in the place of that."""
-    return backend in ("triton", "jax_triton") or jax.default_backend() == "gpu"
+    return backend in ("triton", "jax_triton") or _platform() == "gpu"
 
 
 def check_runs_here(backend: str, *, interpret: bool) -> None:
@@ -32,10 +30,16 @@ def check_runs_here(backend: str, *, interpret: bool) -> None:
       ValueError: naming the backend, the platform, and what to use instead.
     """
     platforms = _PLATFORMS_OF.get(backend, ())
-    platform = jax.default_backend()
+    platform = _platform()
     if platforms and platform not in platforms and not (interpret and backend != "jax_triton"):
         device = {"tpu": "a TPU"}.get(backend, "an NVIDIA GPU")
         raise ValueError(
             f"backend {backend!r} needs {device}, but the default device is a {platform}: use 'reference'"
             + (", or interpret the kernels (slow)" if backend != "jax_triton" else "")
         )
+
+
+def _platform() -> str:
+    import jax
+
+    return jax.default_backend()

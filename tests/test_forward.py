@@ -41,7 +41,9 @@ def make_plan(rng: np.random.Generator, config=PARTED) -> tuple:
         slots=state.slots.replace(row_id=jnp.asarray(row_id)),
         queue=state.queue.replace(prompt_length=jnp.asarray(prompt_length)),
     )
-    plan = Plan(slot=jnp.asarray(slot), position=jnp.asarray(position), num_rows=jnp.int32(len(rows)), num_new=num_new)
+    plan = Plan(
+        slot=slot, position=position, num_rows=np.int32(len(rows)), num_new=num_new, copy_from=None, copy_to=None
+    )
     return state, jax.tree.map(jnp.asarray, plan), rows, prompt_length[row_id]
 
 

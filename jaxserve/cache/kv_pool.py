@@ -7,14 +7,19 @@ On CPU a bfloat16 pool is kept as the bits of its numbers (uint16): XLA:CPU scat
 all of it to float32 and back.
 """
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int32, Shaped
 
 from jaxserve.models import ModelConfig
+from jaxserve.optional import if_any
 from jaxserve.pytree import Record, record
 
 _MAX_ELEMENTS = 2**31  # offsets in kernels are int32
+
+T = TypeVar("T")
 
 
 @record
@@ -51,6 +56,25 @@ def init_kv_pool(model: ModelConfig, num_pages: int, page_size: int, dtype: str,
         return tuple(jnp.zeros(shape, stored) for _ in range(model.num_layers))
 
     return KVPool(k=pages(), v=pages())
+
+
+def copy_pages(pages: T, source: Int32[Array, " S"], target: Int32[Array, " S"]) -> T:
+    """Copies whole pages, all of them read before the first is written; no work at all if there is none to copy.
+
+    Args:
+      pages: arrays [N, ...], or a tree of them: a `KVPool`.
+      source: pages to copy.
+      target: for each of them the page to overwrite, no two the same; N = none: it is not copied.
+    """
+    (num_pages,) = {leaf.shape[0] for leaf in jax.tree.leaves(pages)}
+
+    def copy(pages: T) -> T:
+        def one(array: Array) -> Array:
+            return array.at[target].set(array.at[source].get(mode="clip"), mode="drop")
+
+        return jax.tree.map(one, pages)
+
+    return if_any(target < num_pages, copy, pages)
 
 
 def bytes_per_page(model: ModelConfig, page_size: int, dtype: str) -> int:

@@ -48,16 +48,18 @@ def init_page_table(max_slots: int, pages_per_slot: int, num_pages: int) -> Page
 
 
 def allocate(table: PageTable, slot: Int32[Array, ""], num_new: Int32[Array, ""]) -> tuple[PageTable, Bool[Array, ""]]:
-    """Gives an empty slot its first `num_new` pages, all of them or none.
+    """Gives a slot `num_new` pages behind those that it has, all of them or none.
 
     Returns:
       The table, unchanged if too few pages are free, and whether the pages were granted.
     """
     granted = num_new <= table.num_free
     num_new = jnp.where(granted, num_new, 0)
-    order = jnp.arange(table.pages_per_slot, dtype=jnp.int32)
-    taken = _take(table, order, order < num_new)
-    page_ids = table.page_ids.at[slot].set(jnp.where(order < num_new, taken, table.page_ids[slot]))
+    num_held = jnp.sum(table.page_ids[slot] < table.num_pages, dtype=jnp.int32)
+    order = jnp.arange(table.pages_per_slot, dtype=jnp.int32) - num_held
+    new = (order >= 0) & (order < num_new)
+    taken = _take(table, order, new)
+    page_ids = table.page_ids.at[slot].set(jnp.where(new, taken, table.page_ids[slot]))
     return _taken(table.replace(page_ids=page_ids), taken, num_new), granted
 
 
@@ -109,7 +111,7 @@ def share(
 ) -> PageTable:
     """Lets an empty slot refer to the first `num_pages` pages of another, which both may then only read.
 
-    A fork shares the pages that are full and copies the one that is not: that one is the child's own, from `allocate_each`.
+    A fork shares the pages that are full and copies the one that is not: that one is the child's own, from `allocate`.
     """
     order = jnp.arange(table.pages_per_slot, dtype=jnp.int32)
     shared = jnp.where(order < num_pages, table.page_ids[parent], table.num_pages)

@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 
-from jaxserve.scheduler.state import EngineState, Status
+from jaxserve.cache import PageTable
+from jaxserve.scheduler.state import EngineState, Queue, Slots, Status
 
 
 class InvariantError(AssertionError):
@@ -15,7 +16,8 @@ def check_invariants(state: EngineState) -> None:
 
     Rules: a page is free or referred to, never both, and reference counts equal references; free pages are distinct; a
     slot's pages are contiguous from its first and cover its computed tokens; slots and RUNNING rows name each other one to one;
-    lengths lie within their bounds.
+    lengths lie within their bounds; a page that several slots refer to holds the same positions of samples of one request, all
+    computed, none of them the prompt's last or after it.
     """
     queue, slots, table = jax.device_get((state.queue, state.slots, state.table))
     num_pages, num_rows = table.free.shape[0], queue.status.shape[0]
@@ -43,6 +45,7 @@ def check_invariants(state: EngineState) -> None:
         _require(bool(np.all(num_held[active] >= needed)), "a slot's computed tokens exceed its pages")
         useful = -(-queue.num_tokens[rows] // page_size)
         _require(bool(np.all(num_held[active] <= useful)), "a slot holds more pages than its tokens need")
+        _check_shared_pages(queue, slots, table, page_size)
     _require(
         bool(np.all(slots.num_computed[active] < queue.num_tokens[rows])), "a running row has nothing left to compute"
     )
@@ -51,6 +54,18 @@ def check_invariants(state: EngineState) -> None:
     _require(bool(np.all(queue.num_tokens[used] >= queue.prompt_length[used])), "a row lost tokens of its prompt")
     unfinished = (queue.status == Status.WAITING) | (queue.status == Status.RUNNING)
     _require(bool(np.all(queue.num_tokens[unfinished] < queue.max_length[unfinished])), "a row outlived its max_length")
+
+
+def _check_shared_pages(queue: Queue, slots: Slots, table: PageTable, page_size: int) -> None:
+    slot, place = np.nonzero(np.append(table.reference_count, 0)[table.page_ids] > 1)
+    page, row = table.page_ids[slot, place], slots.row_id[slot]
+    for name, value in (("positions", place), ("requests", queue.group[row])):
+        of_page = np.zeros(table.num_pages, np.int32)
+        of_page[page] = value
+        _require(np.array_equal(of_page[page], value), f"a page is shared by different {name}")
+    end = (place + 1) * page_size
+    _require(bool(np.all(end <= slots.num_computed[slot])), "a shared page is not computed")
+    _require(bool(np.all(end < queue.prompt_length[row])), "a shared page holds what its owners write")
 
 
 def _require(holds: bool, message: str) -> None:

@@ -8,7 +8,9 @@ value yet, and prefills when more have none; a finished row's reason is its stat
 """
 
 import enum
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
@@ -62,6 +64,7 @@ class Queue(Record):
     num_prompt_logprobs: Int32[Array, " Q"]  # most likely tokens reported per prompt token; -1: none, nor logprobs
     priority: Int32[Array, " Q"]  # lower goes first
     arrival: Int32[Array, " Q"]  # running number; breaks ties of priority
+    group: Int32[Array, " Q"]  # arrival of the request's first sequence; samples of one request have the same
     status: Int32[Array, " Q"]  # a `Status`
     abort_requested: Bool[Array, " Q"]  # seen by the next step
     num_preemptions: Int32[Array, " Q"]  # times this sequence lost its slot
@@ -88,6 +91,7 @@ class EngineState(Record):
     seen: (
         Int32[Array, "S V"] | None
     )  # per slot 2 * times generated + whether in the prompt; None: no penalties in the config
+    aux: Any  # what a `LogitsFn` keeps per queue row: a tree of arrays [Q, ...]; None: nothing
     next_arrival: Int32[Array, ""]  # number for the next submission; good for 2^31 of them, then make a new state
 
     @property
@@ -96,8 +100,12 @@ class EngineState(Record):
         return self.slots.row_id < self.queue.status.shape[0]
 
 
-def init_state(model: ModelConfig, config: EngineConfig) -> EngineState:
+def init_state(model: ModelConfig, config: EngineConfig, *, aux: Any = None) -> EngineState:
     """The empty state: nothing submitted, all slots and pages free.
+
+    Args:
+      model, config: static.
+      aux: what a `LogitsFn` keeps of one sequence: arrays, or a tree of them. The state has one per queue row.
 
     Raises:
       ValueError: if `config.num_pages` or `config.kv_dtype` was left for the Engine to choose.
@@ -118,6 +126,7 @@ def init_state(model: ModelConfig, config: EngineConfig) -> EngineState:
             num_prompt_logprobs=jnp.full((rows,), -1, jnp.int32),
             priority=_zeros(rows),
             arrival=_zeros(rows),
+            group=_zeros(rows),
             status=_zeros(rows),
             abort_requested=jnp.zeros((rows,), bool),
             num_preemptions=_zeros(rows),
@@ -129,6 +138,7 @@ def init_state(model: ModelConfig, config: EngineConfig) -> EngineState:
             model, config.num_pages, config.page_size, config.kv_dtype, as_bits=stores_bits(config.backend)
         ),
         seen=jnp.zeros((slots, model.vocab_size), jnp.int32) if config.penalties else None,
+        aux=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *jnp.shape(leaf))), aux),
         next_arrival=jnp.asarray(0, jnp.int32),
     )
 

@@ -4,10 +4,11 @@ Inside jit nothing raises: a row that is not valid ends at once with status ERRO
 gets the handle "none". `jaxserve.rows` builds submissions on the host, where mistakes do raise.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxserve.config import EngineConfig
@@ -32,7 +33,9 @@ class Submission(Record):
     rules: LogitRules  # of W rows
     num_prompt_logprobs: Int32[Array, " W"]  # -1: none asked for
     priority: Int32[Array, " W"]  # lower goes first
+    follows: Bool[Array, " W"]  # one more sample of the request in the row before, whose prompt it repeats
     valid: Bool[Array, " W"]
+    aux: Any = None  # where a `LogitsFn` starts: a tree like `EngineState.aux`, [W, ...]
 
 
 @record
@@ -46,16 +49,24 @@ class Handles(Record):
 def submit(
     state: EngineState, submission: Submission, *, model: ModelConfig, config: EngineConfig
 ) -> tuple[EngineState, Handles]:
-    """Puts sequences into free queue rows, in order, while there are any.
+    """Puts sequences into free queue rows, in order, while there are any; the samples of one request together or not at all.
 
-    Sequences beyond the free rows are not taken; their handle's `row_id` is Q. The state is otherwise unchanged by them.
+    The first request that finds too few free rows is not taken, nor is anything after it: the handles' `row_id` is Q, and
+    the state is otherwise unchanged by them. A row that follows padding, or nothing, is the first of its request.
     """
+    if jax.tree.structure(state.aux) != jax.tree.structure(submission.aux):
+        raise ValueError(
+            f"the state's aux is {jax.tree.structure(state.aux)}, the submission's {jax.tree.structure(submission.aux)}: "
+            "give init_state and the submission the same tree"
+        )
     queue, num_rows = state.queue, state.queue.status.shape[0]
     width = submission.valid.shape[0]
     order = jnp.cumsum(submission.valid.astype(jnp.int32), dtype=jnp.int32) - 1
+    first, last = _ends_of_groups(submission)
     (free,) = jnp.nonzero(queue.status == Status.FREE, size=width, fill_value=num_rows)
-    row = jnp.where(submission.valid, free.astype(jnp.int32)[order], num_rows)
-    acceptable = _acceptable(submission, model, config)
+    free = free.astype(jnp.int32)
+    row = jnp.where(submission.valid & (free[order[last]] < num_rows), free[order], num_rows)
+    acceptable = _acceptable(submission, first, model, config)
     max_length = submission.prompt_length + jnp.minimum(
         submission.max_tokens, queue.tokens.shape[1] - submission.prompt_length
     )
@@ -71,6 +82,7 @@ def submit(
         num_prompt_logprobs=queue.num_prompt_logprobs.at[row].set(submission.num_prompt_logprobs, mode="drop"),
         priority=queue.priority.at[row].set(submission.priority, mode="drop"),
         arrival=queue.arrival.at[row].set(state.next_arrival + order, mode="drop"),
+        group=queue.group.at[row].set(state.next_arrival + order[first], mode="drop"),
         status=queue.status.at[row].set(
             jnp.where(acceptable, Status.WAITING.value, Status.ERROR.value).astype(jnp.int32), mode="drop"
         ),
@@ -80,7 +92,8 @@ def submit(
     )
     handles = Handles(row_id=row, generation=queue.generation.at[row].get(mode="fill", fill_value=0))
     num_taken = jnp.sum(row < num_rows, dtype=jnp.int32)
-    return state.replace(queue=queue, next_arrival=state.next_arrival + num_taken), handles
+    aux = _set_rows(state.aux, row, submission.aux)
+    return state.replace(queue=queue, aux=aux, next_arrival=state.next_arrival + num_taken), handles
 
 
 def abort(state: EngineState, mask: Bool[Array, " Q"], generation: Int32[Array, " Q"]) -> EngineState:
@@ -99,12 +112,29 @@ def collect(state: EngineState, mask: Bool[Array, " Q"], generation: Int32[Array
     return state.replace(queue=queue.replace(status=status))
 
 
-def _acceptable(submission: Submission, model: ModelConfig, config: EngineConfig) -> Bool[Array, " W"]:
+def _ends_of_groups(submission: Submission) -> tuple[Int32[Array, " W"], Int32[Array, " W"]]:
+    """The first and the last row of the request to which each row belongs; of padding, itself.
+
+    valid   = [1 1 1 1 0 1]      first = [0 1 1 1 4 5]
+    follows = [0 0 1 1 0 1]      last  = [0 3 3 3 4 5]
+    """
+    index = jnp.arange(submission.valid.shape[0], dtype=jnp.int32)
+    follows = submission.follows & submission.valid & jnp.roll(submission.valid, 1) & (index > 0)
+    first = lax.cummax(jnp.where(follows, 0, index))
+    last = lax.cummin(jnp.where(jnp.roll(follows, -1), index[-1:], index), reverse=True)
+    return first, last
+
+
+def _acceptable(
+    submission: Submission, first: Int32[Array, " W"], model: ModelConfig, config: EngineConfig
+) -> Bool[Array, " W"]:
     sampling, rules, length = submission.sampling, submission.rules, submission.prompt_length
     in_prompt = jnp.arange(submission.tokens.shape[1], dtype=jnp.int32)[None, :] < length[:, None]
     in_vocab = (submission.tokens >= 0) & (submission.tokens < model.vocab_size)
     return (
-        (length >= 1)
+        (length == length[first])
+        & jnp.all((submission.tokens == submission.tokens[first]) | ~in_prompt, axis=1)
+        & (length >= 1)
         & (length < submission.tokens.shape[1])
         & jnp.all(in_vocab | ~in_prompt, axis=1)
         & (submission.max_tokens >= 1)

@@ -4,15 +4,17 @@ schedule: apply_aborts -> admit -> secure_pages -> plan    (forward, sample)    
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32
 
-from jaxserve.cache.page_table import allocate, allocate_each, release, release_each
+from jaxserve.cache.page_table import allocate, allocate_each, release, release_each, share
 from jaxserve.config import EngineConfig
 from jaxserve.pytree import Record, record
 from jaxserve.scheduler import policy
+from jaxserve.scheduler.forks import Start, start_of
 from jaxserve.scheduler.state import EngineState, Queue, Status
 
 
@@ -24,12 +26,15 @@ class Plan(Record):
     position: Int32[Array, " B"]  # of the row's token in its sequence; 0 beyond num_rows
     num_rows: Int32[Array, ""]
     num_new: Int32[Array, " S"]  # tokens this step computes per slot
+    copy_from: Int32[Array, " S"]  # pages to be copied, all at once, before any row is computed
+    copy_to: Int32[Array, " S"]  # for each of them the page to overwrite; N = none
 
 
 def schedule(state: EngineState, *, config: EngineConfig) -> tuple[EngineState, Plan]:
     """All that precedes the model in a step."""
-    state = secure_pages(admit(apply_aborts(state), config=config), config=config)
-    return state, plan(state, config=config)
+    state, copied_page = admit(apply_aborts(state), config=config)
+    state = secure_pages(state, config=config)
+    return state, plan(state, copied_page, config=config)
 
 
 def settle(
@@ -71,34 +76,44 @@ def apply_aborts(state: EngineState) -> EngineState:
     return _vacate(state.replace(queue=queue), leaving)
 
 
-def admit(state: EngineState, *, config: EngineConfig) -> EngineState:
-    """Moves waiting rows into free slots, in order, while the head of the queue finds a slot and its pages."""
+def admit(state: EngineState, *, config: EngineConfig) -> tuple[EngineState, Int32[Array, " S"]]:
+    """Moves waiting rows into free slots, in order, while the head of the queue finds a slot and its pages.
 
-    def head(state: EngineState) -> tuple[Int32[Array, ""], Int32[Array, ""], Bool[Array, ""]]:
+    Returns:
+      The state, and per slot the page to be copied to the first page that is the slot's own; N = none.
+    """
+
+    def head(
+        state: EngineState, copied_page: Int32[Array, " S"]
+    ) -> tuple[Int32[Array, ""], Start, Int32[Array, ""], Bool[Array, ""]]:
         row, found = policy.next_waiting(state)
-        num_needed = _ceil_div(state.queue.num_tokens[row], config.page_size)
+        start = start_of(state, row, copied_page, page_size=config.page_size)
+        num_needed = _ceil_div(state.queue.num_tokens[row], config.page_size) - start.num_shared
         num_decoding = jnp.sum(decoding(state), dtype=jnp.int32)
         fits = policy.may_admit(state, num_needed, num_decoding)
-        return row, num_needed, found & fits & jnp.any(~state.active)
+        return row, start, num_needed, found & fits & ~start.waits & jnp.any(~state.active)
 
-    def can_admit(state: EngineState) -> Bool[Array, ""]:
-        return head(state)[2]
+    def can_admit(state: EngineState, copied_page: Int32[Array, " S"]) -> Bool[Array, ""]:
+        return head(state, copied_page)[3]
 
-    def admit_head(state: EngineState) -> EngineState:
-        row, num_needed, _ = head(state)
+    def admit_head(state: EngineState, copied_page: Int32[Array, " S"]) -> tuple[EngineState, Int32[Array, " S"]]:
+        row, start, num_needed, _ = head(state, copied_page)
         slot = jnp.argmin(state.active).astype(jnp.int32)
-        table, _ = allocate(state.table, slot, num_needed)
-        return state.replace(
+        table = share(state.table, start.lender, slot, start.num_shared)
+        table, _ = allocate(table, slot, num_needed)
+        state = state.replace(
             queue=state.queue.replace(status=state.queue.status.at[row].set(Status.RUNNING.value)),
             slots=state.slots.replace(
                 row_id=state.slots.row_id.at[slot].set(row),
-                num_computed=state.slots.num_computed.at[slot].set(0),
+                num_computed=state.slots.num_computed.at[slot].set(start.num_computed),
                 num_counted=state.slots.num_counted.at[slot].set(0),
             ),
             table=table,
         )
+        return state, copied_page.at[slot].set(start.copied_page)
 
-    return _loop_without_pool(can_admit, admit_head, state)
+    nothing = jnp.full_like(state.slots.row_id, state.table.num_pages)
+    return _loop_without_pool(can_admit, admit_head, state, nothing)
 
 
 def preempt(state: EngineState, slot: Int32[Array, ""]) -> EngineState:
@@ -122,20 +137,26 @@ def secure_pages(state: EngineState, *, config: EngineConfig) -> EngineState:
     """
 
     def wants(state: EngineState) -> tuple[Bool[Array, " S"], Int32[Array, " S"]]:
-        index = state.slots.num_computed // config.page_size
-        held = jnp.take_along_axis(state.table.page_ids, index[:, None], axis=1, mode="clip")[:, 0]
-        return decoding(state) & (held == state.table.num_pages), index
+        lacks_page = _page_to_write(state, config) == state.table.num_pages
+        return decoding(state) & lacks_page, state.slots.num_computed // config.page_size
 
     def too_few(state: EngineState) -> Bool[Array, ""]:
         return jnp.sum(wants(state)[0], dtype=jnp.int32) > state.table.num_free
 
-    state = _loop_without_pool(too_few, lambda state: preempt(state, policy.victim(state)), state)
+    (state,) = _loop_without_pool(too_few, lambda state: (preempt(state, policy.victim(state)),), state)
     table, _ = allocate_each(state.table, *wants(state))
     return state.replace(table=table)
 
 
-def plan(state: EngineState, *, config: EngineConfig) -> Plan:
-    """Chooses the rows of this step: one per decoding slot, and up to `chunk_size` prefill rows, oldest first."""
+def plan(state: EngineState, copied_page: Int32[Array, " S"], *, config: EngineConfig) -> Plan:
+    """Chooses the rows of this step: one per decoding slot, and up to `chunk_size` prefill rows, oldest first.
+
+    Args:
+      state: in which every slot has the pages that it needs.
+      copied_page: as `admit` returned it. The copied page may be somebody else's by now: it is read before it is written. A
+        slot that was preempted since has no page, and so nothing is written for it.
+      config: static.
+    """
     order = policy.service_order(state, decoding(state))
     wanted = remaining(state)[order]
     prefill = jnp.where(wanted > 1, wanted, 0)
@@ -153,6 +174,8 @@ def plan(state: EngineState, *, config: EngineConfig) -> Plan:
         position=jnp.where(used, first + offset, 0),
         num_rows=end[-1],
         num_new=jnp.zeros_like(granted).at[order].set(granted),
+        copy_from=copied_page,
+        copy_to=jnp.where(copied_page < state.table.num_pages, _page_to_write(state, config), state.table.num_pages),
     )
 
 
@@ -214,19 +237,23 @@ def _vacate(state: EngineState, leaving: Bool[Array, " S"]) -> EngineState:
     )
 
 
+def _page_to_write(state: EngineState, config: EngineConfig) -> Int32[Array, " S"]:
+    """The page of each slot's first token that is not computed; N = none."""
+    index = state.slots.num_computed // config.page_size
+    return jnp.take_along_axis(state.table.page_ids, index[:, None], axis=1, mode="clip")[:, 0]
+
+
 def _loop_without_pool(
-    cond: Callable[[EngineState], Bool[Array, ""]],
-    body: Callable[[EngineState], EngineState],
-    state: EngineState,
-) -> EngineState:
-    """A while loop that leaves the large arrays out of its carry: they are not touched, nor can they be copied."""
-    pool, seen, tokens = state.pool, state.seen, state.queue.tokens
+    cond: Callable[..., Bool[Array, ""]], body: Callable[..., tuple[Any, ...]], state: EngineState, *others: Array
+) -> tuple[Any, ...]:
+    """A while loop over (state, *others), the large arrays left out: they are not touched, nor can they be copied."""
+    pool, seen, aux, tokens = state.pool, state.seen, state.aux, state.queue.tokens
 
-    def split(state: EngineState) -> EngineState:
-        return state.replace(pool=None, seen=None, queue=state.queue.replace(tokens=None))
+    def split(state: EngineState, *others: Array) -> tuple[Any, ...]:
+        return state.replace(pool=None, seen=None, aux=None, queue=state.queue.replace(tokens=None)), *others
 
-    state = lax.while_loop(cond, lambda small: split(body(small)), split(state))
-    return state.replace(pool=pool, seen=seen, queue=state.queue.replace(tokens=tokens))
+    small, *rest = lax.while_loop(lambda carry: cond(*carry), lambda carry: split(*body(*carry)), split(state, *others))
+    return small.replace(pool=pool, seen=seen, aux=aux, queue=small.queue.replace(tokens=tokens)), *rest
 
 
 def _ceil_div(a: Int32[Array, ""], b: int) -> Int32[Array, ""]:

@@ -1,8 +1,8 @@
 """The scheduler a second time, in plain Python: lists, sets and deques, no arrays, nothing clever.
 
 Written from the design's rules, not from the implementation: a sequence is an object that moves between a waiting list
-and a list of slots, pages are the elements of sets, and every rule is spelled out where it applies. The model is a
-stub: the token at a position is a fixed function of the sequence's number and the position.
+and a list of slots, pages are the elements of sets, free if no sequence in a slot has them, and every rule is spelled out where
+it applies. The model is a stub: the token at a position is a fixed function of the sequence's number and the position.
 
 `Oracle.events` counts what happened, so that a test can show that its traces were worth running.
 """
@@ -41,6 +41,8 @@ class Request:
     prompt_length: int
     priority: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    follows: bool = False  # one more sample of the request before it in the submission
+    prompt_logprobs: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -48,6 +50,7 @@ class Sequence:
     """One submitted sequence, all its life."""
 
     number: int
+    group: int  # number of the first sample of the request
     row: int
     generation: int
     request: Request
@@ -57,6 +60,7 @@ class Sequence:
     num_computed: int = 0
     num_preemptions: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
+    was_copied: bool = False  # in this step part of a page was copied for it
 
     @property
     def urgency(self) -> tuple[int, int]:
@@ -66,6 +70,11 @@ class Sequence:
     def is_decoding(self) -> bool:
         """Whether the latest token is the only one left to compute."""
         return self.num_computed == len(self.tokens) - 1
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether all of the prompt is computed, but perhaps for its last token."""
+        return self.num_computed >= len(self.request.prompt) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,38 +105,53 @@ class Oracle:
 
     # What an owner of sequences does between steps.
 
-    def submit(self, requests: list[Request]) -> list[tuple[int, int] | None]:
-        """Handles (row, generation); None for a request that found no free row."""
-        handles: list[tuple[int, int] | None] = []
-        for request in requests:
-            free_rows = [row for row, sequence in enumerate(self.rows) if sequence is None]
-            if not free_rows:
-                self.events["submission refused, no free row"] += 1
-                handles.append(None)
+    def submit(self, requests: list[Request | None]) -> list[tuple[int, int] | None]:
+        """Handles (row, generation); None for padding, and for samples of a request that did not find rows for all."""
+        groups: list[list[int]] = []
+        for place, request in enumerate(requests):
+            if request is None:
                 continue
-            row = free_rows[0]
-            self.generations[row] += 1
-            sequence = Sequence(
-                number=self.num_arrived,
-                row=row,
-                generation=self.generations[row],
-                request=request,
-                tokens=list(request.prompt),
-            )
-            self.num_arrived += 1
-            self.rows[row] = sequence
-            if self._is_valid(request):
-                self.waiting.append(sequence)
-                self.events["one-token prompt"] += len(request.prompt) == 1
-                self.events["prompt at the maximum"] += len(request.prompt) == self.limits.max_model_len - 1
-                self.events["one token asked for"] += request.max_tokens == 1
-                self.events["max_tokens clipped"] += (
-                    self._max_length(sequence) < len(request.prompt) + request.max_tokens
-                )
+            if request.follows and place > 0 and requests[place - 1] is not None:
+                groups[-1].append(place)
             else:
-                self._end(sequence, "error")
-            handles.append((row, sequence.generation))
+                groups.append([place])
+                self.events["follows nobody"] += request.follows
+        handles: list[tuple[int, int] | None] = [None] * len(requests)
+        for number, places in enumerate(groups):
+            free_rows = [row for row, sequence in enumerate(self.rows) if sequence is None]
+            if len(places) > len(free_rows):
+                self.events["submission refused, no free row"] += not free_rows
+                self.events["group refused, too few free rows"] += bool(free_rows)
+                self.events["nothing taken behind a refused group"] += bool(free_rows) and number < len(groups) - 1
+                break
+            first, group = requests[places[0]], self.num_arrived
+            for place, row in zip(places, free_rows, strict=False):
+                request = requests[place]
+                assert first is not None and request is not None
+                handles[place] = self._take(request, row, group, is_valid=self._is_valid(request, first))
         return handles
+
+    def _take(self, request: Request, row: int, group: int, *, is_valid: bool) -> tuple[int, int]:
+        self.generations[row] += 1
+        sequence = Sequence(
+            number=self.num_arrived,
+            group=group,
+            row=row,
+            generation=self.generations[row],
+            request=request,
+            tokens=list(request.prompt),
+        )
+        self.num_arrived += 1
+        self.rows[row] = sequence
+        if is_valid:
+            self.waiting.append(sequence)
+            self.events["one-token prompt"] += len(request.prompt) == 1
+            self.events["prompt at the maximum"] += len(request.prompt) == self.limits.max_model_len - 1
+            self.events["one token asked for"] += request.max_tokens == 1
+            self.events["max_tokens clipped"] += self._max_length(sequence) < len(request.prompt) + request.max_tokens
+        else:
+            self._end(sequence, "error")
+        return row, sequence.generation
 
     def abort(self, row: int, generation: int) -> None:
         """Asks for a sequence to be ended at the start of the next step."""
@@ -157,6 +181,9 @@ class Oracle:
         admitted = self._admit()
         preempted = self._secure_pages()
         decode_rows, prefill_rows = self._plan()
+        for sequence in self.slots:
+            if sequence is not None:
+                sequence.was_copied = False
         rows = decode_rows + prefill_rows
         record = StepRecord(
             decode_rows=decode_rows,
@@ -192,9 +219,12 @@ class Oracle:
             if None not in self.slots:
                 self.events["head waits for a slot"] += 1
                 break
+            if self._waits_for_prompt(queue[0]):
+                self.events["head waits for the prompt of its group"] += 1
+                break
             if not self._may_start(queue[0]):
                 self.events["head waits for pages"] += 1
-                others = [sequence for sequence in queue if sequence is not queue[0] and self._may_start(sequence)]
+                others = [sequence for sequence in list(queue)[1:] if self._may_start(sequence)]
                 self.events["nothing overtakes the head"] += bool(others)
                 self.events["nothing overtakes across priorities"] += any(
                     sequence.request.priority > queue[0].request.priority for sequence in others
@@ -202,9 +232,11 @@ class Oracle:
                 break
             sequence = queue.popleft()
             self.waiting.remove(sequence)
-            sequence.pages = [self.free_pages.pop() for _ in self._pages_of(sequence)]
+            lenders, shared = self._lenders(sequence), self._shared_pages(sequence)
+            self._start_from(sequence, lenders[0] if lenders else None)
+            own = len(self._pages_of(sequence)) - len(shared)
+            sequence.pages = shared + [self.free_pages.pop() for _ in range(own)]
             sequence.status = "running"
-            sequence.num_computed = 0
             self.slots[self.slots.index(None)] = sequence
             admitted.append(sequence.number)
             self.events["admitted"] += 1
@@ -216,7 +248,33 @@ class Oracle:
         if not running:
             return True
         kept = len([other for other in running if other.is_decoding])
-        return len(self._pages_of(sequence)) + kept <= len(self.free_pages)
+        needed = len(self._pages_of(sequence)) - len(self._shared_pages(sequence))
+        return needed + kept <= len(self.free_pages)
+
+    def _group_in_slots(self, sequence: Sequence) -> list[Sequence]:
+        """Those in slots whose prompt the sequence may take over; none if it has to report on its own."""
+        if sequence.request.prompt_logprobs:
+            return []
+        return [other for other in self.slots if other is not None and other.group == sequence.group]
+
+    def _lenders(self, sequence: Sequence) -> list[Sequence]:
+        return [other for other in self._group_in_slots(sequence) if other.has_prompt]
+
+    def _waits_for_prompt(self, sequence: Sequence) -> bool:
+        """Whether one of its group computes the prompt, and will still be there when it has it."""
+        if self._lenders(sequence):
+            return False
+        return any(self._max_length(other) > len(other.request.prompt) + 1 for other in self._group_in_slots(sequence))
+
+    def _shared_pages(self, sequence: Sequence) -> list[int]:
+        """Pages of others that the sequence would have: those that hold nothing but tokens before the prompt's last."""
+        lenders, last = self._lenders(sequence), len(sequence.request.prompt) - 1
+        if not lenders:
+            return []
+        before = [page for page in range(self.limits.max_model_len) if (page + 1) * self.limits.page_size <= last]
+        pages = [lenders[0].pages[page] for page in before]
+        assert all(lender.pages[page] == pages[page] for lender in lenders for page in before)
+        return pages
 
     def _secure_pages(self) -> list[int]:
         preempted = []
@@ -231,7 +289,11 @@ class Oracle:
             self.events["preempted in mid-prefill"] += not victim.is_decoding
             self.events["preempted itself"] += victim in asking
             self.events["preempted twice or more"] += victim.num_preemptions > 0
+            self.events["preempted a lender"] += any(self._shares(victim, other) for other in self.slots)
+            self.events["fork preempted before its copy"] += victim.was_copied
+            num_free = len(self.free_pages)
             self._leave_slot(victim)
+            self.events["preempted for no page"] += len(self.free_pages) == num_free
             victim.status = "waiting"
             victim.num_preemptions += 1
             self.waiting.append(victim)
@@ -278,9 +340,26 @@ class Oracle:
 
     # Small words.
 
-    def _is_valid(self, request: Request) -> bool:
+    def _start_from(self, sequence: Sequence, lender: Sequence | None) -> None:
+        """Begins with what the lender has of the prompt, if there is one; the last token is always the sequence's own work."""
+        sequence.num_computed = 0 if lender is None else len(sequence.request.prompt) - 1
+        sequence.was_copied = sequence.num_computed % self.limits.page_size > 0
+        if lender is not None:
+            self.events["forked"] += 1
+            self.events["forked with shared pages"] += sequence.num_computed >= self.limits.page_size
+            self.events["forked with a copied page"] += sequence.was_copied
+            self.events["resumed as a fork, with generated tokens"] += len(sequence.tokens) > len(
+                sequence.request.prompt
+            )
+            self.events["forked from a fork in its first step"] += lender.was_copied
+
+    def _shares(self, sequence: Sequence, other: Sequence | None) -> bool:
+        return other is not None and other is not sequence and bool(set(sequence.pages) & set(other.pages))
+
+    def _is_valid(self, request: Request, first: Request) -> bool:
         return (
-            1 <= request.prompt_length <= self.limits.max_model_len - 1
+            (request.prompt, request.prompt_length) == (first.prompt, first.prompt_length)
+            and 1 <= request.prompt_length <= self.limits.max_model_len - 1
             and request.max_tokens >= 1
             and all(0 <= token < VOCAB_SIZE for token in request.prompt)
         )
@@ -298,7 +377,9 @@ class Oracle:
     def _leave_slot(self, sequence: Sequence) -> None:
         self.slots[self.slots.index(sequence)] = None
         assert not self.free_pages & set(sequence.pages)
-        self.free_pages.update(sequence.pages)
+        kept = {page for other in self.slots if other is not None for page in other.pages}
+        self.events["shared pages outlive an owner"] += bool(kept & set(sequence.pages))
+        self.free_pages.update(set(sequence.pages) - kept)
         sequence.pages = []
         sequence.num_computed = 0
 

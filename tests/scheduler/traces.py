@@ -4,7 +4,8 @@ The oracle goes first: it needs nothing from the device to know which handles ex
 made up and predicted on the host, run on the device as one `lax.scan`, read back at once and compared step by step.
 
 The stub model writes a mark (sequence number, position) where a model would write keys and values, and reads back the
-marks of all computed tokens through the page table: so a page granted twice, or at a wrong place, is seen.
+marks of all computed tokens through the page table: so a page granted twice, or at a wrong place, is seen. Before the last
+token of a prompt the number is that of the sequence's group: samples of one request may share these, and nothing else.
 """
 
 import collections
@@ -22,6 +23,7 @@ from jaxtyping import Array, Bool, Int32
 from oracle import VOCAB_SIZE, Limits, Oracle, Request, StepRecord
 from workloads import Driver, Planned
 
+from jaxserve.cache import copy_pages
 from jaxserve.config import EngineConfig
 from jaxserve.logit_rules import LogitRules, plain_rules
 from jaxserve.models import ModelConfig
@@ -117,7 +119,7 @@ def stub_step(
     """A step of the engine with the stub in place of the model."""
     state, plan = transitions.schedule(state, config=config)
     slots, queue = state.slots, state.queue
-    marks = write_marks(state, marks, plan, config=config)
+    marks = write_marks(state, copy_pages(marks, plan.copy_from, plan.copy_to), plan, config=config)
     number = queue.arrival.at[slots.row_id].get(mode="fill", fill_value=0)
     position = queue.num_tokens.at[slots.row_id].get(mode="fill", fill_value=0)
     after = transitions.settle(state, plan.num_new, stub_tokens(number, position))
@@ -141,24 +143,38 @@ def write_marks(
 ) -> Int32[Array, "N T"]:
     """Marks the place of each row of the plan, as a model would write its keys and values there."""
     row = state.slots.row_id.at[plan.slot].get(mode="fill", fill_value=config.num_rows)
-    mark = state.queue.arrival.at[row].get(mode="fill", fill_value=0) * config.max_model_len + plan.position
+    mark = mark_of(state, row, plan.position, config=config)
     page = state.table.page_ids.at[plan.slot, plan.position // config.page_size].get(
         mode="fill", fill_value=state.table.num_pages
     )
     return marks.at[page, plan.position % config.page_size].set(mark, mode="drop")
 
 
+def mark_of(
+    state: EngineState, row: Int32[Array, "*rows"], position: Int32[Array, "*rows"], *, config: EngineConfig
+) -> Int32[Array, "*rows"]:
+    """What stands where the token at `position` of the sequence in queue row `row` is computed."""
+    queue = state.queue
+    number, group, length = (
+        leaf.at[row].get(mode="fill", fill_value=0) for leaf in (queue.arrival, queue.group, queue.prompt_length)
+    )
+    return jnp.where(position < length - 1, group, number) * config.max_model_len + position
+
+
 def marks_intact(
     state: EngineState, marks: Int32[Array, "N T"], plan: Plan, *, config: EngineConfig
 ) -> Bool[Array, " S"]:
-    """Whether each slot finds all its computed tokens, each on a page that is its own."""
-    positions = jnp.arange(config.max_model_len, dtype=jnp.int32)[None, :]
+    """Whether each slot finds all its computed tokens, on pages that are its own where it writes to them."""
+    slots = state.slots
+    positions = jnp.tile(jnp.arange(config.max_model_len, dtype=jnp.int32), (config.max_slots, 1))
     page = state.table.page_ids[:, positions[0] // config.page_size]
-    number = state.queue.arrival.at[state.slots.row_id].get(mode="fill", fill_value=0)[:, None]
+    row = jnp.tile(slots.row_id[:, None], (1, config.max_model_len))
     found = marks.at[page, positions % config.page_size].get(mode="fill", fill_value=-1)
     own = state.table.reference_count.at[page].get(mode="fill", fill_value=0) == 1
-    computed = state.active[:, None] & (positions < (state.slots.num_computed + plan.num_new)[:, None])
-    return jnp.all(~computed | (own & (found == number * config.max_model_len + positions)), axis=1)
+    written = positions >= slots.num_computed[:, None]
+    computed = state.active[:, None] & (positions < (slots.num_computed + plan.num_new)[:, None])
+    intact = (own | ~written) & (found == mark_of(state, row, positions, config=config))
+    return jnp.all(~computed | intact, axis=1)
 
 
 # XLA options under which the scheduler compiles in half the time; it runs slower, which matters to long runs only.
@@ -305,8 +321,7 @@ def apply(oracle: Oracle, planned: Planned) -> list[tuple[int, int] | None]:
         oracle.collect(row, generation)
     for row, generation in planned.aborts.items():
         oracle.abort(row, generation)
-    handles = iter(oracle.submit([request for request in planned.requests if request is not None]))
-    return [None if request is None else next(handles) for request in planned.requests]
+    return oracle.submit(planned.requests)
 
 
 def stack(planned: list[Planned], config: EngineConfig) -> Operations:
@@ -343,8 +358,9 @@ def submission_of(requests: list[Request | None], config: EngineConfig) -> Submi
         stop_sequences=np.full((width, config.max_stop_sequences, config.max_stop_sequence_len), -1, np.int32),
         sampling=sampling,
         rules=rules,
-        num_prompt_logprobs=np.full(width, -1, np.int32),
+        num_prompt_logprobs=np.array([0 if request.prompt_logprobs else -1 for request in known], np.int32),
         priority=np.array([request.priority for request in known], np.int32),
+        follows=np.array([request.follows for request in known]),
         valid=np.array([request is not None for request in requests]),
     )
 

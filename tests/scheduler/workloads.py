@@ -7,7 +7,7 @@ from typing import Any
 
 from oracle import UNFINISHED, VOCAB_SIZE, Oracle, Request, Sequence
 
-MAX_SUBMITTED = 3  # W, sequences submitted between two steps
+MAX_SUBMITTED = 5  # W, sequences submitted between two steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Workload:
     collect_rate: float
     invalid_rate: float
     stop_rate: float
+    group_sizes: tuple[int, ...]  # samples per request
+    odd_rate: float  # of samples that differ from the others of their request, or have lost them
     priorities: tuple[int, ...]
     prompt_lengths: tuple[int, ...]
     max_tokens: tuple[int, ...]
@@ -52,6 +54,8 @@ def draw_workload(rng: random.Random, max_model_len: int) -> Workload:
         collect_rate=rng.choice((0.1, 0.5, 1.0)),
         invalid_rate=rng.choice((0.0, 0.1)),
         stop_rate=rng.choice((0.0, 0.5, 1.0)),
+        group_sizes=rng.choice(((1,), (1, 2), (4,), (1, 2, 3, 4), (1, 1, 1, 4))),
+        odd_rate=rng.choice((0.0, 0.1)),
         priorities=rng.choice(((0,), (0,), (-1, 0, 1), (0, 0, 0, 5), (-(2**31), 0, 2**31 - 1))),
         prompt_lengths=rng.choice(lengths),
         max_tokens=rng.choice(((1,), (1, 2, 3), tuple(range(1, longest + 1)), (longest, 2**31 - 1))),
@@ -62,9 +66,11 @@ def draw_operations(rng: random.Random, oracle: Oracle, workload: Workload, *, d
     """What is done before the next step."""
     requests: list[Request | None] = [None] * MAX_SUBMITTED
     if not draining and rng.random() < workload.submit_rate:
-        for place in range(MAX_SUBMITTED):
-            if rng.random() < 0.6:
-                requests[place] = draw_request(rng, workload, oracle.limits.max_model_len)
+        place = rng.randrange(3)
+        while place < MAX_SUBMITTED:
+            samples = draw_samples(rng, workload, oracle.limits.max_model_len)[: MAX_SUBMITTED - place]
+            requests[place : place + len(samples)] = samples
+            place += len(samples) + rng.choice((0, 0, 1, MAX_SUBMITTED))
     aborts: dict[int, int] = {}
     while rng.random() < workload.abort_rate:
         aborts.update(draw_abort(rng, oracle))
@@ -77,6 +83,24 @@ def draw_operations(rng: random.Random, oracle: Oracle, workload: Workload, *, d
         elif rng.random() < 0.02:
             collections[row] = sequence.generation - (sequence.status not in UNFINISHED)
     return Planned(requests, aborts, collections)
+
+
+def draw_samples(rng: random.Random, workload: Workload, max_model_len: int) -> list[Request]:
+    """The samples of one request; odd ones fall out of line in their length, their urgency, or their group."""
+    first = draw_request(rng, workload, max_model_len)
+    samples = [first] + [dataclasses.replace(first, follows=True)] * (rng.choice(workload.group_sizes) - 1)
+    for index in range(len(samples)):
+        if rng.random() < workload.odd_rate:
+            other = draw_request(rng, workload, max_model_len)
+            odd: list[dict[str, Any]] = [
+                {"max_tokens": rng.choice((1, 2, max_model_len))},
+                {"priority": first.priority - 1 if first.priority > 0 else first.priority + 1},
+                {"prompt_logprobs": True},
+                {"follows": True},
+                {"prompt": other.prompt, "prompt_length": other.prompt_length},
+            ]
+            samples[index] = dataclasses.replace(samples[index], **rng.choice(odd))
+    return samples
 
 
 def draw_request(rng: random.Random, workload: Workload, max_model_len: int) -> Request:
