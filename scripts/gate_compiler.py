@@ -1,7 +1,7 @@
 """Compiles a program for an accelerator that is not there, and reads what became of it: the machinery of `compile_gate`.
 
-XLA's plugins for NVIDIA GPUs and TPUs compile ahead of time, from a description of the target alone: of a GPU in
-`configs/targets/`, which a machine that has one prints (`topologies.get_topology_desc` of its devices).
+XLA's plugins for NVIDIA GPUs and TPUs compile ahead of time, from a description of the target alone. Those of GPUs are in
+`configs/targets/`; where there is one, XLA writes its own beside any dump (`--xla_dump_to`), as `*.gpu_target_config.pbtxt`.
 
 Without a GPU nothing is tuned: products become Triton fusions of a default shape. So the gate looks at the kernels of this
 repository, at copies, and at the launch list; not at the speed of the rest. Nor does a sort become a call of CUB, which no
