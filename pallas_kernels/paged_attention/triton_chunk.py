@@ -164,9 +164,7 @@ def _kernel(
         place = elements(blocks.first_row[block])
         q = plgpu.load(q_ref.at[place], mask=is_element, other=np.zeros((), q_ref.dtype))
         q = q.astype(jnp.float32) * np.float32(tiles.query_factor(softcap))
-        if (
-            kv.k_scale is not None
-        ):  # here: as a factor of scores, one loop could fuse it with what follows and another not
+        if kv.k_scale is not None:  # as a factor of scores, one loop could fuse it with what follows and another not
             q = q * kv.k_scale[kv_head]
         q = q.astype(tiles.compute_dtype(kv.k.dtype))
 
