@@ -205,7 +205,11 @@ class IncrementalDecoder:
 def spell(words: Sequence[str | tuple[int, ...]], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """Token sequences that spell words: each at the start of a text, and after a blank where that is another one.
 
-    Lists of token ids stay as they are.
+    A spelling that ends with another one of its word is left out: what completes it completes that one. Lists of token ids
+    stay as they are.
+
+    Raises:
+      ValueError: if the tokenizer makes no tokens of a word.
     """
     spellings: list[tuple[int, ...]] = []
     for word in words:
@@ -213,9 +217,11 @@ def spell(words: Sequence[str | tuple[int, ...]], tokenizer: Tokenizer) -> tuple
             spellings.append(word)
             continue
         alone = tuple(tokenizer.encode(word, add_special_tokens=False))
-        after_blank = tuple(tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
-        spellings += [alone] if alone[:1] == after_blank[:1] else [alone, after_blank]
-    return tuple(dict.fromkeys(spelling for spelling in spellings if spelling))
+        if not alone:
+            raise ValueError(f"bad_words has {word!r}, of which the tokenizer makes no tokens: leave it out")
+        after_blank = tuple(tokenizer.encode(word if word[0] == " " else f" {word}", add_special_tokens=False))
+        spellings += [alone] if after_blank[-len(alone) :] == alone else [alone, after_blank]
+    return tuple(dict.fromkeys(spellings))
 
 
 class _Stream(Protocol):
