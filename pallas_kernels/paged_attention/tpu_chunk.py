@@ -11,7 +11,6 @@ import functools
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -181,11 +180,11 @@ def _attend_units(
                 pltpu.SemaphoreType.DMA(()),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        out_shape=pltpu.HBM(q.shape, jnp.float32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),  # copies cross from item to item
         interpret=tpu_tiles.interpreted(interpret),
         name="paged_chunk_attention",
-    )(*scalars, q, sinks, kv.k, kv.v)
+    )(*scalars, q, sinks, tpu_tiles.in_hbm(kv.k), tpu_tiles.in_hbm(kv.v))
 
 
 def _kernel(

@@ -73,7 +73,7 @@ def decode_attention(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),  # copies cross from row to row
         interpret=tpu_tiles.interpreted(interpret),
         name="paged_decode_attention",
-    )(*schedule, kv.page_ids.reshape(-1), q, sinks, kv.k, kv.v)
+    )(*schedule, kv.page_ids.reshape(-1), q, sinks, tpu_tiles.in_hbm(kv.k), tpu_tiles.in_hbm(kv.v))
     out = out[:, :, :group]
     if kv.v_scale is not None:
         out = out * kv.v_scale[None, :, None, None]
@@ -81,9 +81,9 @@ def decode_attention(
 
 
 def _tile_size(kv: PagedKV) -> int:
-    """Positions per tile; of the static shapes only."""
+    """Positions per tile; of the static shapes only. 8-bit numbers count as what they are converted to, in VMEM too."""
     _, num_kv_heads, _, head_dim = kv.k.shape
-    position_bytes = 2 * num_kv_heads * tpu_tiles.padded_head_dim(head_dim) * kv.k.dtype.itemsize
+    position_bytes = 2 * num_kv_heads * tpu_tiles.padded_head_dim(head_dim) * tpu_tiles.compute_dtype(kv).itemsize
     size = min(max(_TILE_BYTES // position_bytes, _MIN_TILE), _MAX_TILE)
     size = min(size, _BUFFER_BYTES // (NUM_BUFFERS * position_bytes))
     return 1 << (size.bit_length() - 1)

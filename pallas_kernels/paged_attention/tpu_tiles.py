@@ -17,11 +17,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
 from pallas_kernels.paged_attention.pages import PagedKV
 
@@ -106,6 +107,13 @@ def compute_dtype(kv: PagedKV) -> jnp.dtype:
 def padded_head_dim(head_dim: int) -> int:
     """Lanes that a head takes in VMEM."""
     return -(-head_dim // LANES) * LANES
+
+
+def in_hbm(pages: Shaped[Array, "N K T D"]) -> Shaped[Array, "N K T D"]:
+    """Keeps XLA from staging a small pool in VMEM, as a whole; outside of jit there is no way to tell it."""
+    if not isinstance(pages, jax.core.Tracer):
+        return pages
+    return pltpu.with_memory_space_constraint(pages, pltpu.HBM)
 
 
 def interpreted(interpret: bool) -> bool | pltpu.InterpretParams:
