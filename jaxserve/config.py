@@ -24,6 +24,7 @@ class EngineConfig:
         the model was made for.
       chunk_size: C, most prompt tokens that one step prefills, over all sequences.
       max_queue: Q, rows for sequences that wait, run, or are finished and not collected; None: 4 * max_slots.
+      max_waiting: most requests that wait on the host before the Engine refuses more (`QueueFullError`); None: no bound.
       max_logprobs: most tokens a request may ask logprobs for.
       max_stop_token_ids: most token ids that end one sequence, end-of-sequence ids included.
       max_stop_sequences, max_stop_sequence_len: most sequences of token ids that end one sequence, and their longest.
@@ -51,6 +52,7 @@ class EngineConfig:
     max_model_len: int = 2048
     chunk_size: int = 256
     max_queue: int | None = None
+    max_waiting: int | None = 4096
     max_logprobs: int = 20
     max_stop_token_ids: int = 8
     max_stop_sequences: int = 4
@@ -93,7 +95,7 @@ class EngineConfig:
 
     def _check_int(self, name: str, low: int) -> None:
         value = getattr(self, name)
-        if value is None and name in ("num_pages", "max_queue", "tile_rows"):
+        if value is None and name in ("num_pages", "max_queue", "max_waiting", "tile_rows"):
             return
         if type(value) is not int or not low <= value < 2**31:
             raise ValueError(f"{name}={value!r} must be an integer from {low} to {2**31 - 1}")
@@ -194,6 +196,7 @@ _LOWEST = {
     "max_model_len": 2,
     "chunk_size": 1,
     "max_queue": 1,
+    "max_waiting": 1,
     "max_logprobs": 0,
     "max_stop_token_ids": 1,
     "max_stop_sequences": 0,

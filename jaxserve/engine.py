@@ -1,15 +1,21 @@
 """The Engine: requests in, results out. The one mutable object; it drives two compiled programs and reads outputs back.
 
     host queue --- update ---> queue rows --- run_steps ---> outputs --- process ---> updates, results
-    (unbounded)   (collect, abort, submit)    (up to n steps)       (text, stop reasons)
+    (bounded)     (collect, abort, submit)    (up to n steps)       (text, stop reasons)
 
 One call is kept in flight: while the device works on a call, the host reads the output of the one before. A row that
 finishes is collected with the next `update`, so Q, the queue rows, is a multiple of the slots: waiting rows fill the slots.
+
+What the host asks of the device, per call of `Engine.step`: one `run_steps`, before it one `update` if anything was submitted,
+collected or aborted, and one read, of the call before. So with n steps per call (`max_steps_per_call`) and s running samples
+it is at most 2 / (n s) device calls and 1 / (n s) reads per generated token; `EngineStats` counts both.
 """
 
 import collections
 import dataclasses
 import heapq
+import itertools
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -28,14 +34,19 @@ from jaxserve.rows import check_aux, check_prompt, derived_seed, empty_submissio
 from jaxserve.scheduler import Handles, Status, check_invariants, init_state
 from jaxserve.sequence import Group, Sequence, Update
 from jaxserve.stats import EngineStats
-from jaxserve.step import Changes, StepOutput, StepOutputs, programs
+from jaxserve.step import Changes, StepOutputs, programs
 from jaxserve.tokenizer import Tokenizer, load_eos_token_ids, load_tokenizer, spell
+
+
+class QueueFullError(RuntimeError):
+    """As many requests wait as may: this one was not taken."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """One call in flight."""
 
+    dispatch_time: float
     submitted: list[Sequence]
     handles: Handles | None  # of `submitted`
     outputs: StepOutputs
@@ -49,7 +60,7 @@ class Engine:
       config: the configuration, with all capacities chosen.
       tokenizer: None if the engine serves token ids only.
       eos_token_ids: what ends a sequence unless a request sets `ignore_eos`.
-      stats: running totals.
+      stats: running totals, load and latencies.
     """
 
     def __init__(
@@ -87,7 +98,10 @@ class Engine:
         self.eos_token_ids = tuple(eos_token_ids)
         self._params = _commit(params)
         self._seed = seed
+        self._numbers = itertools.count()  # of requests accepted: seeds are derived from them
         self._num_added = 0
+        self._last_read_time = 0.0
+        self._driver: int | None = None  # the thread that alone may add requests and step; None: any
         self._programs = programs(model, self.config, logits_fn)
         self._aux = aux
         self._undelivered: list[Update] = []  # of requests that another caller of `serve` waits for
@@ -178,19 +192,26 @@ class Engine:
           ValueError: before anything is generated, if a prompt or its parameters are not valid; the message has the
             prompt's index.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        each = one_per_prompt(len(texts), params, priorities)
-        groups = []
-        for index, (prompt, (wanted, priority)) in enumerate(zip(texts, each, strict=True)):
-            fields: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
-            number = self._num_added + index
-            try:
-                request = Request(id=f"generate-{number}", params=wanted, priority=priority, **fields)
-                groups.append(self._accept(request, number))
-            except ValueError as error:
-                raise ValueError(f"prompt {index}: {error}") from None
+        groups = self._accept_all(prompts, params, priorities)
         results = {update.request_id: update.output for update in self._serve(groups) if update.output is not None}
         return [results[group.request.id] for group in groups]
+
+    def _accept_all(
+        self,
+        prompts: str | SequenceOf[str] | SequenceOf[SequenceOf[int]],
+        params: SamplingParams | SequenceOf[SamplingParams] | None,
+        priorities: SequenceOf[int] | None,
+    ) -> list[Group]:
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        groups = []
+        for index, (prompt, (wanted, priority)) in enumerate(
+            zip(texts, one_per_prompt(len(texts), params, priorities), strict=True)
+        ):
+            try:
+                groups.append(self._accept(prompt, wanted, None, priority))
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from None
+        return groups
 
     def score(
         self,
@@ -246,7 +267,7 @@ class Engine:
         for request in requests:
             if request.id in groups:
                 raise ValueError(f"request id {request.id!r} is there twice: ids must differ")
-            groups[request.id] = self._accept(request, self._num_added + len(groups))
+            groups[request.id] = self._accept(request)
         yield from self._serve(list(groups.values()), steps_per_call)
 
     def _serve(self, groups: list[Group], steps_per_call: int | None = None) -> Iterator[Update]:
@@ -256,6 +277,11 @@ class Engine:
         try:
             while unfinished:
                 updates = self.step(steps_per_call)
+                if unfinished.isdisjoint([*self._unfinished, *(update.request_id for update in updates)]):
+                    raise RuntimeError(
+                        f"{', '.join(sorted(unfinished))}: the end of these was told to another caller of step, or lost when "
+                        "that one failed: serve all requests from one place"
+                    )
                 self._undelivered += [update for update in updates if update.request_id not in unfinished]
                 for update in updates:
                     if update.request_id in unfinished:
@@ -266,16 +292,83 @@ class Engine:
             for request_id in unfinished:
                 self.abort(request_id)
 
-    def add_request(self, request: Request) -> None:
+    def stream(
+        self,
+        prompt: str | SequenceOf[int] | Request,
+        params: SamplingParams | None = None,
+        *,
+        id: str | None = None,
+        priority: int = 0,
+        steps_per_call: int | None = None,
+    ) -> Iterator[Update]:
+        """Adds one request and yields what becomes of it: texts to be put together, and in the last update the result.
+
+        Other requests go on beside it, as in `serve`; closing the iterator early aborts the request.
+
+        Args:
+          prompt, params, id, priority: as in `add_request`.
+          steps_per_call: as `step`'s `max_steps`.
+
+        Raises:
+          ValueError, QueueFullError: on the first `next`, as `add_request`.
+        """
+        group = self._accept(prompt, params, id, priority)
+        self._check_room()
+        yield from self._serve([group], steps_per_call)
+
+    def add_request(
+        self,
+        prompt: str | SequenceOf[int] | Request,
+        params: SamplingParams | None = None,
+        *,
+        id: str | None = None,
+        priority: int = 0,
+    ) -> str:
         """Accepts a request; `step` works on it.
+
+        Args:
+          prompt: text, token ids, or a whole request; with that, leave the others out.
+          params: None: the defaults.
+          id: names the result; None: one is made up.
+          priority: lower goes first.
+
+        Returns:
+          The request's id.
 
         Raises:
           ValueError: if it is not valid, or its id is that of an unfinished request.
+          QueueFullError: if `max_waiting` requests wait already. The prompts of `generate` and `serve`, which their caller
+            holds anyway, are taken all the same.
         """
-        self._enqueue(self._accept(request, self._num_added))
+        group = self._accept(prompt, params, id, priority)
+        self._check_room()
+        self._enqueue(group)
+        return group.request.id
 
-    def _accept(self, request: Request, number: int) -> Group:
-        """Checks a request, which is to be the engine's `number`-th."""
+    def _check_room(self, num_coming: int = 0) -> None:
+        num_waiting, bound = num_coming + len(self._waiting), self.config.max_waiting
+        if bound is not None and num_waiting >= bound:
+            raise QueueFullError(
+                f"{num_waiting} requests wait, and no more than max_waiting={bound} may: add this one again when some have "
+                "been admitted, or raise max_waiting in EngineConfig"
+            )
+
+    def _accept(
+        self,
+        prompt: str | SequenceOf[int] | Request,
+        params: SamplingParams | None = None,
+        id: str | None = None,
+        priority: int = 0,
+    ) -> Group:
+        """Checks a request. May be called in any thread: nothing is added yet."""
+        number = next(self._numbers)
+        if not isinstance(prompt, Request):
+            name = self._free_id(number) if id is None else id
+            request = _make_request(prompt, params, name, priority)
+        elif params is not None or id is not None or priority:
+            raise ValueError(f"request {prompt.id!r} has params, id and priority of its own: leave those arguments out")
+        else:
+            request = prompt
         if request.id in self._unfinished:
             raise ValueError(f"request id {request.id!r} is in use by an unfinished request: ids must differ")
         if request.params.n > self.config.max_slots:
@@ -289,7 +382,18 @@ class Engine:
         check_prompt(prompt_token_ids, params, model=self.model, config=self.config, eos_token_ids=self.eos_token_ids)
         return Group(request, prompt_token_ids, params, seed, self.tokenizer, self.eos_token_ids)
 
+    def _free_id(self, number: int) -> str:
+        name = f"request-{number}"
+        while name in self._unfinished:
+            name += "+"
+        return name
+
+    def _check_driver(self) -> None:
+        if self._driver not in (None, threading.get_ident()):
+            raise RuntimeError("this engine works for an AsyncEngine: ask that one, or close it first")
+
     def _enqueue(self, group: Group) -> None:
+        self._check_driver()
         self._unfinished[group.request.id] = group
         heapq.heappush(self._waiting, (group.request.priority, self._num_added, group))
         self._num_added += 1
@@ -306,8 +410,15 @@ class Engine:
         """Whether any request is unfinished."""
         return bool(self._unfinished)
 
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do: requests, rows that the device is yet to end, or a call in flight."""
+        return bool(self._unfinished or self._by_row or self._calls or self._undelivered)
+
     def set_params(self, params: nnx.State) -> None:
         """New weights, from the next step on. Nothing is compiled; running sequences keep their keys and values.
+
+        May be called in any thread.
 
         Raises:
           ValueError: if a leaf is missing, or has another shape or dtype than the old one.
@@ -324,8 +435,15 @@ class Engine:
         self._params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, self._params))
 
     def reset_stats(self) -> None:
-        """Starts the totals again."""
-        self.stats = EngineStats(self.config.max_slots, self.config.num_pages or 0)
+        """Starts the totals and latencies again."""
+        old = self.stats
+        self.stats = EngineStats(
+            old.max_slots,
+            old.num_pages,
+            num_running=old.num_running,
+            num_waiting=old.num_waiting,
+            num_used_pages=old.num_used_pages,
+        )
 
     def step(self, max_steps: int | None = None) -> list[Update]:
         """Dispatches one call of up to `max_steps` steps, and returns what the call before it did.
@@ -336,30 +454,35 @@ class Engine:
         Raises:
           ValueError: if `max_steps` is out of range. After any other exception, an interrupt included, all unfinished
             requests are gone and the engine is ready for new ones.
+          RuntimeError: if the engine works for an `AsyncEngine`.
         """
+        self._check_driver()
         limit = self.config.max_steps_per_call if max_steps is None else max_steps
         if not 1 <= limit <= self.config.max_steps_per_call:
             raise ValueError(
                 f"max_steps={max_steps} must lie in [1, max_steps_per_call={self.config.max_steps_per_call}]"
             )
-        self.warm_up()
-        start = time.monotonic()
         updates, self._undelivered = self._undelivered, []
         try:
+            self.warm_up()
+            start = time.monotonic()
             updates += self._turn(limit)
         except BaseException:  # work in flight is lost, and the state may have been donated
             self._reset()
+            self.stats.num_running = self.stats.num_waiting = self.stats.num_used_pages = 0
             raise
         self.stats.busy_seconds += time.monotonic() - start
         return updates
 
     def _turn(self, limit: int) -> list[Update]:
         updates = self._abort_waiting()
-        depth = 0 if self.config.debug_checks else 1  # calls in flight when this returns
-        if self.has_unfinished:
+        depth = 0  # calls in flight when this returns
+        if self._unfinished or self._by_row:
             self._dispatch(1 if self.config.debug_checks else limit)
-        while len(self._calls) > (depth if self.has_unfinished else 0):
+            depth = 0 if self.config.debug_checks else 1
+        while len(self._calls) > depth:
             updates += self._process(self._calls.popleft())
+        self._count_waiting()
         if self.config.debug_checks:
             check_invariants(self._state)
         return updates
@@ -423,8 +546,10 @@ class Engine:
             self._num_on_device += len(submitted) - len(self._to_collect)
             self._to_collect = []
             self._state, handles = self._programs["update"](self._state, changes)
+            self.stats.num_device_calls += 1
         self._state, outputs = self._programs["run_steps"](self._params, self._state, np.int32(max_steps))
-        self._calls.append(_Call(submitted, handles if submitted else None, outputs))
+        self.stats.num_device_calls += 1
+        self._calls.append(_Call(time.monotonic(), submitted, handles if submitted else None, outputs))
 
     def _changes(self, submitted: list[Sequence], collected: list[int], aborted: list[int]) -> Changes:
         rows = empty_submission(self.config.max_slots, self.model, self.config, self._aux)
@@ -448,21 +573,29 @@ class Engine:
             generation=self._generation.copy(),
         )
 
-    def _mask(self, rows: list[int]) -> Any:
+    def _mask(self, rows: Any) -> Any:
         mask = np.zeros(self.config.num_rows, bool)
         mask[rows] = True
         return mask
 
     def _process(self, call: _Call) -> list[Update]:
         handles, outputs = jax.device_get((call.handles, self._readable(call.outputs)))
+        start, now = max(call.dispatch_time, self._last_read_time), time.monotonic()  # of the call, near enough
+        self._last_read_time = now
+        self.stats.num_host_reads += 1
         if handles is not None:
             for sequence, row, generation in zip(call.submitted, handles.row_id, handles.generation, strict=False):
                 self._by_row[int(row)] = sequence
                 self._generation[row] = generation
         self._take_prompt_logprobs(outputs)
         touched = self._take_tokens(outputs)
+        in_slot: Any = outputs.steps.row_id[: int(outputs.num_steps)]
+        in_slot = self._mask(in_slot[in_slot < self.config.num_rows])
         for row, sequence in list(self._by_row.items()):
             status = Status(int(outputs.status[row]))
+            if in_slot[row] and not sequence.group.admitted:
+                sequence.group.admitted = True
+                self.stats.latencies.queue.observe(start - sequence.group.arrival_time)
             sequence.num_preemptions = int(outputs.num_preemptions[row])
             if status >= Status.STOP:
                 del self._by_row[row]
@@ -473,9 +606,29 @@ class Engine:
             group = sequence.group
             if group.finished and group.request.id in self._unfinished:
                 self._finish(group)
-        self._count(outputs.steps, int(outputs.num_steps))
-        updates = (sequence.take_update() for sequence in touched.values())
-        return [update for update in updates if update is not None]
+        self.stats.count(outputs)
+        return self._take_updates(touched.values(), now)
+
+    def _take_updates(self, sequences: Iterable[Sequence], now: float) -> list[Update]:
+        updates = []
+        for sequence in sequences:
+            update = sequence.take_update()
+            if update is not None:
+                updates.append(update)
+                self._observe(sequence, len(update.token_ids), now)
+        return updates
+
+    def _observe(self, sequence: Sequence, num_tokens: int, now: float) -> None:
+        latencies, group, last = self.stats.latencies, sequence.group, sequence.last_token_time
+        if not num_tokens:
+            return
+        if last is not None:
+            latencies.inter_token.observe((now - last) / num_tokens, num_tokens)
+        else:
+            if all(sample.last_token_time is None for sample in group.samples):
+                latencies.time_to_first_token.observe(now - group.arrival_time)
+            latencies.inter_token.observe(0.0, num_tokens - 1)
+        sequence.last_token_time = now
 
     def _readable(self, outputs: StepOutputs) -> StepOutputs:
         """What the host has use for: the rest stays on the device."""
@@ -520,17 +673,17 @@ class Engine:
         del self._unfinished[group.request.id]
         self.stats.num_requests += 1
         self.stats.num_prompt_tokens += len(group.prompt_token_ids)
+        self.stats.latencies.end_to_end.observe(time.monotonic() - group.arrival_time)
 
-    def _count(self, steps: StepOutput, num_steps: int) -> None:
-        stats = self.stats
-        stats.num_steps += num_steps
-        stats.num_slot_steps += int(np.sum(steps.row_id[:num_steps] < self.config.num_rows))
-        stats.num_computed_tokens += int(np.sum(steps.num_new[:num_steps]))
-        stats.num_generated_tokens += int(np.sum(steps.sampled[:num_steps]))
-        stats.num_preemptions += int(np.sum(steps.num_preempted[:num_steps]))
-        if num_steps:
-            used = stats.num_pages - int(np.min(steps.num_free_pages[:num_steps]))
-            stats.peak_pages = max(stats.peak_pages, used)
+    def _count_waiting(self) -> None:
+        """Those on the host, those in the call in flight, and those that had no slot at the end of the one before."""
+        in_flight = sum(len(call.submitted) for call in self._calls)
+        self.stats.num_waiting = len(self._waiting) + in_flight + len(self._by_row) - self.stats.num_running
+
+
+def _make_request(prompt: str | SequenceOf[int], params: SamplingParams | None, id: str, priority: int) -> Request:
+    fields: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+    return Request(id=id, params=SamplingParams() if params is None else params, priority=priority, **fields)
 
 
 def _commit(params: nnx.State) -> nnx.State:

@@ -24,7 +24,7 @@ class Update:
     request_id: str
     text: str  # to be appended to the sample's text so far; final, never taken back
     token_ids: tuple[int, ...]  # generated since the last update
-    output: RequestOutput | None = None  # the whole result, once all samples of the request have finished
+    output: RequestOutput | None = None  # the whole result; in the request's last update, and in no other
     index: int = 0  # which sample
 
 
@@ -48,6 +48,7 @@ class Group:
         self.tokenizer = tokenizer if params.detokenize else None
         self.eos_token_ids = eos_token_ids
         self.arrival_time = time.monotonic()
+        self.admitted = False  # to a slot, at least one sample, at least once
         self.samples = [Sequence(self, index) for index in range(params.n)]
         self._prompt_logprobs: list[Mapping[int, TokenLogprob] | None] = [None] * len(prompt_token_ids)
 
@@ -118,6 +119,7 @@ class Sequence:
         self.status = Status.WAITING
         self.num_preemptions = 0
         self.first_token_time: float | None = None
+        self.last_token_time: float | None = None  # when the last call that brought tokens was read
         self.finish_time: float | None = None
         params = group.request.params
         self._decoder = self._make_decoder()

@@ -20,7 +20,9 @@ BUCKETS = tuple(float(f"{10 ** (exponent / 5):.3g}") for exponent in range(-20, 
 class Histogram:
     """Durations counted in the buckets `BUCKETS`, whose bounds are inclusive, as those of Prometheus are."""
 
-    counts: list[int] = dataclasses.field(default_factory=lambda: [0] * (len(BUCKETS) + 1))  # the last: above all bounds
+    counts: list[int] = dataclasses.field(
+        default_factory=lambda: [0] * (len(BUCKETS) + 1)
+    )  # the last: above all bounds
     count: int = 0
     sum: float = 0.0  # seconds
 

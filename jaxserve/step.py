@@ -57,6 +57,7 @@ class StepOutputs(Record):
     status: Int32[Array, " Q"]  # a `Status` per row, after the last step
     generation: Int32[Array, " Q"]
     num_preemptions: Int32[Array, " Q"]
+    num_free_pages: Int32[Array, ""]  # after the last step
 
 
 @record
@@ -156,6 +157,7 @@ def run_steps(
         status=queue.status,
         generation=queue.generation,
         num_preemptions=queue.num_preemptions,
+        num_free_pages=state.table.num_free,
     )
 
 
