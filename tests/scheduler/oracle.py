@@ -92,8 +92,9 @@ class StepRecord:
 class Oracle:
     """Predicts everything that can be seen of the scheduler after each operation."""
 
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: Limits, *, keeps_pages: bool = True):
         self.limits = limits
+        self.keeps_pages = keeps_pages  # whether an admission leaves a page to each sequence that decodes
         self.rows: list[Sequence | None] = [None] * limits.num_rows
         self.generations = [0] * limits.num_rows
         self.slots: list[Sequence | None] = [None] * limits.max_slots
@@ -232,8 +233,8 @@ class Oracle:
                 break
             sequence = queue.popleft()
             self.waiting.remove(sequence)
-            lenders, shared = self._lenders(sequence), self._shared_pages(sequence)
-            self._start_from(sequence, lenders[0] if lenders else None)
+            shared = self._shared_pages(sequence)
+            self._start_from(sequence, self._lender(sequence))
             own = len(self._pages_of(sequence)) - len(shared)
             sequence.pages = shared + [self.free_pages.pop() for _ in range(own)]
             sequence.status = "running"
@@ -247,7 +248,7 @@ class Oracle:
         running = [other for other in self.slots if other is not None]
         if not running:
             return True
-        kept = len([other for other in running if other.is_decoding])
+        kept = len([other for other in running if other.is_decoding]) if self.keeps_pages else 0
         needed = len(self._pages_of(sequence)) - len(self._shared_pages(sequence))
         return needed + kept <= len(self.free_pages)
 
@@ -257,24 +258,23 @@ class Oracle:
             return []
         return [other for other in self.slots if other is not None and other.group == sequence.group]
 
-    def _lenders(self, sequence: Sequence) -> list[Sequence]:
-        return [other for other in self._group_in_slots(sequence) if other.has_prompt]
+    def _lender(self, sequence: Sequence) -> Sequence | None:
+        """The first slot's sequence that has all of the prompt, copied pages that are yet to be filled do not count."""
+        lenders = [other for other in self._group_in_slots(sequence) if other.has_prompt and not other.was_copied]
+        return lenders[0] if lenders else None
 
     def _waits_for_prompt(self, sequence: Sequence) -> bool:
         """Whether one of its group computes the prompt, and will still be there when it has it."""
-        if self._lenders(sequence):
+        if any(other.has_prompt for other in self._group_in_slots(sequence)):
             return False
         return any(self._max_length(other) > len(other.request.prompt) + 1 for other in self._group_in_slots(sequence))
 
     def _shared_pages(self, sequence: Sequence) -> list[int]:
         """Pages of others that the sequence would have: those that hold nothing but tokens before the prompt's last."""
-        lenders, last = self._lenders(sequence), len(sequence.request.prompt) - 1
-        if not lenders:
+        lender, last = self._lender(sequence), len(sequence.request.prompt) - 1
+        if lender is None:
             return []
-        before = [page for page in range(self.limits.max_model_len) if (page + 1) * self.limits.page_size <= last]
-        pages = [lenders[0].pages[page] for page in before]
-        assert all(lender.pages[page] == pages[page] for lender in lenders for page in before)
-        return pages
+        return [page for place, page in enumerate(lender.pages) if max(self._positions_of(place)) < last]
 
     def _secure_pages(self) -> list[int]:
         preempted = []
@@ -291,9 +291,7 @@ class Oracle:
             self.events["preempted twice or more"] += victim.num_preemptions > 0
             self.events["preempted a lender"] += any(self._shares(victim, other) for other in self.slots)
             self.events["fork preempted before its copy"] += victim.was_copied
-            num_free = len(self.free_pages)
             self._leave_slot(victim)
-            self.events["preempted for no page"] += len(self.free_pages) == num_free
             victim.status = "waiting"
             victim.num_preemptions += 1
             self.waiting.append(victim)
@@ -351,7 +349,8 @@ class Oracle:
             self.events["resumed as a fork, with generated tokens"] += len(sequence.tokens) > len(
                 sequence.request.prompt
             )
-            self.events["forked from a fork in its first step"] += lender.was_copied
+            others = self._group_in_slots(sequence)
+            self.events["a fork of this step is not yet a lender"] += others.index(lender) > 0 and others[0].was_copied
 
     def _shares(self, sequence: Sequence, other: Sequence | None) -> bool:
         return other is not None and other is not sequence and bool(set(sequence.pages) & set(other.pages))
@@ -370,6 +369,10 @@ class Oracle:
     def _pages_of(self, sequence: Sequence) -> set[int]:
         """Which pages of a sequence its known tokens lie on."""
         return {position // self.limits.page_size for position in range(len(sequence.tokens))}
+
+    def _positions_of(self, place: int) -> range:
+        """What the page at `place` of a sequence holds."""
+        return range(place * self.limits.page_size, (place + 1) * self.limits.page_size)
 
     def _lacks_a_page(self, sequence: Sequence) -> bool:
         return sequence.is_decoding and len(sequence.tokens) > len(sequence.pages) * self.limits.page_size

@@ -392,7 +392,7 @@ def limits_of(config: EngineConfig) -> Limits:
     )
 
 
-def run_trace(device: Device, *, seed: int, num_steps: int) -> collections.Counter[str]:
+def run_trace(device: Device, *, seed: int, num_steps: int, keeps_pages: bool = True) -> collections.Counter[str]:
     """Runs at least `num_steps` steps of a random trace on both sides, until the last workload has drained.
 
     Returns:
@@ -403,7 +403,7 @@ def run_trace(device: Device, *, seed: int, num_steps: int) -> collections.Count
       InvariantError: at the first step after which the state contradicts itself.
     """
     config = device.config
-    oracle = Oracle(limits_of(config))
+    oracle = Oracle(limits_of(config), keeps_pages=keeps_pages)
     driver = Driver(random.Random(seed), oracle)
     carry = device.start()
     pool, num_done = carry[0].pool, 0

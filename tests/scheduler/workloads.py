@@ -54,7 +54,7 @@ def draw_workload(rng: random.Random, max_model_len: int) -> Workload:
         collect_rate=rng.choice((0.1, 0.5, 1.0)),
         invalid_rate=rng.choice((0.0, 0.1)),
         stop_rate=rng.choice((0.0, 0.5, 1.0)),
-        group_sizes=rng.choice(((1,), (1, 2), (4,), (1, 2, 3, 4), (1, 1, 1, 4))),
+        group_sizes=rng.choice(((1,), (1, 1, 2), (2,), (1, 2, 3, 4), (4,))),
         odd_rate=rng.choice((0.0, 0.1)),
         priorities=rng.choice(((0,), (0,), (-1, 0, 1), (0, 0, 0, 5), (-(2**31), 0, 2**31 - 1))),
         prompt_lengths=rng.choice(lengths),
