@@ -29,7 +29,7 @@ from jaxserve.capacity import resolve_capacities
 from jaxserve.config import EngineConfig
 from jaxserve.logits_fn import LogitsFn
 from jaxserve.models import ModelConfig
-from jaxserve.request import Request, RequestOutput, SamplingParams
+from jaxserve.request import MAX_INT32, Request, RequestOutput, SamplingParams
 from jaxserve.rows import check_aux, check_prompt, derived_seed, empty_submission, fill_row, one_per_prompt, truncated
 from jaxserve.scheduler import Handles, Status, check_invariants, init_state
 from jaxserve.sequence import Group, Sequence, Update
@@ -345,12 +345,16 @@ class Engine:
         self._enqueue(group)
         return group.request.id
 
+    def _num_free_places(self, num_coming: int = 0) -> int:
+        """Of the queue, when `num_coming` more are in it."""
+        bound = self.config.max_waiting
+        return MAX_INT32 if bound is None else bound - num_coming - len(self._waiting)
+
     def _check_room(self, num_coming: int = 0) -> None:
-        num_waiting, bound = num_coming + len(self._waiting), self.config.max_waiting
-        if bound is not None and num_waiting >= bound:
+        if self._num_free_places(num_coming) <= 0:
             raise QueueFullError(
-                f"{num_waiting} requests wait, and no more than max_waiting={bound} may: add this one again when some have "
-                "been admitted, or raise max_waiting in EngineConfig"
+                f"{num_coming + len(self._waiting)} requests wait, and no more than max_waiting={self.config.max_waiting} "
+                "may: add this one again when some have been admitted, or raise max_waiting in EngineConfig"
             )
 
     def _accept(
@@ -457,11 +461,7 @@ class Engine:
           RuntimeError: if the engine works for an `AsyncEngine`.
         """
         self._check_driver()
-        limit = self.config.max_steps_per_call if max_steps is None else max_steps
-        if not 1 <= limit <= self.config.max_steps_per_call:
-            raise ValueError(
-                f"max_steps={max_steps} must lie in [1, max_steps_per_call={self.config.max_steps_per_call}]"
-            )
+        limit = self._checked_steps(max_steps)
         updates, self._undelivered = self._undelivered, []
         try:
             self.warm_up()
@@ -473,6 +473,14 @@ class Engine:
             raise
         self.stats.busy_seconds += time.monotonic() - start
         return updates
+
+    def _checked_steps(self, max_steps: int | None) -> int:
+        limit = self.config.max_steps_per_call if max_steps is None else max_steps
+        if not 1 <= limit <= self.config.max_steps_per_call:
+            raise ValueError(
+                f"max_steps={max_steps} must lie in [1, max_steps_per_call={self.config.max_steps_per_call}]"
+            )
+        return limit
 
     def _turn(self, limit: int) -> list[Update]:
         updates = self._abort_waiting()

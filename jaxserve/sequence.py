@@ -186,9 +186,9 @@ class Sequence:
 
     def _is_stop_token(self, token: int, status: Status) -> bool:
         """Whether the token is one that ends the sequence: then it has no text."""
-        return status == Status.STOP and (
-            token in self.group.eos_token_ids or token in self.group.params.stop_token_ids
-        )
+        params = self.group.params
+        ends = () if params.ignore_eos else self.group.eos_token_ids
+        return status == Status.STOP and (token in ends or token in params.stop_token_ids)
 
     @property
     def has_news(self) -> bool:
