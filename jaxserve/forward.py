@@ -178,10 +178,10 @@ def _prompt_logprobs(
     asked = queue.num_prompt_logprobs.at[row].get(mode="fill", fill_value=-1)
     asked = jnp.where(in_prompt, asked, -1)
 
-    def add(found: PromptLogprobs) -> PromptLogprobs:
+    def add(found: PromptLogprobs, out: Float32[Array, "R E"]) -> PromptLogprobs:
         token = queue.tokens.at[row, position + 1].get(mode="fill", fill_value=0)
         logprobs = token_logprobs(forward.logits(out), token, asked, max_logprobs=config.max_logprobs)
         new = PromptLogprobs(jnp.where(asked >= 0, row, queue.status.shape[0]), position + 1, *logprobs)
         return jax.tree.map(lambda old, leaf: old.at[index].set(leaf, mode="drop"), found, new)
 
-    return if_any(asked >= 0, add, found)
+    return if_any(asked >= 0, add, found, out)

@@ -94,45 +94,55 @@ def apply(
       context: of the rows.
       active: rows that count; the others' logits mean nothing afterwards.
     """
-    row = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
-    vocab_size = logits.shape[1]
-
-    def ban(logits: Float32[Array, "R V"], ids: Int32[Array, "R X"], wanted: Bool[Array, "R X"]):
-        return logits.at[row, jnp.where(wanted, ids, vocab_size)].set(-jnp.inf, mode="drop")
-
-    def keep_allowed(logits: Float32[Array, "R V"]) -> Float32[Array, "R V"]:
-        bits = rules.allowed[:, :, None] >> jnp.arange(BITS, dtype=jnp.uint32)[None, None, :]
-        may = (bits & jnp.uint32(1)).astype(bool).reshape(logits.shape[0], -1)[:, :vocab_size]
-        return jnp.where(may | ~rules.restricted[:, None], logits, -jnp.inf)
-
-    def drop_bad_words(logits: Float32[Array, "R V"]) -> Float32[Array, "R V"]:
-        words = rules.bad_words
-        recent = ending(context.tokens, context.num_tokens, words.shape[2] - 1)[:, None, :]
-        completes = jnp.all((words[:, :, :-1] < 0) | (words[:, :, :-1] == recent), axis=2)
-        return ban(logits, words[:, :, -1], completes & (words[:, :, -1] >= 0))
-
-    def forbid_stops(logits: Float32[Array, "R V"]) -> Float32[Array, "R V"]:
-        early = (context.num_generated < rules.min_tokens)[:, None]
-        return ban(logits, context.stop_token_ids, early & (context.stop_token_ids >= 0))
-
-    def add_bias(logits: Float32[Array, "R V"]) -> Float32[Array, "R V"]:
-        ids = jnp.where(rules.bias_ids >= 0, rules.bias_ids, vocab_size)
-        return logits.at[row, ids].add(rules.bias, mode="drop")
-
-    logits = if_any(active & rules.restricted, keep_allowed, logits)
+    early = context.num_generated < rules.min_tokens
+    logits = if_any(active & rules.restricted, _keep_allowed, logits, rules)
     if rules.bad_words.shape[1]:
-        logits = if_any(active & jnp.any(rules.bad_words[:, :, -1] >= 0, axis=1), drop_bad_words, logits)
-    logits = if_any(active & (context.num_generated < rules.min_tokens), forbid_stops, logits)
+        some = jnp.any(rules.bad_words[:, :, -1] >= 0, axis=1)
+        logits = if_any(active & some, _drop_bad_words, logits, rules, context.tokens, context.num_tokens)
+    logits = if_any(active & early, _forbid_stops, logits, early, context.stop_token_ids)
     if rules.bias_ids.shape[1]:
-        logits = if_any(active & jnp.any(rules.bias_ids >= 0, axis=1), add_bias, logits)
+        logits = if_any(active & jnp.any(rules.bias_ids >= 0, axis=1), _add_bias, logits, rules)
     if context.seen is None:
         return logits
-    by_slot = context.seen
+    return if_any(active & penalised(rules), _penalise_slots, logits, rules, context.seen, context.slot)
 
-    def penalise(logits: Float32[Array, "R V"]) -> Float32[Array, "R V"]:
-        return _penalise(logits, rules, by_slot.at[context.slot].get(mode="clip"))
 
-    return if_any(active & penalised(rules), penalise, logits)
+def _ban(logits: Float32[Array, "R V"], ids: Int32[Array, "R X"], wanted: Bool[Array, "R X"]) -> Float32[Array, "R V"]:
+    row = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+    return logits.at[row, jnp.where(wanted, ids, logits.shape[1])].set(-jnp.inf, mode="drop")
+
+
+def _keep_allowed(logits: Float32[Array, "R V"], rules: LogitRules) -> Float32[Array, "R V"]:
+    bits = rules.allowed[:, :, None] >> jnp.arange(BITS, dtype=jnp.uint32)[None, None, :]
+    may = (bits & jnp.uint32(1)).astype(bool).reshape(logits.shape[0], -1)[:, : logits.shape[1]]
+    return jnp.where(may | ~rules.restricted[:, None], logits, -jnp.inf)
+
+
+def _drop_bad_words(
+    logits: Float32[Array, "R V"], rules: LogitRules, tokens: Int32[Array, "R M"], num_tokens: Int32[Array, " R"]
+) -> Float32[Array, "R V"]:
+    words = rules.bad_words
+    recent = ending(tokens, num_tokens, words.shape[2] - 1)[:, None, :]
+    completes = jnp.all((words[:, :, :-1] < 0) | (words[:, :, :-1] == recent), axis=2)
+    return _ban(logits, words[:, :, -1], completes & (words[:, :, -1] >= 0))
+
+
+def _forbid_stops(
+    logits: Float32[Array, "R V"], early: Bool[Array, " R"], stop_token_ids: Int32[Array, "R Z"]
+) -> Float32[Array, "R V"]:
+    return _ban(logits, stop_token_ids, early[:, None] & (stop_token_ids >= 0))
+
+
+def _add_bias(logits: Float32[Array, "R V"], rules: LogitRules) -> Float32[Array, "R V"]:
+    row = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+    ids = jnp.where(rules.bias_ids >= 0, rules.bias_ids, logits.shape[1])
+    return logits.at[row, ids].add(rules.bias, mode="drop")
+
+
+def _penalise_slots(
+    logits: Float32[Array, "R V"], rules: LogitRules, seen: Int32[Array, "S V"], slot: Int32[Array, " R"]
+) -> Float32[Array, "R V"]:
+    return _penalise(logits, rules, seen.at[slot].get(mode="clip"))
 
 
 def _penalise(logits: Float32[Array, "R V"], rules: LogitRules, seen: Int32[Array, "R V"]) -> Float32[Array, "R V"]:

@@ -11,6 +11,7 @@ sample's index and the token's position, so nothing that happened before it matt
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,21 +97,19 @@ def sample(
     """
     ruled = active if changed is not None else active & logit_rules.in_force(rules, context)
 
-    def processed() -> Float32[Array, "R V"]:
+    def processed(logits: Float32[Array, "R V"], rules: LogitRules, context: Context) -> Float32[Array, "R V"]:
         return logit_rules.apply(logits, rules, context, active) if changed is None else changed
+
+    def draw(token: Int32[Array, " R"], logits: Float32[Array, "R V"], random: Bool[Array, " R"]) -> Array:
+        return jnp.where(random, _pick(_weights(logits, rows, random), _uniforms(rows, context)), token)
 
     def choose(logits: Float32[Array, "R V"], wanted: Bool[Array, " R"], token: Int32[Array, " R"]) -> Array:
         token = jnp.where(wanted, jnp.argmax(logits, axis=-1).astype(jnp.int32), token)
-        random = wanted & rows.random
+        return if_any(wanted & rows.random, draw, token, logits, wanted & rows.random)
 
-        def draw(token: Int32[Array, " R"]) -> Int32[Array, " R"]:
-            return jnp.where(random, _pick(_weights(logits, rows, random), _uniforms(rows, context)), token)
-
-        return if_any(random, draw, token)
-
-    def choose_by_rules(chosen: tuple[Array, Array]) -> tuple[Array, Array]:
+    def choose_by_rules(chosen: tuple[Array, Array], *raw: Any) -> tuple[Array, Array]:
         token, failed = chosen
-        logits = processed()
+        logits = processed(*raw)
         best = jnp.take_along_axis(logits, jnp.argmax(logits, axis=-1)[:, None], axis=1)[:, 0]
         return choose(logits, ruled, token), failed | (ruled & ~jnp.isfinite(best))
 
@@ -118,39 +117,40 @@ def sample(
     if changed is None:
         token = choose(logits, active & ~ruled, chosen[0])
         # In a loop that returns tokens only: the raw logits, needed afterwards, are then not copied.
-        token, failed = if_any(ruled, choose_by_rules, (token, chosen[1]))
+        token, failed = if_any(ruled, choose_by_rules, (token, chosen[1]), logits, rules, context)
     else:
-        token, failed = choose_by_rules(chosen)
+        token, failed = choose_by_rules(chosen, logits, rules, context)
 
     asked = active & (rows.num_logprobs >= 0)
     of_token = jnp.take_along_axis(logits, token[:, None], axis=1)
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     logprob = (of_token - normaliser)[:, 0]
     failed = failed | (active & ~jnp.isfinite(logprob))
-    nothing = (
+    found = (
         logprob,
         jnp.zeros_like(token),
         jnp.full((token.shape[0], max_logprobs), -1, jnp.int32),
         jnp.zeros((token.shape[0], max_logprobs), jnp.float32),
     )
     raw = asked & ~rows.processed
-    found = if_any(raw, lambda found: _report(logits, normaliser, token, raw, found), nothing)
+    found = if_any(raw, _report, found, logits, normaliser, token, raw)
 
-    def report_processed(found: tuple[Array, ...]) -> tuple[Array, ...]:
-        logprobs = _processed_logprobs(processed(), rows, active)
-        return _report(logprobs, jnp.zeros_like(normaliser), token, of_processed, found)
+    def report_processed(found: tuple[Array, ...], *raw: Any) -> tuple[Array, ...]:
+        logprobs = _processed_logprobs(processed(*raw), rows, active)
+        return _report(found, logprobs, jnp.zeros_like(normaliser), token, asked & rows.processed)
 
-    of_processed = asked & rows.processed
-    logprob, rank, top_ids, top_logprobs = if_any(of_processed, report_processed, found)
+    logprob, rank, top_ids, top_logprobs = if_any(
+        asked & rows.processed, report_processed, found, logits, rules, context
+    )
     return Sampled(token=token, logprob=logprob, rank=rank, top_ids=top_ids, top_logprobs=top_logprobs, failed=failed)
 
 
 def _report(
+    found: tuple[Array, ...],
     logits: Float32[Array, "R V"],
     normaliser: Float32[Array, "R 1"],
     token: Int32[Array, " R"],
     wanted: Bool[Array, " R"],
-    found: tuple[Array, ...],
 ) -> tuple[Array, ...]:
     """(logprob, rank, top ids, their logprobs) of wanted rows, in place of those of `found`."""
     max_logprobs = found[2].shape[1]
@@ -184,7 +184,7 @@ def token_logprobs(
         jnp.zeros((token.shape[0], max_logprobs), jnp.float32),
     )
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    logprob, rank, ids, values = _report(logits, normaliser, token, asked, nothing)
+    logprob, rank, ids, values = _report(nothing, logits, normaliser, token, asked)
     return logprob, rank, ids, values
 
 
@@ -215,12 +215,12 @@ def _weights(logits: Float32[Array, "R V"], rows: SamplingRows, random: Bool[Arr
     weights = jnp.where(weights >= rows.min_p[:, None], weights, 0)
     ordered = _ordered_bits(scaled)
 
-    def keep_top_k(weights: Float32[Array, "R V"]) -> Float32[Array, "R V"]:
+    def keep_top_k(weights: Float32[Array, "R V"], ordered: UInt32[Array, "R V"]) -> Float32[Array, "R V"]:
         k = jnp.where(random & (rows.top_k > 0), rows.top_k, logits.shape[1])
         threshold = _largest(lambda bits: jnp.sum(ordered >= bits, axis=-1, dtype=jnp.int32) >= k, k.shape)
         return jnp.where(ordered >= threshold[:, None], weights, 0)
 
-    def keep_top_p(weights: Float32[Array, "R V"]) -> Float32[Array, "R V"]:
+    def keep_top_p(weights: Float32[Array, "R V"], ordered: UInt32[Array, "R V"]) -> Float32[Array, "R V"]:
         dropped = (1 - rows.top_p) * jnp.sum(weights, axis=-1)
 
         def below(bits: UInt32[Array, "R 1"]) -> Float32[Array, " R"]:
@@ -232,9 +232,8 @@ def _weights(logits: Float32[Array, "R V"], rows: SamplingRows, random: Bool[Arr
         kept = jnp.where((ordered >= threshold) | ~limited, weights, 0)
         return _drop_ties(kept, (ordered == threshold) & limited, dropped - below(threshold))
 
-    weights = if_any(random & (rows.top_k > 0), keep_top_k, weights)
-    weights = if_any(random & (rows.top_p < 1), keep_top_p, weights)
-    return weights
+    weights = if_any(random & (rows.top_k > 0), keep_top_k, weights, ordered)
+    return if_any(random & (rows.top_p < 1), keep_top_p, weights, ordered)
 
 
 def _processed_logprobs(
@@ -242,9 +241,11 @@ def _processed_logprobs(
 ) -> Float32[Array, "R V"]:
     """Log probabilities that tokens are drawn with; greedy rows: of the logits at temperature 1."""
     random = active & rows.random
-    weights = if_any(
-        random, lambda weights: jnp.where(random[:, None], _weights(logits, rows, random), weights), logits
-    )
+
+    def of_random(weights: Float32[Array, "R V"], logits: Float32[Array, "R V"]) -> Float32[Array, "R V"]:
+        return jnp.where(random[:, None], _weights(logits, rows, random), weights)
+
+    weights = if_any(random, of_random, logits, logits)
     drawn_from = jnp.where(weights > 0, jnp.log(weights) - jnp.log(jnp.sum(weights, axis=-1, keepdims=True)), -jnp.inf)
     return jnp.where(random[:, None], drawn_from, jax.nn.log_softmax(logits, axis=-1))
 
@@ -258,11 +259,11 @@ def _drop_ties(
     fitting = jnp.floor(excess / jnp.where(weight > 0, weight, 1)).astype(jnp.int32)
     num_dropped = jnp.clip(fitting, 0, jnp.maximum(num_tied - 1, 0))
 
-    def drop(weights: Float32[Array, "R V"]) -> Float32[Array, "R V"]:
+    def drop(weights: Float32[Array, "R V"], tied: Bool[Array, "R V"]) -> Float32[Array, "R V"]:
         order = jnp.cumsum(tied.astype(jnp.int32), axis=-1, dtype=jnp.int32)
         return jnp.where(tied & (order <= num_dropped[:, None]), 0, weights)
 
-    return if_any(num_dropped > 0, drop, weights)
+    return if_any(num_dropped > 0, drop, weights, tied)
 
 
 def _ordered_bits(x: Float32[Array, "R V"]) -> UInt32[Array, "R V"]:
