@@ -1,8 +1,11 @@
 """jaxserve: LLM inference as a pure function, with continuous batching inside one jitted JAX program."""
 
+from jaxserve.async_engine import AsyncEngine, EngineClosedError, RequestFailedError, RequestHandle
+from jaxserve.beam_request import BeamParams, BeamSearchOutput, BeamSequence, make_beam_rules, search_beams
+from jaxserve.beam_search import beam_search
 from jaxserve.config import EngineConfig
 from jaxserve.demo import DEMO_MODEL
-from jaxserve.engine import Engine
+from jaxserve.engine import Engine, QueueFullError
 from jaxserve.models import ModelConfig, Transformer
 from jaxserve.request import (
     CompletionOutput,
@@ -11,7 +14,6 @@ from jaxserve.request import (
     RequestOutput,
     SamplingParams,
     TokenLogprob,
-    UnsupportedError,
 )
 from jaxserve.rows import make_submission
 from jaxserve.scheduler import (
@@ -26,18 +28,30 @@ from jaxserve.scheduler import (
     submit,
 )
 from jaxserve.sequence import Update
+from jaxserve.stats import EngineStats, Histogram, Latencies
 from jaxserve.step import GPU_COMPILER_OPTIONS, RunResults, StepOutput, StepOutputs, run, run_steps, step
 
 __all__ = [
     "DEMO_MODEL",
     "GPU_COMPILER_OPTIONS",
+    "AsyncEngine",
+    "BeamParams",
+    "BeamSearchOutput",
+    "BeamSequence",
     "CompletionOutput",
     "Engine",
+    "EngineClosedError",
     "EngineConfig",
     "EngineState",
+    "EngineStats",
     "Handles",
+    "Histogram",
+    "Latencies",
     "ModelConfig",
+    "QueueFullError",
     "Request",
+    "RequestFailedError",
+    "RequestHandle",
     "RequestMetrics",
     "RequestOutput",
     "RunResults",
@@ -48,15 +62,17 @@ __all__ = [
     "Submission",
     "TokenLogprob",
     "Transformer",
-    "UnsupportedError",
     "Update",
     "abort",
+    "beam_search",
     "check_invariants",
     "collect",
     "init_state",
+    "make_beam_rules",
     "make_submission",
     "run",
     "run_steps",
+    "search_beams",
     "step",
     "submit",
 ]

@@ -1,6 +1,6 @@
 """What a user asks for and what he gets: requests, sampling parameters and results as plain host records.
 
-Fields and defaults are those of vLLM. A field that is not built yet is refused by name, never ignored.
+Fields and defaults are those of vLLM.
 """
 
 import dataclasses
@@ -16,10 +16,6 @@ GREEDY_BELOW = 1e-5  # temperatures under this take the most likely token
 MAX_INT32 = 2**31 - 1
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-
-
-class UnsupportedError(ValueError):
-    """A parameter is set that this version does not implement."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +67,6 @@ class SamplingParams:
     None: all.
 
     Raises:
-      UnsupportedError: if n is set: not there yet.
       ValueError: if a value has the wrong type or is out of range, or values contradict each other.
     """
 
@@ -130,8 +125,6 @@ class SamplingParams:
             checked[name] = _check_bool(name, getattr(self, name))
         if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
             checked["truncate_prompt_tokens"] = check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
-        for name in _UNSUPPORTED:
-            checked[name] = self._check_default(name)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         self._check_together()
@@ -148,12 +141,6 @@ class SamplingParams:
             )
         if self.stop_strings and not self.detokenize:
             raise ValueError(f"stop={self.stop!r} needs text: leave detokenize on, or give token ids")
-
-    def _check_default(self, name: str) -> object:
-        value, default = getattr(self, name), getattr(type(self), name)
-        if value != default or isinstance(value, bool) != isinstance(default, bool):
-            raise UnsupportedError(f"{name}={value!r} is not supported yet: leave it at its default, {default!r}")
-        return default
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -187,7 +174,6 @@ class SamplingParams:
         return dataclasses.replace(self, **fields)
 
 
-_UNSUPPORTED = ("n",)
 _SWITCHES = (
     "ignore_eos",
     "detokenize",

@@ -134,7 +134,7 @@ def make_submission(
     num_rows: int | None = None,
     aux: Any = None,
 ) -> Submission:
-    """Rows for `jaxserve.submit`, one per prompt, as host arrays.
+    """Rows for `jaxserve.submit`, as host arrays: per prompt, in their order, one for each of its `n` samples.
 
     Args:
       prompts: token ids.
@@ -146,19 +146,21 @@ def make_submission(
       priorities: one per prompt; None: all 0.
       seed: of the requests without one.
       num_rows: rows of the submission, padding included, so that submissions of all sizes share one program;
-        None: one per prompt.
+        None: one per sample.
       aux: what a `LogitsFn` starts with, as in `init_state`.
 
     Raises:
-      ValueError: as `check_prompt`, naming the prompt by its index; or if there are more prompts than `num_rows`.
+      ValueError: as `check_prompt`, naming the prompt by its index; or if there are more samples than `num_rows`.
     """
     each = one_per_prompt(len(prompts), params, priorities)
     prompts = [check_ids(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
     each = [(wanted, check_int("priority", priority, -MAX_INT32)) for wanted, priority in each]
     check_int("seed", seed, 0, 2**64 - 1)
-    width = len(prompts) if num_rows is None else num_rows
-    if len(prompts) > width:
-        raise ValueError(f"{len(prompts)} prompts do not fit num_rows={width}: submit them in several parts")
+    num_samples = sum(wanted.n for wanted, _ in each)
+    width = num_samples if num_rows is None else num_rows
+    if num_samples > width:
+        raise ValueError(f"{num_samples} samples do not fit num_rows={width}: submit them in several parts")
+    row = 0
     rows = empty_submission(width, model, config, aux)
     for index, (prompt, (wanted, priority)) in enumerate(zip(prompts, each, strict=True)):
         try:
@@ -171,7 +173,18 @@ def make_submission(
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
         own_seed = derived_seed(seed, index) if wanted.seed is None else wanted.seed
-        fill_row(rows, index, prompt, wanted, seed=own_seed, priority=priority, eos_token_ids=eos_token_ids)
+        for sample_index in range(wanted.n):
+            fill_row(
+                rows,
+                row,
+                prompt,
+                wanted,
+                seed=own_seed,
+                priority=priority,
+                eos_token_ids=eos_token_ids,
+                sample_index=sample_index,
+            )
+            row += 1
     return rows
 
 
@@ -258,6 +271,7 @@ def fill_row(
     sampling.min_p[index] = params.min_p
     sampling.key_data[index] = key_data(seed)
     sampling.sample_index[index] = sample_index
+    rows.follows[index] = sample_index > 0
     sampling.num_logprobs[index] = -1 if params.logprobs is None else params.logprobs
     sampling.processed[index] = params.logprobs_mode == "processed"
     if params.prompt_logprobs is not None and sample_index == 0:  # the prompt is the same for all

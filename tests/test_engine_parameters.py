@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxserve import Engine, EngineConfig, Request, SamplingParams
+from jaxserve import Engine, EngineConfig, Request, SamplingParams, make_submission
 from jaxserve.compile_guard import forbid_compilation
 from jaxserve.models import causal_attend, graphdef_of
 from tests import small_model
@@ -188,3 +188,41 @@ def test_a_users_function_runs_with_its_own_memory_per_request():
     assert np.asarray(engine._state.aux["calls"])[: config.num_rows].max() == 20  # one call per token, preempted or not
     with pytest.raises(ValueError, match=r"aux is .*'limit': 'int64\[\]'.* make them alike"):
         engine.add_request(Request("x", prompt_token_ids=(1,), aux={"limit": 5, "calls": np.int32(0)}))
+
+
+def test_samples_of_a_request_are_those_of_their_indices_and_share_the_prompts_pages(engine):
+    params = drawn(n=3, max_tokens=12, logprobs=2, prompt_logprobs=1)
+    tokens = prompt(8, 40)
+    before = engine.stats.peak_pages
+    engine.reset_stats()
+    (result,) = engine.generate([tokens], params)
+    shared = engine.stats.peak_pages
+    assert [output.index for output in result.outputs] == [0, 1, 2]
+    assert len({output.token_ids for output in result.outputs}) == 3
+    assert len(result.prompt_logprobs) == 40 and result.prompt_logprobs[1] is not None
+    (again, *_) = engine.generate([tokens, *(prompt(i, 20) for i in range(4))], [params, *[greedy()] * 4])
+    assert again.outputs == result.outputs
+    (single,) = engine.generate([tokens], dataclasses.replace(params, n=1))
+    assert single.outputs[0] == result.outputs[0]
+    pages = -(-(40 + 12) // engine.config.page_size)
+    assert shared < 3 * pages and before >= 0
+    submission = make_submission([tokens], params, model=MODEL, config=CONFIG)
+    assert submission.follows.tolist() == [False, True, True] and submission.sampling.sample_index.tolist() == [0, 1, 2]
+
+
+def test_each_sample_streams_its_own_text_and_only_the_last_to_end_brings_the_result(engine):
+    requests = [Request("a", prompt="the cat", params=drawn(n=3, max_tokens=9)), Request("b", prompt="the dog")]
+    texts: dict[tuple[str, int], str] = {}
+    outputs = []
+    for update in engine.serve(requests):
+        texts[update.request_id, update.index] = texts.get((update.request_id, update.index), "") + update.text
+        outputs += [update.output] if update.output is not None else []
+    assert sorted(output.request_id for output in outputs) == ["a", "b"]
+    for output in outputs:
+        for completion in output.outputs:
+            assert completion.text == texts[output.request_id, completion.index]
+
+
+def test_more_samples_than_slots_are_refused(engine):
+    with pytest.raises(ValueError, match="n=5 is above max_slots=4"):
+        engine.generate(["x"], SamplingParams(n=5))
