@@ -2,11 +2,13 @@
 
     python -m jaxserve.generate --prompt "def fibonacci(n):" --temperature 0
     python -m jaxserve.generate --prompts_file prompts.jsonl --output results.jsonl
+    python -m jaxserve.generate --model Qwen/Qwen3-0.6B --chat --stream
 
 Results go to stdout, or as JSON lines to --output; a summary goes to stderr. Exit status: 0, 1 after an error (a bad line of a
 prompts file is one, though the others are served), 130 after Ctrl-C (what has finished by then is written).
 """
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,29 +17,113 @@ from typing import Any
 from absl import app, flags
 
 from jaxserve import cli
-from jaxserve.prompts import PromptError, ResultsFile, read_prompts
-from jaxserve.request import Request, RequestOutput, SamplingParams
-from jaxserve.sequence import Update
+from jaxserve.chat import Conversation, converse
+from jaxserve.engine import QueueFullError
+from jaxserve.prompts import ChatRequest, Entry, PromptError, ResultsFile, read_prompts
+from jaxserve.request import Request, SamplingParams
+from jaxserve.results import JsonWriter, Sink, StreamPrinter, TextPrinter
 
 _INTERRUPTED = 130
 _STREAM_STEPS = 1  # steps per call when streaming
+_MAX_TOKENS = 128
+_MAX_TOKENS_CHAT = 1024
+_USAGE = """\
+Text for prompts, with continuous batching.
 
-FLAGS = flags.FLAGS
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; repeatable.")
-_PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "Prompts: lines of text, or *.jsonl (see the README).")
-_OUTPUT = flags.DEFINE_string("output", None, "Write results as JSON lines to this file.")
-_CHAT = flags.DEFINE_boolean("chat", False, "Treat prompts as messages of a user, in the model's chat template.")
-_STREAM = flags.DEFINE_boolean("stream", False, "Print text as it is generated.")
-cli.define_engine_flags()
-cli.define_sampling_flags(max_tokens=128)
+  python -m jaxserve.generate --prompt "def fibonacci(n):" --temperature 0
+  python -m jaxserve.generate --prompts_file prompts.jsonl --output results.jsonl
+  python -m jaxserve.generate --model Qwen/Qwen3-0.6B --chat --stream
+
+A line of a prompts file may set parameters of its own: {"prompt": "Once upon", "temperature": 0.7}.
+--helpfull lists absl's flags too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags, checked."""
+
+    prompts: tuple[str, ...]
+    prompts_file: str | None
+    output: str | None
+    chat: bool
+    system: str | None
+    stream: bool
+    params: SamplingParams
+    engine: cli.EngineOptions
+
+    @property
+    def interactive(self) -> bool:
+        """Whether what to do is to come from the terminal."""
+        return not self.prompts and self.prompts_file is None
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """All flags of the command."""
+    to: dict[str, Any] = {"flag_values": values, "module_name": cli.PROMPTS}
+    flags.DEFINE_multi_string("prompt", [], "Text to continue.", **to)
+    flags.DEFINE_string("prompts_file", None, "Prompts: lines of text, or JSON lines if its name ends in .jsonl.", **to)
+    flags.DEFINE_string("output", None, "Write results as JSON lines to this file.", **to)
+    flags.DEFINE_boolean("stream", False, "Print text as it is generated.", **to)
+    flags.DEFINE_boolean(
+        "chat",
+        False,
+        "Prompts are messages of a user, in the model's chat template. Without a prompt, in a terminal and with --stream: "
+        "a conversation.",
+        **to,
+    )
+    flags.DEFINE_string("system", None, "System message of a chat.", **to)
+    cli.define_engine_flags(values, max_waiting="no bound")
+    cli.define_sampling_flags(values, max_tokens=f"{_MAX_TOKENS}, in a chat {_MAX_TOKENS_CHAT}")
+
+
+def help_text(values: flags.FlagValues) -> str:
+    """What --help prints."""
+    return f"{_USAGE}\n\n{cli.describe_flags(values)}"
+
+
+def parse_options(values: flags.FlagValues, *, in_terminal: bool) -> Options:
+    """Options from flags.
+
+    Args:
+      values: the flags.
+      in_terminal: whether a user can be talked to.
+
+    Raises:
+      ValueError: if a flag is not valid, or has no effect beside the others.
+    """
+    options = Options(
+        prompts=tuple(values.prompt),
+        prompts_file=values.prompts_file,
+        output=values.output,
+        chat=values.chat,
+        system=values.system,
+        stream=values.stream,
+        params=cli.sampling_params(values, max_tokens=_MAX_TOKENS_CHAT if values.chat else _MAX_TOKENS),
+        engine=cli.engine_options(values, max_waiting=None),  # the prompts are held anyway
+    )
+    if options.interactive and not (options.chat and options.stream and in_terminal):
+        raise ValueError(
+            'there is nothing to do: give --prompt "some text" or --prompts_file FILE, or --chat --stream in a terminal'
+        )
+    if options.interactive and (options.params.n > 1 or not options.params.detokenize):
+        raise ValueError("a conversation goes on from the text of one answer: leave out --n and --nodetokenize")
+    if options.stream and options.output is not None:
+        raise ValueError("--stream prints text and --output writes a file: use one of them")
+    if options.system is not None and not options.chat:
+        raise ValueError("--system is the system message of a chat: add --chat")
+    for name in ("logprobs", "prompt_logprobs"):
+        if values[name].value is not None and options.output is None:
+            raise ValueError(f"--{name} is reported in JSON lines only: add --output FILE")
+    return options
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command with the flags that absl has parsed; returns its exit status."""
     try:
         if argv[1:]:
             raise ValueError(f"unexpected argument {argv[1]!r}: prompts are given with --prompt")
-        return _run()
+        options = parse_options(flags.FLAGS, in_terminal=sys.stdin is not None and sys.stdin.isatty())
+        return run(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -53,41 +139,72 @@ def main(argv: Sequence[str]) -> int:
         return _INTERRUPTED
 
 
-def _run() -> int:
+def run(options: Options, make_engine: Callable[[cli.EngineOptions], Any] = cli.make_engine) -> int:
+    """Does what the options ask for; returns the exit status.
+
+    Raises:
+      ValueError: if there is nothing to do, or a file or the model is not there or not valid.
+    """
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    params = cli.sampling_params()
-    if not _PROMPT.value and _PROMPTS_FILE.value is None:
-        raise ValueError('there is nothing to do: give --prompt "some text" or --prompts_file FILE')
-    if _STREAM.value and _OUTPUT.value is not None:
-        raise ValueError("--stream prints text and --output writes a file: use one of them")
-    if not 0 <= FLAGS.seed < 2**64:
-        raise ValueError(f"--seed={FLAGS.seed} must lie in [0, 2^64)")
-    entries = list(_entries(params))
-    if not entries:
-        raise ValueError(f"{_PROMPTS_FILE.value!r} has no prompts: give one per line")
-    ids = [entry.id for entry in entries]
-    if len(set(ids)) < len(ids):
-        repeated = next(name for name in ids if ids.count(name) > 1)
-        raise ValueError(f"id {repeated!r} is that of a --prompt and of a line of the file: change the line's")
-    if _OUTPUT.value is None:
-        return _serve(entries, _StreamPrinter(entries) if _STREAM.value else _TextPrinter(entries))
-    with ResultsFile(_OUTPUT.value) as file:
-        status = _serve(entries, _JsonWriter(file))
+    if options.interactive:
+        return _chat(options, make_engine(options.engine))
+    entries = list(_entries(options))
+    _check_entries(entries, options)
+    if options.output is None:
+        sink = StreamPrinter(entries) if options.stream else TextPrinter(entries)
+        return _serve(entries, sink, options, make_engine)
+    with ResultsFile(options.output) as file:
+        status = _serve(entries, JsonWriter(file), options, make_engine)
         if status == _INTERRUPTED:
             print(f"finished results are in {file.partial_path}", file=sys.stderr)
             raise SystemExit(status)  # leaves the partial file where it is
         return status
 
 
-def _entries(params: SamplingParams) -> Iterator[Request | PromptError]:
-    for index, prompt in enumerate(_PROMPT.value):
-        yield Request(id=f"prompt-{index + 1}", prompt=prompt, params=params)
-    if _PROMPTS_FILE.value is not None:
-        yield from read_prompts(_PROMPTS_FILE.value, params)
+def _chat(options: Options, engine: Any) -> int:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (lets `input` edit lines)
+    conversation = Conversation(engine, options.params, options.system)
+    engine.warm_up()
+    print("Ctrl-C stops an answer, Ctrl-D ends the chat.", file=sys.stderr)
+    converse(
+        conversation,
+        read=input,
+        write=lambda text: print(text, end="", flush=True),
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    print(engine.stats.summary(), file=sys.stderr)
+    return 0
 
 
-def _serve(entries: list[Request | PromptError], sink: "_Sink") -> int:
-    engine = cli.make_engine()
+def _entries(options: Options) -> Iterator[Entry]:
+    for index, prompt in enumerate(options.prompts):
+        yield _as_chat(Request(id=f"prompt-{index + 1}", prompt=prompt, params=options.params), options)
+    if options.prompts_file is not None:
+        for entry in read_prompts(options.prompts_file, options.params):
+            yield _as_chat(entry, options)
+
+
+def _as_chat(entry: Entry, options: Options) -> Entry:
+    """The entry as --chat and --system make it; token ids stay what they are."""
+    if options.chat and isinstance(entry, Request) and entry.prompt is not None:
+        entry = ChatRequest(entry, ({"role": "user", "content": entry.prompt},))
+    if options.system is not None and isinstance(entry, ChatRequest):
+        entry = entry.led_by(options.system)
+    return entry
+
+
+def _check_entries(entries: list[Entry], options: Options) -> None:
+    if not entries:
+        raise ValueError(f"{options.prompts_file!r} has no prompts: give one per line")
+    ids = [entry.id for entry in entries]
+    if len(set(ids)) < len(ids):
+        repeated = next(name for name in ids if ids.count(name) > 1)
+        raise ValueError(f"id {repeated!r} is that of a --prompt and of a line of the file: change the line's")
+
+
+def _serve(entries: list[Entry], sink: Sink, options: Options, make_engine: Callable[..., Any]) -> int:
+    engine = make_engine(options.engine)
     num_bad = 0
     for entry in entries:
         error = entry.message if isinstance(entry, PromptError) else _add(engine, entry)
@@ -98,9 +215,9 @@ def _serve(entries: list[Request | PromptError], sink: "_Sink") -> int:
     try:
         if engine.has_unfinished:
             engine.warm_up()
-        with _Progress(len(entries) - num_bad) as advance:
+        with _Progress(0 if options.stream else len(entries) - num_bad) as advance:
             while engine.has_unfinished:
-                for update in engine.step(_STREAM_STEPS if _STREAM.value else None):
+                for update in engine.step(_STREAM_STEPS if options.stream else None):
                     sink.take(update)
                     if update.output is not None and update.output.error is not None:
                         print(f"error: {update.request_id}: {update.output.error}", file=sys.stderr)
@@ -115,30 +232,24 @@ def _serve(entries: list[Request | PromptError], sink: "_Sink") -> int:
     return status
 
 
-def _add(engine: Any, request: Request) -> str | None:
+def _add(engine: Any, entry: Request | ChatRequest) -> str | None:
     """Hands a request to the engine; returns why it was refused, if it was."""
     try:
-        if _CHAT.value and request.prompt is not None:
-            if engine.tokenizer is None:
-                raise ValueError("--chat needs a model with a tokenizer")
-            text = engine.tokenizer.render_chat([{"role": "user", "content": request.prompt}])
-            token_ids = tuple(engine.tokenizer.encode(text, add_special_tokens=False))
-            request = dataclasses.replace(request, prompt_token_ids=token_ids)
-        engine.add_request(request)
-    except ValueError as error:
+        engine.add_request(entry.render(engine.tokenizer) if isinstance(entry, ChatRequest) else entry)
+    except (ValueError, QueueFullError) as error:
         return str(error)
     return None
 
 
 class _Progress:
-    """A bar that counts finished requests, on a terminal and unless text is streamed."""
+    """A bar that counts finished requests, on a terminal and if there are several."""
 
     def __init__(self, total: int) -> None:
         self._total = total
         self._bar: Any = None
 
     def __enter__(self) -> Callable[[bool], None]:
-        if sys.stderr.isatty() and not _STREAM.value and self._total > 1:
+        if sys.stderr.isatty() and self._total > 1:
             import tqdm
 
             self._bar = tqdm.tqdm(total=self._total, unit="request", file=sys.stderr)
@@ -149,133 +260,10 @@ class _Progress:
             self._bar.close()
 
 
-class _Sink:
-    """Where results go."""
-
-    def refuse(self, request_id: str, error: str) -> None:
-        """Takes a request that is not served."""
-        print(f"error: {request_id}: {error}", file=sys.stderr)
-
-    def take(self, update: Update) -> None:
-        """Takes what is new."""
-
-    def end(self) -> None:
-        """Comes last."""
-
-
-class _JsonWriter(_Sink):
-    """One JSON line per request, as soon as it is finished."""
-
-    def __init__(self, file: ResultsFile) -> None:
-        self._file = file
-
-    def refuse(self, request_id: str, error: str) -> None:
-        super().refuse(request_id, error)
-        self._file.write({"id": request_id, "error": error})
-
-    def take(self, update: Update) -> None:
-        if update.output is not None:
-            self._file.write(_as_json(update.output))
-
-
-class _TextPrinter(_Sink):
-    """Prompt and text of each request, in the order of the requests."""
-
-    def __init__(self, entries: list[Request | PromptError]) -> None:
-        self._order = [entry.id for entry in entries]
-        self._results: dict[str, RequestOutput | None] = {}
-
-    def refuse(self, request_id: str, error: str) -> None:
-        super().refuse(request_id, error)
-        self._results[request_id] = None
-
-    def take(self, update: Update) -> None:
-        if update.output is not None:
-            self._results[update.request_id] = update.output
-        while self._order and self._order[0] in self._results:
-            self._print(self._results.pop(self._order.pop(0)))
-
-    def end(self) -> None:
-        for request_id in self._order:
-            self._print(self._results.get(request_id))
-
-    def _print(self, result: RequestOutput | None) -> None:
-        if result is None:
-            return
-        prompt = "" if result.prompt is None or _CHAT.value else result.prompt
-        text = f"{prompt}{result.outputs[0].text}" or f"token ids: {list(result.outputs[0].token_ids)}"
-        print(f"--- {result.request_id} ({result.outputs[0].finish_reason})\n{text}\n", flush=True)
-
-
-class _StreamPrinter(_Sink):
-    """Text as it comes: of one request as it is, of several line by line, each led by its request's id."""
-
-    def __init__(self, entries: list[Request | PromptError]) -> None:
-        self._alone = len(entries) == 1
-        self._lines: dict[str, str] = {}
-        self._at_line_start = True
-        self._begun: set[str] = set()  # requests that have been heard of
-        prompts = {entry.id: entry.prompt or "" for entry in entries if isinstance(entry, Request)}
-        if not _CHAT.value:
-            self._lines = prompts
-
-    def refuse(self, request_id: str, error: str) -> None:
-        super().refuse(request_id, error)
-        self._lines.pop(request_id, None)
-
-    def take(self, update: Update) -> None:
-        self._begun.add(update.request_id)
-        text = self._lines.pop(update.request_id, "") + update.text
-        if self._alone:
-            self._write(text)
-            return
-        *whole, rest = text.split("\n")
-        if update.output is not None:
-            whole, rest = [*whole, rest], ""
-        for line in whole:
-            self._write(f"{update.request_id}| {line}\n")
-        self._lines[update.request_id] = rest
-
-    def end(self) -> None:
-        for request_id, rest in self._lines.items():
-            if rest and not self._alone and request_id in self._begun:
-                self._write(f"{request_id}| {rest}\n")
-        if not self._at_line_start:
-            self._write("\n")
-
-    def _write(self, text: str) -> None:
-        if text:
-            print(text, end="", flush=True)
-            self._at_line_start = text.endswith("\n")
-
-
-def _as_json(result: RequestOutput) -> dict[str, Any]:
-    completion = result.outputs[0]
-    record: dict[str, Any] = {
-        "id": result.request_id,
-        "prompt": result.prompt,
-        "text": completion.text,
-        "token_ids": list(completion.token_ids),
-        "finish_reason": completion.finish_reason,
-        "stop_reason": completion.stop_reason,
-        "seed": result.seed,
-        "num_preemptions": result.metrics.num_preemptions if result.metrics is not None else 0,
-    }
-    if result.error is not None:
-        record["error"] = result.error
-    if result.prompt is None:
-        record["prompt_token_ids"] = list(result.prompt_token_ids)
-    if completion.logprobs is not None:
-        record["cumulative_logprob"] = completion.cumulative_logprob
-        record["logprobs"] = [
-            {str(token): dataclasses.asdict(place) for token, place in places.items()} for places in completion.logprobs
-        ]
-    return record
-
-
 def entry_point() -> None:
-    """Runs `main` under absl."""
-    app.run(main)
+    """Defines the flags and runs `main` under absl."""
+    define_flags(flags.FLAGS)
+    app.run(main, flags_parser=lambda argv: cli.parse_flags(argv, flags.FLAGS, lambda: help_text(flags.FLAGS)))
 
 
 if __name__ == "__main__":

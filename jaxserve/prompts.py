@@ -3,11 +3,12 @@
 A prompts file whose name ends in .jsonl or .ndjson holds JSON lines, any other holds text:
 
     text         the line is the prompt, as it is
-    JSON lines   {"prompt": "Once upon"}                                       blank lines are left out in
-    both
+    JSON lines   {"prompt": "Once upon"}
                  {"prompt_token_ids": [1, 9906], "id": "a", "priority": -1, "temperature": 0, "seed": 7}
+                 {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 99}
 
-Fields beside these four are sampling parameters of that line; the rest come from the command line's flags.
+Blank lines are left out in both. Fields beside these five are sampling parameters of that line; the rest come from the
+command line's flags.
 """
 
 import contextlib
@@ -21,10 +22,43 @@ from types import TracebackType
 from typing import IO, Any, Literal, Self
 
 from jaxserve.request import Request, SamplingParams, unknown_name
+from jaxserve.tokenizer import Tokenizer
 
 Format = Literal["text", "jsonl"]
+Message = Mapping[str, str]  # role and content
 
+_PROMPTS = ("prompt", "prompt_token_ids", "messages")
 _REQUEST_FIELDS = ("id", "prompt", "prompt_token_ids", "priority")
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatRequest:
+    """A conversation whose next message is asked for; a request once the model's template has rendered it."""
+
+    request: Request  # its prompt is the last message's content, which names it in results
+    messages: tuple[Message, ...]
+
+    @property
+    def id(self) -> str:
+        """That of the request."""
+        return self.request.id
+
+    def render(self, tokenizer: Tokenizer | None) -> Request:
+        """The request, with the tokens of the whole conversation.
+
+        Raises:
+          ValueError: if there is no tokenizer or no chat template, or the template refuses the messages.
+        """
+        if tokenizer is None:
+            raise ValueError("a chat needs a model with a tokenizer: give prompt_token_ids instead")
+        token_ids = tokenizer.encode(tokenizer.render_chat(self.messages), add_special_tokens=False)
+        return dataclasses.replace(self.request, prompt_token_ids=tuple(token_ids))
+
+    def led_by(self, system: str) -> Self:
+        """The conversation with this system message, unless it has one."""
+        if self.messages[0]["role"] == "system":
+            return self
+        return dataclasses.replace(self, messages=({"role": "system", "content": system}, *self.messages))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +69,12 @@ class PromptError:
     message: str  # starts with "file:line: "
 
 
+Entry = Request | ChatRequest | PromptError
+
+
 def read_prompts(
     path: str | pathlib.Path, defaults: SamplingParams, file_format: Format | None = None
-) -> Iterator[Request | PromptError]:
+) -> Iterator[Entry]:
     """The requests of a file, line by line.
 
     Args:
@@ -57,9 +94,7 @@ def read_prompts(
     return _closing(file, parse_prompts(file, str(path), defaults, file_format))
 
 
-def parse_prompts(
-    lines: Iterable[bytes], name: str, defaults: SamplingParams, file_format: Format
-) -> Iterator[Request | PromptError]:
+def parse_prompts(lines: Iterable[bytes], name: str, defaults: SamplingParams, file_format: Format) -> Iterator[Entry]:
     """The requests of UTF-8 lines; `name` stands for the file in errors, `line-N` for an id that is not set."""
     parse = _parse_json if file_format == "jsonl" else _parse_text
     line_of_id: dict[str, int] = {}
@@ -135,7 +170,7 @@ class ResultsFile:
 
 def _parse_text(text: str, default_id: str, defaults: SamplingParams) -> Request:
     fields = _json_object(text)
-    if "prompt" in fields or "prompt_token_ids" in fields:
+    if any(name in fields for name in _PROMPTS):
         raise ValueError("this is a JSON line in a text file: name the file *.jsonl")
     return Request(default_id, prompt=text, params=defaults)
 
@@ -153,7 +188,7 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _parse_json(text: str, default_id: str, defaults: SamplingParams) -> Request:
+def _parse_json(text: str, default_id: str, defaults: SamplingParams) -> Request | ChatRequest:
     try:
         fields = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
@@ -162,14 +197,30 @@ def _parse_json(text: str, default_id: str, defaults: SamplingParams) -> Request
         raise ValueError("not valid JSON: nested too deeply") from None
     if not isinstance(fields, dict):
         raise ValueError('not a JSON object: a line must be like {"prompt": "..."}')
-    if ("prompt" in fields) == ("prompt_token_ids" in fields):
-        raise ValueError("give either prompt or prompt_token_ids")
-    known = {*_REQUEST_FIELDS, *SamplingParams.__dataclass_fields__}
+    if sum(name in fields for name in _PROMPTS) != 1:
+        raise ValueError("give either prompt or prompt_token_ids or messages")
+    known = {*_REQUEST_FIELDS, "messages", *SamplingParams.__dataclass_fields__}
     for name in fields:
         if name not in known:
             raise ValueError(unknown_name("field", name, known))
+    messages = _check_messages(fields.pop("messages")) if "messages" in fields else ()
     own = {name: fields.pop(name) for name in _REQUEST_FIELDS if name in fields}
-    return Request(**{"id": default_id, **own}, params=defaults.override(fields))
+    if messages:
+        own["prompt"] = messages[-1]["content"]
+    request = Request(**{"id": default_id, **own}, params=defaults.override(fields))
+    return ChatRequest(request, messages) if messages else request
+
+
+def _check_messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"messages={value!r} must be a list of at least one message")
+    for index, message in enumerate(value):
+        texts = isinstance(message, dict) and all(
+            isinstance(text, str) and _is_unicode(text) for text in message.values()
+        )
+        if not texts or message.keys() != {"role", "content"}:
+            raise ValueError(f'messages[{index}]={message!r} must be like {{"role": "user", "content": "..."}}')
+    return tuple(value)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -184,6 +235,6 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not valid JSON: use a finite number")
 
 
-def _closing(file: IO[bytes], requests: Iterator[Request | PromptError]) -> Iterator[Request | PromptError]:
+def _closing(file: IO[bytes], requests: Iterator[Entry]) -> Iterator[Entry]:
     with file:
         yield from requests

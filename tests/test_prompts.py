@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from jaxserve.prompts import PromptError, ResultsFile, read_prompts
+from jaxserve.prompts import ChatRequest, PromptError, ResultsFile, read_prompts
 from jaxserve.request import Request, SamplingParams
 
 BASE = SamplingParams(temperature=0.5, max_tokens=9)
@@ -36,6 +36,56 @@ def test_json_line_may_give_tokens(tmp_path):
     assert request == Request("line-1", prompt_token_ids=(1, 2), params=BASE)
 
 
+def test_json_line_may_set_every_sampling_parameter(tmp_path):
+    fields = {
+        "temperature": 0.7,
+        "top_k": 3,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "seed": 5,
+        "n": 2,
+        "max_tokens": 7,
+        "min_tokens": 2,
+        "stop_token_ids": [1, 2],
+        "ignore_eos": True,
+        "logprobs": 1,
+        "logprobs_mode": "processed",
+        "prompt_logprobs": 0,
+        "detokenize": True,
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
+        "presence_penalty": 1,
+        "frequency_penalty": -1,
+        "repetition_penalty": 2,
+        "logit_bias": {"5": -3, "7": 1.5},
+        "allowed_token_ids": [5, 6],
+        "bad_words": ["no", [1, 2]],
+        "stop": ["END", [3, 4]],
+        "include_stop_str_in_output": True,
+        "truncate_prompt_tokens": -1,
+    }
+    assert fields.keys() == SamplingParams.__dataclass_fields__.keys()
+    (request,) = _read(tmp_path, json.dumps({"prompt": "hi", **fields}))
+    assert request == Request("line-1", "hi", params=SamplingParams.from_dict(fields))
+    assert request.params.stop == ("END", (3, 4)) and request.params.logit_bias == ((5, -3.0), (7, 1.5))
+
+
+def test_json_line_may_be_a_conversation(tmp_path):
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "so"},
+    ]
+    (chat,) = _read(tmp_path, json.dumps({"messages": messages, "id": "c", "priority": 2, "top_k": 4}))
+    params = SamplingParams(temperature=0.5, max_tokens=9, top_k=4)
+    assert chat == ChatRequest(Request("c", "so", params=params, priority=2), tuple(messages))
+    led = chat.led_by("be brief")
+    assert led.messages == ({"role": "system", "content": "be brief"}, *messages)
+    assert led.led_by("be long") == led
+    with pytest.raises(ValueError, match="needs a model with a tokenizer"):
+        chat.render(None)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -44,6 +94,14 @@ def test_json_line_may_give_tokens(tmp_path):
         ('"hello"', "not a JSON object"),
         ("{}", "either prompt or prompt_token_ids"),
         ('{"prompt": "x", "prompt_token_ids": [1]}', "either prompt or prompt_token_ids"),
+        ('{"prompt": "x", "messages": []}', "either prompt or prompt_token_ids or messages"),
+        ('{"messages": []}', "messages=[] must be a list of at least one message"),
+        ('{"messages": {"role": "user", "content": "x"}}', "must be a list"),
+        ('{"messages": ["x"]}', "messages[0]='x' must be like"),
+        ('{"messages": [{"role": "user"}]}', "messages[0]="),
+        ('{"messages": [{"role": "user", "content": null}]}', "messages[0]="),
+        ('{"messages": [{"role": "user", "content": "x", "name": "y"}]}', "messages[0]="),
+        (r'{"messages": [{"role": "user", "content": "\ud800"}]}', "messages[0]="),
         ('{"prompt": null}', "no prompt"),
         ('{"prompt": 3}', "prompt=3 must be a string"),
         (r'{"prompt": "\ud800"}', "surrogate"),
@@ -51,7 +109,7 @@ def test_json_line_may_give_tokens(tmp_path):
         ('{"prompt": "x", "temperature": 3}', "temperature=3 must be"),
         ('{"prompt": "x", "temperature": NaN}', "NaN is not valid JSON"),
         ('{"prompt": "x", "temperature": 1e999}', "temperature=inf"),
-        ('{"prompt": "x", "n": 2}', "n=2 is not supported yet"),
+        ('{"prompt": "x", "n": 0}', "n=0 must be an integer from 1"),
         ('{"prompt": "x", "prompt": "y"}', "'prompt' stands there twice"),
         ('{"prompt": "x", "id": 3}', "id=3"),
         ('{"prompt": "x", "params": {}}', "unknown field 'params'"),
@@ -87,6 +145,8 @@ def test_ids_must_differ(tmp_path):
 
 def test_json_lines_in_a_text_file_are_not_taken_for_prompts(tmp_path):
     error, request = _read(tmp_path, '{"prompt": "x"}\n{"x": 1}', "prompts.txt")
+    assert "name the file *.jsonl" in error.message
+    (error,) = _read(tmp_path, '{"messages": []}', "prompts.txt")
     assert "name the file *.jsonl" in error.message
     assert request.prompt == '{"x": 1}'
 
