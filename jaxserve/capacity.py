@@ -15,6 +15,7 @@ from pallas_kernels.backend import check_runs_here
 _log = logging.getLogger(__name__)
 
 _SHARE_OF_FREE_MEMORY = 0.9
+_TPU_LANES = 128
 _POOL_BYTES_UNREPORTED = 1 << 30  # pool where the platform does not report free memory, as on CPU
 
 
@@ -35,6 +36,7 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
                 f"was made for: use at most {model.max_position}"
             )
         config = dataclasses.replace(config, max_model_len=model.max_position)
+    config = dataclasses.replace(config, attention_backend=_attention_backend(config, model))
     embedding: Any = params["embedding"]
     weight: jax.Array = embedding[...]
     kv_dtype = config.kv_dtype or str(weight.dtype)
@@ -43,9 +45,7 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
     if num_pages is None:
         useful = config.max_slots * config.pages_per_slot
         num_pages = max(min(_pool_bytes(weight) // page_bytes, useful), config.pages_per_slot)
-    resolved = dataclasses.replace(
-        config, num_pages=num_pages, kv_dtype=kv_dtype, attention_backend=config.backend, tile_rows=config.rows_per_tile
-    )
+    resolved = dataclasses.replace(config, num_pages=num_pages, kv_dtype=kv_dtype, tile_rows=config.rows_per_tile)
     check_runs_here(config.backend, interpret=config.interpret_kernels)
     _log.info(
         "KV pool: %d pages of %d tokens in %s hold %d tokens, %.1f MB; %d slots, %d queue rows, sequences of at most "
@@ -65,6 +65,16 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
         ", interpreted" if config.interpret_kernels else "",
     )
     return resolved
+
+
+def _attention_backend(config: EngineConfig, model: ModelConfig) -> str:
+    """The backend asked for, or the platform's; on TPUs only for heads of whole lanes.
+
+    XLA:TPU gives pools of narrower heads another layout than kernels read, and copies a whole pool for every call.
+    """
+    if config.attention_backend is None and config.backend == "tpu" and model.head_dim % _TPU_LANES:
+        return "reference"
+    return config.backend
 
 
 def _pool_bytes(weight: jax.Array) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxserve import Engine, EngineConfig, SamplingParams
+from jaxserve.capacity import resolve_capacities
 from jaxserve.step import GPU_COMPILER_OPTIONS, programs
 from pallas_kernels.backend import check_runs_here, resolve_backend
 from tests import small_model
@@ -88,6 +89,13 @@ def test_the_default_on_cpu_is_the_plain_backend(caplog):
         engine = Engine(small_model.make_params(), small_model.MODEL, CONFIG)
     assert engine.config.attention_backend == "reference"
     assert "attention: reference" in caplog.text
+
+
+@pytest.mark.parametrize(("head_dim", "backend"), [(128, "tpu"), (256, "tpu"), (64, "reference"), (8, "reference")])
+def test_on_tpus_narrow_heads_are_left_to_the_plain_backend(monkeypatch, head_dim, backend):
+    monkeypatch.setattr("pallas_kernels.backend._platform", lambda: "tpu")
+    model = dataclasses.replace(small_model.MODEL, head_dim=head_dim)
+    assert resolve_capacities(CONFIG, model, small_model.make_params()).attention_backend == backend
 
 
 def test_an_unknown_backend_is_refused_by_name():
