@@ -157,13 +157,13 @@ class AsyncEngine:
         """Starts the thread. Programs are compiled with the first request, unless `engine.warm_up` was called.
 
         Args:
-          engine: with nothing left to do.
+          engine: without requests.
           steps_per_call: as `max_steps` of `Engine.step`. Fewer give updates sooner, and cost more calls per token.
 
         Raises:
           ValueError: if the engine has requests, or runs in another AsyncEngine, or `steps_per_call` is out of range.
         """
-        if engine.has_work or engine._driver is not None:
+        if engine.has_unfinished or engine._undelivered or engine._driver is not None:
             raise ValueError(
                 "the engine is at work: finish or abort its requests, or close the AsyncEngine that runs it"
             )
