@@ -56,12 +56,19 @@ def rows(number: int, **values: Any) -> SamplingRows:
     return plain.replace(**changes)
 
 
-def draw(logits: Any, wanted: SamplingRows, position: Any = 0) -> Sampled:
-    """`sample` with all rows active; a single row of logits, or position, serves all rows."""
+def draw(logits: Any, wanted: SamplingRows, position: Any = 0, active: Any = True) -> Sampled:
+    """`sample`; a single row of logits, or position, serves all rows.
+
+    Few rows are filled up with inactive ones, so that they share a program.
+    """
     number = wanted.temperature.shape[0]
     logits = np.broadcast_to(np.asarray(logits, np.float32), (number, np.shape(logits)[-1]))
     position = np.broadcast_to(np.asarray(position, np.int32), (number,))
-    return jax.device_get(SAMPLE(logits, wanted, position, np.ones(number, bool)))
+    padded = np.minimum(np.arange(max(number, 512)), number - 1)
+    active = np.broadcast_to(active, (number,))[padded] & (np.arange(len(padded)) < number)
+    logits, wanted, position = jax.tree.map(lambda leaf: leaf[padded], (logits, wanted, position))
+    drawn = jax.device_get(SAMPLE(logits, wanted, position, active))
+    return jax.tree.map(lambda leaf: leaf[:number], drawn)
 
 
 def random_limits(rng: np.random.Generator, number: int, vocab_size: int) -> SamplingRows:
@@ -341,10 +348,10 @@ def assert_rows_equal(drawn: Sampled, expected: Sampled, which: np.ndarray) -> N
 
 def test_inactive_rows_do_not_disturb_active_ones():
     logits, wanted, _ = random_rows(8, 64, 50)
-    position, active = np.zeros(64, np.int32), np.arange(64) % 2 == 0
+    active = np.arange(64) % 2 == 0
     expected = draw(logits, wanted)
     broken = np.where(active[:, None], logits, np.nan).astype(np.float32)
-    drawn = jax.device_get(SAMPLE(broken, wanted, position, active))
+    drawn = draw(broken, wanted, active=active)
     assert_rows_equal(drawn, expected, np.flatnonzero(active))
 
 
