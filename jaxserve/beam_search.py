@@ -103,10 +103,10 @@ def beam_search(
       ValueError: while tracing, if the beams or the pages that they may need exceed these capacities, or the vocabulary is
         too small for `width` candidates beside the end of sequence.
     """
+    state = start(params, prompts, prompt_length, rules, model=model, config=config, width=width)
     num_return = width if num_return is None else num_return
     if not 1 <= num_return <= width:
         raise ValueError(f"num_return={num_return} must lie between 1 and width={width}: raise width or ask for fewer")
-    state = start(params, prompts, prompt_length, rules, model=model, config=config, width=width)
     step = functools.partial(advance, params, rules=rules, model=model, config=config)
     state = lax.while_loop(lambda state: ~jnp.all(state.done), step, state)
     return jax.tree.map(lambda leaf: leaf[:, :num_return], state.hypotheses)
