@@ -173,7 +173,7 @@ class IncrementalDecoder:
         """
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
         raw = {} if skip_special_tokens or spaces_between_special_tokens else tokenizer.added_tokens
-        kinds = _decoder_kinds(tokenizer.backend)
+        kinds = [part["type"] for part in decoder_parts(tokenizer.backend)]
         if kinds == ["ByteLevel"]:
             self._stream: _Stream = _ByteStream(tokenizer.backend)
         else:
@@ -198,7 +198,7 @@ class IncrementalDecoder:
                 break
             if token_id not in self._skipped:
                 tail.append(token_id)
-                num_whole += not _is_byte(tokenizer.backend.id_to_token(token_id))
+                num_whole += not is_byte_token(tokenizer.backend.id_to_token(token_id))
         return tail[::-1]
 
 
@@ -237,7 +237,7 @@ class _ByteStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        return self._utf8.decode(_token_bytes(self._backend.id_to_token(token_id) or ""))
+        return self._utf8.decode(byte_level_bytes(self._backend.id_to_token(token_id) or ""))
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -264,7 +264,7 @@ class _WindowStream:
         if after_raw and self._after_raw:
             self._settle(self._may_split_characters)
             return self._raw[token_id]
-        if self._has_byte_tokens and _is_byte(token):
+        if self._has_byte_tokens and is_byte_token(token):
             return ""
         return self._settle(self._may_split_characters)
 
@@ -282,19 +282,20 @@ class _WindowStream:
         return new
 
 
-def _decoder_kinds(backend: "tokenizers.Tokenizer") -> list[str]:
-    """Names of the decoders that run one after the other."""
+def decoder_parts(backend: "tokenizers.Tokenizer") -> list[dict[str, Any]]:
+    """Descriptions, as in tokenizer.json, of the decoders that run one after the other."""
     if backend.decoder is None:
         return []
     described = json.loads(backend.decoder.__getstate__())
-    return [part["type"] for part in described.get("decoders", [described])]
+    return described.get("decoders", [described])
 
 
-def _is_byte(token: str | None) -> bool:
+def is_byte_token(token: str | None) -> bool:
+    """Whether a token is a fallback for one byte, such as <0xE4>."""
     return token is not None and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token) is not None
 
 
-def _token_bytes(token: str) -> bytes:
+def byte_level_bytes(token: str) -> bytes:
     """The bytes that a byte-level token stands for; one with other characters (an added one) is its own UTF-8."""
     try:
         return bytes([_BYTE_OF[character] for character in token])
