@@ -121,6 +121,7 @@ def converse(
         write("\n")
         if remark := _remark(conversation):
             say(remark)
+        write("\n")
 
 
 def _remark(conversation: Conversation) -> str | None:

@@ -85,7 +85,7 @@ def test_each_turn_sends_the_whole_conversation_through_the_template(engine: Eng
     first = answer_to(engine, "<system>be kind\n<user>hi\n<assistant>")
     second = answer_to(engine, f"<system>be kind\n<user>hi\n<assistant>{first}\n<user>why\n<assistant>")
     cut = "(cut off after 6 tokens: --max_tokens allows no more)"
-    assert screen == f"> hi\n{first}\n{cut}\n>   \n> why\n{second}\n{cut}\n> \n"
+    assert screen == f"> hi\n{first}\n{cut}\n\n>   \n> why\n{second}\n{cut}\n\n> \n"
     assert [message["content"] for message in conversation.messages] == ["be kind", "hi", first, "why", second]
 
 
