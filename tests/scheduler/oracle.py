@@ -130,6 +130,12 @@ class Oracle:
                 request = requests[place]
                 assert first is not None and request is not None
                 handles[place] = self._take(request, row, group, is_valid=self._is_valid(request, first))
+                stands_first = place == places[0] > 0 and request.follows
+                self.events["follows padding"] += stands_first and self._is_valid(request, first)
+                is_other = request.prompt != first.prompt and self._is_valid(request, request)
+                self.events["another prompt of the same length"] += (
+                    is_other and request.prompt_length == first.prompt_length
+                )
         return handles
 
     def _take(self, request: Request, row: int, group: int, *, is_valid: bool) -> tuple[int, int]:
@@ -233,6 +239,9 @@ class Oracle:
                 break
             sequence = queue.popleft()
             self.waiting.remove(sequence)
+            self.events["computes its prompt to report on it"] += sequence.request.prompt_logprobs and any(
+                other is not None and other.group == sequence.group and other.num_computed > 1 for other in self.slots
+            )
             shared = self._shared_pages(sequence)
             self._start_from(sequence, self._lender(sequence))
             own = len(self._pages_of(sequence)) - len(shared)

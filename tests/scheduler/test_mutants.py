@@ -12,11 +12,11 @@ import pytest
 import traces
 
 from jaxserve.cache import page_table
-from jaxserve.scheduler import InvariantError, policy, submission, transitions
+from jaxserve.scheduler import InvariantError, forks, policy, submission, transitions
 
-MODULES = (page_table, policy, submission, transitions)
+MODULES = (page_table, forks, policy, submission, transitions)
 MAX_STEPS = 512  # within which a bug must be found
-SEED = 352  # by step 120 of its trace, everything that the bugs concern has happened
+SEED = 22934  # by step 250 of its trace, everything that the bugs concern has happened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +48,16 @@ MUTANTS: dict[str, Edit | tuple[Edit, ...]] = {
         "state.queue.num_tokens[row] // config.page_size + 1",
     ),
     "the page boundary is seen one token late": Edit(
-        "secure_pages", "state.slots.num_computed //", "(state.slots.num_computed - 1) //"
+        "_page_to_write", "state.slots.num_computed //", "(state.slots.num_computed - 1) //"
     ),
     # Who goes first.
     "the shortest overtakes": Edit("next_waiting", "(first, queue.arrival", "(first, queue.num_tokens"),
     "priorities do not count": Edit("next_waiting", "first = waiting & (queue.priority == lowest)", "first = waiting"),
     "no page is kept for decoding slots": Edit("may_admit", "num_needed + num_decoding", "num_needed"),
     "the next sequence gets a busy slot": Edit("admit", "jnp.argmin(state.active)", "jnp.argmax(state.active)"),
-    "a resumed sequence counts as computed": Edit("admit", ".at[slot].set(0)", ""),
+    "a sequence starts with what its slot's last one had": Edit(
+        "admit", "num_computed.at[slot].set(start.num_computed)", "num_computed"
+    ),
     # Who has to go.
     "the victim is the oldest": Edit(
         "victim",
@@ -70,6 +72,34 @@ MUTANTS: dict[str, Edit | tuple[Edit, ...]] = {
         "queue = state.queue.replace(",
         "queue = state.queue.replace(arrival=state.queue.arrival.at[row].set(state.next_arrival),",
     ),
+    # What the samples of one request share.
+    "the page of the prompt's last token is shared": Edit(
+        "start_of", "num_shared = num_computed // page_size", "num_shared = (num_computed + 1) // page_size"
+    ),
+    "the partial page is shared": Edit(
+        "start_of", "num_shared = num_computed // page_size", "num_shared = -(-num_computed // page_size)"
+    ),
+    "the partial page is not copied": Edit("start_of", "num_computed % page_size > 0", "num_computed < 0"),
+    "the copy goes to the next page": Edit(
+        "plan", "_page_to_write(state, config)", "_page_to_write(state, config) + 1"
+    ),
+    "a page is lent before it is filled": Edit("start_of", "has_prompt & (copied_page == num_pages)", "has_prompt"),
+    "the prompt is lent before it is computed": Edit(
+        "start_of", "slots.num_computed >= last", "slots.num_computed >= last - 1"
+    ),
+    "a fork does not compute the prompt's last token": Edit(
+        "start_of", "jnp.any(lends), last, 0", "jnp.any(lends), last + 1, 0"
+    ),
+    "other requests share too": Edit("start_of", "(queue.group[slots.row_id] == queue.group[row]) & ", ""),
+    "sharing does not count as a reference": Edit(
+        "share", 'table.reference_count.at[shared].add(1, mode="drop")', "table.reference_count"
+    ),
+    "new pages take the place of shared ones": Edit("allocate", " - num_held", ""),
+    "shared pages count as new": Edit("admit", " - start.num_shared", ""),
+    "nobody waits for the prompt": Edit("start_of", "jnp.any(in_group & stays)", "False"),
+    "a wait for one that leaves": Edit("start_of", "jnp.any(in_group & stays)", "jnp.any(in_group)"),
+    "a wait although the prompt is there": Edit("start_of", " & ~jnp.any(has_prompt)", ""),
+    "who reports on its prompt does not compute it": Edit("start_of", " & (queue.num_prompt_logprobs[row] < 0)", ""),
     # What a step computes.
     "chunks go by slot": Edit(
         "service_order",
@@ -112,6 +142,12 @@ MUTANTS: dict[str, Edit | tuple[Edit, ...]] = {
     ),
     "a sequence is collected while it runs": Edit(
         "collect", "queue.status >= Status.STOP", "queue.status >= Status.RUNNING"
+    ),
+    "a request is taken in part": Edit("submit", "free[order[last]]", "free[order]"),
+    "each sample is alone": Edit("submit", "state.next_arrival + order[first]", "state.next_arrival + order"),
+    "a row belongs to the one before padding": Edit("_ends_of_groups", " & jnp.roll(submission.valid, 1)", ""),
+    "samples of one request may have different prompts": Edit(
+        "_acceptable", "(submission.tokens == submission.tokens[first]) | ~in_prompt", "in_prompt | True"
     ),
     "max_tokens is not clipped": Edit(
         "submit",

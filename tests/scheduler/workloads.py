@@ -55,7 +55,7 @@ def draw_workload(rng: random.Random, max_model_len: int) -> Workload:
         invalid_rate=rng.choice((0.0, 0.1)),
         stop_rate=rng.choice((0.0, 0.5, 1.0)),
         group_sizes=rng.choice(((1,), (1, 1, 2), (2,), (1, 2, 3, 4), (4,))),
-        odd_rate=rng.choice((0.0, 0.1)),
+        odd_rate=rng.choice((0.0, 0.2)),
         priorities=rng.choice(((0,), (0,), (-1, 0, 1), (0, 0, 0, 5), (-(2**31), 0, 2**31 - 1))),
         prompt_lengths=rng.choice(lengths),
         max_tokens=rng.choice(((1,), (1, 2, 3), tuple(range(1, longest + 1)), (longest, 2**31 - 1))),
@@ -98,6 +98,7 @@ def draw_samples(rng: random.Random, workload: Workload, max_model_len: int) -> 
                 {"prompt_logprobs": True},
                 {"follows": True},
                 {"prompt": other.prompt, "prompt_length": other.prompt_length},
+                {"prompt": first.prompt[1:] + first.prompt[:1]},
             ]
             samples[index] = dataclasses.replace(samples[index], **rng.choice(odd))
     return samples
