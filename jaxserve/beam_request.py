@@ -33,7 +33,7 @@ class BeamParams:
       early_stopping: True: `width` finished hypotheses end the search. False: so does the worst of them being no worse
         than the best running beam as it is. "never": as False, but as the beam may become: of length `max_tokens` if
         length_penalty > 0.
-      num_return: best hypotheses returned per prompt (`num_return_sequences`); None: one.
+      num_return: best hypotheses returned per prompt (`num_return_sequences`), at most `width`.
       eos_token_ids: what ends a hypothesis; None: the model's own; (): nothing.
       skip_special_tokens: whether texts are without them.
 
@@ -45,15 +45,14 @@ class BeamParams:
     max_tokens: int = 16
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
-    num_return: int | None = None
+    num_return: int = 1
     eos_token_ids: tuple[int, ...] | None = None
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         check_int("width", self.width, 1)
         check_int("max_tokens", self.max_tokens, 1)
-        if self.num_return is not None:
-            check_int("num_return", self.num_return, 1, self.width)
+        check_int("num_return", self.num_return, 1, self.width)
         if self.eos_token_ids is not None:
             object.__setattr__(self, "eos_token_ids", check_ids("eos_token_ids", self.eos_token_ids))
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
@@ -144,7 +143,7 @@ def search_beams(
         found = jax.device_get(search(params, rows, lengths, rules))
         for row, prompt in enumerate(some):
             text = texts[first + row]
-            hypotheses = jax.tree.map(lambda leaf, row=row: leaf[row, : beams.num_return or 1], found)
+            hypotheses = jax.tree.map(lambda leaf, row=row: leaf[row, : beams.num_return], found)
             sequences = _sequences(hypotheses, prompt, eos, tokenizer, beams.skip_special_tokens)
             error = None if sequences else _ERROR
             outputs.append(BeamSearchOutput(text if isinstance(text, str) else None, prompt, sequences, error))
@@ -171,10 +170,15 @@ def make_beam_rules(
       config: likewise, and `max_stop_token_ids` is the number of columns for end-of-sequence ids.
 
     Raises:
-      ValueError: if there are more end-of-sequence ids than columns, or `max_new` is too small.
+      ValueError: if end-of-sequence ids of `beams` are outside the vocabulary or more than columns, or `max_new` is too small.
     """
     max_new = beams.max_tokens if max_new is None else max_new
     eos = tuple(dict.fromkeys(eos_token_ids if beams.eos_token_ids is None else beams.eos_token_ids))
+    outside = [token for token in beams.eos_token_ids or () if token >= model.vocab_size]
+    if outside:
+        raise ValueError(
+            f"eos_token_ids has {outside[0]}, but the model's token ids go from 0 to {model.vocab_size - 1}"
+        )
     num_unused = config.max_stop_token_ids - len(eos)
     if num_unused < 0:
         raise ValueError(

@@ -328,7 +328,7 @@ def test_texts_come_back_with_scores_in_the_order_of_the_prompts(tokenizer):
     with forbid_compilation():  # in other groups, with other parameters
         again = small_search(
             [list(result.prompt_token_ids) for result in results[::-1]],
-            dataclasses.replace(TWO, max_tokens=7, early_stopping=True, num_return=None),
+            dataclasses.replace(TWO, max_tokens=7, early_stopping=True, num_return=1),
         )
         same = small_search(TEXTS, TWO, tokenizer=tokenizer, eos_token_ids=(small_model.EOS,))
     assert same == results
@@ -384,6 +384,7 @@ def test_no_prompts_give_no_results():
         ([[1] * 96], {}, "prompt 0: the prompt has 96 tokens"),
         ([[1]], {"width": 7}, "7 beams, above max_slots=6"),
         ([[1]], {"width": 6, "max_tokens": 80}, "may need 60 pages of 8 tokens, above num_pages=40"),
+        ([[1]], {"eos_token_ids": (300,)}, "eos_token_ids has 300, but the model's token ids go from 0 to 299"),
         ([[1]], {"eos_token_ids": tuple(range(9))}, "9 .*above max_stop_token_ids=8|prompt 0: .*9 stop tokens"),
     ],
 )
