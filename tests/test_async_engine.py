@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxserve import Engine, EngineConfig, Request, RequestOutput, SamplingParams, Update
-from jaxserve.async_engine import AsyncEngine, EngineClosedError, RequestFailedError
+from jaxserve.async_engine import AsyncEngine, EngineClosedError, RequestFailedError, RequestHandle
 from jaxserve.compile_guard import forbid_compilation
 from jaxserve.engine import QueueFullError
 from jaxserve.scheduler import Status
@@ -358,6 +358,7 @@ def test_an_id_in_use_is_refused_and_free_again_afterwards(engine: Engine) -> No
         assert first.result(PATIENCE).outputs[0].finish_reason == "length"
         again = asynchronous.submit([1, 2], LONG, id="same")
         first.abort()  # has finished: the other request of this id is not touched
+        asynchronous._abort(first)  # as if it had been asked for just before it finished
         assert again.result(PATIENCE).outputs[0].finish_reason == "length"
 
 
@@ -367,8 +368,7 @@ class Gate:
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch):
         self.open = threading.Event()
         self.num_steps = 0
-        self.ends: collections.Counter[str] = collections.Counter()
-        self.passed = 0  # steps let through while closed
+        self.ends: dict[str, list[str]] = {}  # reasons
         self._permits = threading.Semaphore(0)
         self._step = engine.step
         monkeypatch.setattr(engine, "step", self._gated)
@@ -382,7 +382,10 @@ class Gate:
             pass
         updates = self._step(max_steps)
         self.num_steps += 1
-        self.ends.update(update.request_id for update in updates if update.output is not None)
+        for update in updates:
+            if update.output is not None:
+                reason = update.output.outputs[0].finish_reason
+                self.ends.setdefault(update.request_id, []).append(reason)
         return updates
 
 
@@ -393,7 +396,7 @@ def test_a_stream_that_is_given_up_ends_once_and_its_pages_come_back(
 ) -> None:
     """With 8 requests for 4 slots: the first is prefilled and decodes, the last waits on the host."""
     gate = Gate(engine, monkeypatch)
-    names = [str(index) for index in range(8)]
+    names, given_up = [str(index) for index in range(8)], ("0", "3", "7")
 
     async def consume(asynchronous: AsyncEngine, name: str, finish: asyncio.Event, told: list[Update]) -> None:
         stream = asynchronous.stream([int(name) + 1] * 30, LONG, id=name)
@@ -415,7 +418,7 @@ def test_a_stream_that_is_given_up_ends_once_and_its_pages_come_back(
             gate.let_through(steps_before)
             while gate.num_steps < steps_before:
                 await asyncio.sleep(0.001)
-            for name in ("0", "3", "7"):
+            for name in given_up:
                 if way == "cancel the task":
                     tasks[name].cancel()
                 elif way == "close the generator":
@@ -425,17 +428,17 @@ def test_a_stream_that_is_given_up_ends_once_and_its_pages_come_back(
                 else:
                     await asyncio.to_thread(asynchronous.abort, name)
             if way == "cancel the task":
-                await asyncio.wait([tasks[name] for name in ("0", "3", "7")])
-                assert all(tasks[name].cancelled() for name in ("0", "3", "7"))
+                await asyncio.wait([tasks[name] for name in given_up])
+                assert all(tasks[name].cancelled() for name in given_up)
             gate.open.set()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
             wait_until(lambda: not engine.has_work)
-            assert gate.ends == dict.fromkeys(names, 1), "each has exactly one end"
+            assert gate.ends == {name: ["abort" if name in given_up else "length"] for name in names}
             assert num_free_pages(engine) == CONFIG.num_pages
-            for name in set(names) - {"0", "3", "7"}:
+            for name in set(names) - {*given_up}:
                 assert check_updates(told[name]).outputs[0].finish_reason == "length"
             if way.startswith("abort"):
-                for name in ("0", "3", "7"):
+                for name in given_up:
                     assert check_updates(told[name]).outputs[0].finish_reason == "abort"
 
     asyncio.run(main())
@@ -464,7 +467,7 @@ def test_cancelling_generate_aborts_all_of_it(engine: Engine, monkeypatch: pytes
             await asyncio.wait([task])
             gate.open.set()
             wait_until(lambda: not engine.has_work)
-            assert gate.ends.total() == 9 and gate.num_steps < 12
+            assert list(gate.ends.values()) == [["abort"]] * 9 and gate.num_steps < 12
 
     asyncio.run(main())
 
@@ -523,6 +526,14 @@ def test_samples_that_nobody_looked_at_are_merged_each_on_its_own_and_the_result
         updates = list(handle)
     assert sorted(update.index for update in updates) == [0, 1, 2]
     check_updates(updates)
+
+
+def test_the_update_with_the_result_comes_last_whichever_sample_was_told_of_first() -> None:
+    handle = RequestHandle("r", abort=lambda _: None)
+    result = RequestOutput("r", None, (1,), ())
+    for update in (Update("r", "a", (1,)), Update("r", "x", (3,), index=1), Update("r", "b", (2,), result)):
+        handle.put(update)
+    assert list(handle) == [Update("r", "x", (3,), index=1), Update("r", "ab", (1, 2), result)]
 
 
 def test_a_result_that_takes_longer_than_the_patience_for_it_goes_on(
@@ -642,7 +653,7 @@ def test_an_event_loop_that_is_closed_leaves_no_request_behind(engine: Engine, m
         loop.close()
         gate.open.set()
         wait_until(lambda: not engine.has_work)
-        assert gate.ends == {"left": 1} and gate.num_steps < 30
+        assert gate.ends == {"left": ["abort"]} and gate.num_steps < 30
         with contextlib.suppress(StopIteration):
             stream.aclose().send(None)
 
