@@ -97,8 +97,10 @@ def sample(
     """
     ruled = active if changed is not None else active & logit_rules.in_force(rules, context)
 
-    def processed(logits: Float32[Array, "R V"], rules: LogitRules, context: Context) -> Float32[Array, "R V"]:
-        return logit_rules.apply(logits, rules, context, active) if changed is None else changed
+    given = (logits, rules, context) if changed is None else (changed,)  # operands of `processed`, for `if_any`
+
+    def processed(logits: Float32[Array, "R V"], *rules_and_context: Any) -> Float32[Array, "R V"]:
+        return logit_rules.apply(logits, *rules_and_context, active) if rules_and_context else logits
 
     def draw(token: Int32[Array, " R"], logits: Float32[Array, "R V"], random: Bool[Array, " R"]) -> Array:
         return jnp.where(random, _pick(_weights(logits, rows, random), _uniforms(rows, context)), token)
@@ -107,9 +109,9 @@ def sample(
         token = jnp.where(wanted, jnp.argmax(logits, axis=-1).astype(jnp.int32), token)
         return if_any(wanted & rows.random, draw, token, logits, wanted & rows.random)
 
-    def choose_by_rules(chosen: tuple[Array, Array], *raw: Any) -> tuple[Array, Array]:
+    def choose_by_rules(chosen: tuple[Array, Array], *given: Any) -> tuple[Array, Array]:
         token, failed = chosen
-        logits = processed(*raw)
+        logits = processed(*given)
         best = jnp.take_along_axis(logits, jnp.argmax(logits, axis=-1)[:, None], axis=1)[:, 0]
         return choose(logits, ruled, token), failed | (ruled & ~jnp.isfinite(best))
 
@@ -117,9 +119,9 @@ def sample(
     if changed is None:
         token = choose(logits, active & ~ruled, chosen[0])
         # In a loop that returns tokens only: the raw logits, needed afterwards, are then not copied.
-        token, failed = if_any(ruled, choose_by_rules, (token, chosen[1]), logits, rules, context)
+        token, failed = if_any(ruled, choose_by_rules, (token, chosen[1]), *given)
     else:
-        token, failed = choose_by_rules(chosen, logits, rules, context)
+        token, failed = choose_by_rules(chosen, *given)
 
     asked = active & (rows.num_logprobs >= 0)
     of_token = jnp.take_along_axis(logits, token[:, None], axis=1)
@@ -135,13 +137,11 @@ def sample(
     raw = asked & ~rows.processed
     found = if_any(raw, _report, found, logits, normaliser, token, raw)
 
-    def report_processed(found: tuple[Array, ...], *raw: Any) -> tuple[Array, ...]:
-        logprobs = _processed_logprobs(processed(*raw), rows, active)
+    def report_processed(found: tuple[Array, ...], *given: Any) -> tuple[Array, ...]:
+        logprobs = _processed_logprobs(processed(*given), rows, active)
         return _report(found, logprobs, jnp.zeros_like(normaliser), token, asked & rows.processed)
 
-    logprob, rank, top_ids, top_logprobs = if_any(
-        asked & rows.processed, report_processed, found, logits, rules, context
-    )
+    logprob, rank, top_ids, top_logprobs = if_any(asked & rows.processed, report_processed, found, *given)
     return Sampled(token=token, logprob=logprob, rank=rank, top_ids=top_ids, top_logprobs=top_logprobs, failed=failed)
 
 
