@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxserve.beam_request import BeamParams, BeamSearchOutput, search_beams
 from jaxserve.capacity import resolve_capacities
 from jaxserve.config import EngineConfig
 from jaxserve.logits_fn import LogitsFn
@@ -242,6 +243,31 @@ class Engine:
             )
             for start, ids, result in zip(known, whole, results, strict=True)
         ]
+
+    def beam_search(
+        self, prompts: SequenceOf[str] | SequenceOf[SequenceOf[int]], params: BeamParams | None = None
+    ) -> list[BeamSearchOutput]:
+        """The best continuations that a search over beams finds, as transformers finds them.
+
+        It is a program of its own with a pool of its own, beside the requests being served, and compiled on first use for
+        its width and, in powers of two, the lengths.
+
+        Args:
+          prompts: texts, or lists of token ids.
+          params: for all prompts; None: the defaults.
+
+        Raises:
+          ValueError: if a prompt is not valid, or the beams do not fit; the message has the prompt's index.
+        """
+        return search_beams(
+            prompts,
+            params or BeamParams(),
+            params=self._params,
+            model=self.model,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            eos_token_ids=self.eos_token_ids,
+        )
 
     def _encoded(self, text: str | SequenceOf[int], *, special: bool) -> list[int]:
         if not isinstance(text, str):

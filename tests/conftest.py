@@ -30,6 +30,7 @@ CORE = (
     "test_sampling.py",
     "test_config.py",
     "test_forward.py",
+    "test_logit_rules.py",
     "test_optional.py",
 )
 collect_ignore = [] if importlib.util.find_spec("torch") else ["models"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxserve import Engine, EngineConfig, Request, SamplingParams, make_submission
+from jaxserve import BeamParams, Engine, EngineConfig, Request, SamplingParams, make_submission
 from jaxserve.compile_guard import forbid_compilation
 from jaxserve.models import causal_attend, graphdef_of
 from tests import small_model
@@ -226,3 +226,12 @@ def test_each_sample_streams_its_own_text_and_only_the_last_to_end_brings_the_re
 def test_more_samples_than_slots_are_refused(engine):
     with pytest.raises(ValueError, match="n=5 is above max_slots=4"):
         engine.generate(["x"], SamplingParams(n=5))
+
+
+def test_beams_of_width_one_are_the_greedy_text_and_wider_ones_are_no_worse(engine):
+    (free,) = engine.generate(["the cat"], greedy(max_tokens=8, logprobs=0))
+    (one,) = engine.beam_search(["the cat"], BeamParams(width=1, max_tokens=8, eos_token_ids=()))
+    assert one.sequences[0].token_ids == free.outputs[0].token_ids and one.sequences[0].text == free.outputs[0].text
+    (wide,) = engine.beam_search(["the cat"], BeamParams(width=4, max_tokens=8, num_return=2, eos_token_ids=()))
+    assert wide.sequences[0].score >= wide.sequences[1].score
+    assert wide.sequences[0].cumulative_logprob >= one.sequences[0].cumulative_logprob - 1e-4

@@ -89,7 +89,7 @@ def chunk_attention(
         return reference.paged_attention(q, kv, slot, position, **options)
     if blocks is None:
         group_size = q.shape[1] // kv.k.shape[1]
-        blocks = chunk_blocks(slot, position, num_slots=kv.num_slots, group_size=group_size, backend=backend)
+        blocks = _blocks(slot, position, kv.num_slots, group_size, backend)
     if backend == "tpu":
         from pallas_kernels.paged_attention import tpu
 
@@ -116,8 +116,12 @@ def chunk_blocks(
       backend: as there.
     """
     backend = resolve_backend(backend)
-    if backend == "reference":
-        return None
+    return None if backend == "reference" else _blocks(slot, position, num_slots, group_size, backend)
+
+
+def _blocks(
+    slot: Int32[Array, " B"], position: Int32[Array, " B"], num_slots: int, group_size: int, backend: str
+) -> QueryBlocks:
     if backend == "tpu":
         from pallas_kernels.paged_attention import tpu
 
