@@ -97,10 +97,10 @@ def sample(
     """
     ruled = active if changed is not None else active & logit_rules.in_force(rules, context)
 
-    given = (logits, rules, context) if changed is None else (changed,)  # operands of `processed`, for `if_any`
+    given = (logits if changed is None else changed, rules, context)  # operands of `processed`, for `if_any`
 
-    def processed(logits: Float32[Array, "R V"], *rules_and_context: Any) -> Float32[Array, "R V"]:
-        return logit_rules.apply(logits, *rules_and_context, active) if rules_and_context else logits
+    def processed(logits: Float32[Array, "R V"], rules: LogitRules, context: Context) -> Float32[Array, "R V"]:
+        return logit_rules.apply(logits, rules, context, active) if changed is None else logits
 
     def draw(token: Int32[Array, " R"], logits: Float32[Array, "R V"], random: Bool[Array, " R"]) -> Array:
         return jnp.where(random, _pick(_weights(logits, rows, random), _uniforms(rows, context)), token)
