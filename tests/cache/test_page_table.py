@@ -77,6 +77,12 @@ def test_allocate_of_no_pages_is_granted_and_changes_nothing():
     check_same(table, before)
 
 
+def test_allocate_gives_further_pages_behind_those_that_a_slot_has():
+    table, granted = allocate(start(), jnp.int32(2), jnp.int32(2))
+    assert bool(granted)
+    check(table, [[4, 0, NONE], [NONE] * 3, [5, 2, 1]], free=[3], reference_count=[1, 1, 1, 0, 1, 1])
+
+
 def test_allocate_each_gives_one_page_to_every_slot_that_wants_one():
     table, granted = allocate_each(start(), mask(1, 0, 1), jnp.array([2, 0, 1], jnp.int32))
     assert granted.tolist() == [True, False, True]
@@ -126,9 +132,12 @@ def test_share_of_no_pages_changes_nothing():
     check_same(share(start(), jnp.int32(0), jnp.int32(1), jnp.int32(0)), start())
 
 
-def test_a_child_gets_its_own_page_behind_the_shared_ones():
+def test_a_child_gets_its_own_pages_behind_the_shared_ones():
     table = share(start(), jnp.int32(0), jnp.int32(1), jnp.int32(1))
-    table, granted = allocate_each(table, mask(0, 1, 0), jnp.array([0, 1, 0], jnp.int32))
+    table, granted = allocate(table, jnp.int32(1), jnp.int32(2))
+    assert bool(granted)
+    check(table, [[4, 0, NONE], [4, 2, 1], [5, NONE, NONE]], free=[3], reference_count=[1, 1, 1, 0, 2, 1])
+    table, granted = allocate_each(share(start(), *map(jnp.int32, (0, 1, 1))), mask(0, 1, 0), jnp.array([0, 1, 0]))
     assert granted.tolist() == [False, True, False]
     check(table, [[4, 0, NONE], [4, 2, NONE], [5, NONE, NONE]], free=[3, 1], reference_count=[1, 0, 1, 0, 2, 1])
 

@@ -132,6 +132,49 @@ def test_rows_given_back_are_used_again_under_a_new_generation():
     assert state.queue.num_preemptions.tolist() == [5, 0, 5, 0]
 
 
+def more(first: Request, **changes) -> Request:
+    """One more sample of a request."""
+    return dataclasses.replace(first, follows=True, **changes)
+
+
+def test_the_samples_of_one_request_are_a_group_and_other_requests_are_groups_of_their_own():
+    one, two = request(1), request(2, 3)
+    state, _ = put(start(), one)
+    state, handles = put(state, two, more(two), one)
+    assert handles.row_id.tolist() == [1, 2, 3]
+    assert state.queue.arrival.tolist() == [0, 1, 2, 3]
+    assert state.queue.group.tolist() == [0, 1, 1, 3]
+
+
+@pytest.mark.parametrize("before", [[], [None], [request(5), None]])
+def test_a_sample_that_follows_nobody_is_the_first_of_its_request(before):
+    state, handles = put(start(), *before, more(request(1)))
+    row = handles.row_id[len(before)]
+    assert state.queue.group[row] == state.queue.arrival[row]
+    assert state.queue.status[row] == Status.WAITING
+
+
+def test_the_samples_of_one_request_are_taken_together_or_not_at_all_nor_is_what_comes_after():
+    one, two = request(1), request(2)
+    before, _ = put(start(), one, one)
+    state, handles = put(before, two, more(two), one)
+    assert handles.row_id.tolist() == [2, 3, NONE]
+    state, handles = put(before, one, two, more(two))
+    assert handles.row_id.tolist() == [2, NONE, NONE]
+    assert int(state.next_arrival) == 3 and state.queue.status.tolist() == [*[Status.WAITING] * 3, Status.FREE]
+    assert put(state, two, more(two), one)[1].row_id.tolist() == [NONE] * 3
+    assert same(put(state, two, more(two), one)[0], state)
+
+
+@pytest.mark.parametrize("other", [request(1, 3), request(1), request(1, 2, 3), request(1, 2, 3, prompt_length=2)])
+def test_a_sample_with_another_prompt_than_the_first_ends_with_error(other):
+    first = request(1, 2)
+    state, _ = put(start(), first, dataclasses.replace(other, follows=True), more(first))
+    expected = Status.WAITING if other.prompt_length == 2 and other.prompt[:2] == (1, 2) else Status.ERROR
+    assert state.queue.status.tolist() == [Status.WAITING, expected, Status.WAITING, Status.FREE]
+    assert state.queue.group.tolist() == [0, 0, 0, 0]
+
+
 @pytest.mark.parametrize(
     "length, max_tokens, max_length",
     [(1, 1, 2), (3, 4, 7), (3, 5, 8), (3, 6, 8), (7, 1, 8), (7, 9, 8), (1, 2**31 - 1, 8), (7, 2**31 - 1, 8)],
