@@ -7,8 +7,9 @@ One call is kept in flight: while the device works on a call, the host reads the
 finishes is collected with the next `update`, so Q, the queue rows, is a multiple of the slots: waiting rows fill the slots.
 
 What the host asks of the device, per call of `Engine.step`: one `run_steps`, before it one `update` if anything was submitted,
-collected or aborted, and one read, of the call before. So with n steps per call (`max_steps_per_call`) and s running samples
-it is at most 2 / (n s) device calls and 1 / (n s) reads per generated token; `EngineStats` counts both.
+collected or aborted, and one read, of all that the call before has put out. So with n steps per call (`max_steps_per_call`) and
+s decoding samples it is at most 2 / (n s) device calls and 1 / (n s) reads per generated token; `EngineStats` counts both.
+A call is cut short, and costs that much more per token, when a sample finishes and none waits for its slot.
 """
 
 import collections
