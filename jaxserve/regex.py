@@ -164,7 +164,12 @@ class _Parser:
         return int(least or 0), int(most) if most else None
 
     def _atom(self) -> _Node:
-        character = self._next("an expression")
+        character = self._peek()
+        if character in "^$":
+            raise self._error(f"{character!r} is not supported: leave it out, the whole text is matched anyway")
+        if character in "*+?":
+            raise self._error(f"{character!r} has nothing to repeat: write \\{character} for the character")
+        self._position += 1
         if character == "(":
             return self._group()
         if character == "[":
@@ -173,10 +178,6 @@ class _Parser:
             return _Chars(self._escape())
         if character == ".":
             return _Chars(_complement(((0x0A, 0x0A),)))
-        if character in "^$":
-            raise self._error(f"{character!r} is not supported: leave it out, the whole text is matched anyway")
-        if character in "*+?":
-            raise self._error(f"{character!r} has nothing to repeat: write \\{character} for the character")
         return _Chars(((ord(character), ord(character)),))
 
     def _group(self) -> _Node:
