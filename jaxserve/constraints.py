@@ -209,8 +209,8 @@ def from_regex(pattern: str, tokenizer: Tokenizer, *, vocab_size: int, eos_token
     """Texts that a regular expression matches as a whole, in every spelling that the vocabulary has.
 
     The text is what continues the prompt, `CompletionOutput.text`: a token that stands for a word with a blank before it
-    brings that blank along, as the first one too, and the pattern must allow for it or such tokens are not drawn. Special
-    tokens are never allowed, but for the end of the sequence.
+    brings that blank along, as the first one too, and the pattern must allow for it or such tokens are not drawn. A prompt
+    should end with a whole character. Special tokens are never allowed, but for the end of the sequence.
 
     Args:
       pattern: see `jaxserve.regex`.
