@@ -15,7 +15,6 @@ A call is cut short, and costs that much more per token, when a sample finishes 
 import collections
 import dataclasses
 import heapq
-import itertools
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -29,15 +28,17 @@ from flax import nnx
 from jaxserve.beam_request import BeamParams, BeamSearchOutput, search_beams
 from jaxserve.capacity import resolve_capacities
 from jaxserve.config import EngineConfig
+from jaxserve.intake import Intake
 from jaxserve.logits_fn import LogitsFn
 from jaxserve.models import ModelConfig
+from jaxserve.readback import readable, take_prompt_logprobs, take_tokens
 from jaxserve.request import MAX_INT32, Request, RequestOutput, SamplingParams
-from jaxserve.rows import check_aux, check_prompt, derived_seed, empty_submission, fill_row, one_per_prompt, truncated
+from jaxserve.rows import one_per_prompt
 from jaxserve.scheduler import Handles, Status, check_invariants, init_state
 from jaxserve.sequence import Group, Sequence, Update
 from jaxserve.stats import EngineStats
 from jaxserve.step import Changes, StepOutputs, programs
-from jaxserve.tokenizer import Tokenizer, load_eos_token_ids, load_tokenizer, spell
+from jaxserve.tokenizer import Tokenizer, load_eos_token_ids, load_tokenizer
 
 
 class QueueFullError(RuntimeError):
@@ -61,7 +62,6 @@ class Engine:
       model: the model's hyperparameters.
       config: the configuration, with all capacities chosen.
       tokenizer: None if the engine serves token ids only.
-      eos_token_ids: what ends a sequence unless a request sets `ignore_eos`.
       stats: running totals, load and latencies.
     """
 
@@ -97,10 +97,8 @@ class Engine:
         self.model = model
         self.config = resolve_capacities(config or EngineConfig(), model, params)
         self.tokenizer = tokenizer
-        self.eos_token_ids = tuple(eos_token_ids)
+        self._intake = Intake(self.model, self.config, tokenizer, tuple(eos_token_ids), seed=seed, aux=aux)
         self._params = _commit(params)
-        self._seed = seed
-        self._numbers = itertools.count()  # of requests accepted: seeds are derived from them
         self._num_added = 0
         self._last_read_time = 0.0
         self._driver: int | None = None  # the thread that alone may add requests and step; None: any
@@ -392,32 +390,7 @@ class Engine:
         priority: int = 0,
     ) -> Group:
         """Checks a request. May be called in any thread: nothing is added yet."""
-        number = next(self._numbers)
-        if not isinstance(prompt, Request):
-            name = self._free_id(number) if id is None else id
-            request = _make_request(prompt, params, name, priority)
-        elif params is not None or id is not None or priority:
-            raise ValueError(f"request {prompt.id!r} has params, id and priority of its own: leave those arguments out")
-        else:
-            request = prompt
-        if request.id in self._unfinished:
-            raise ValueError(f"request id {request.id!r} is in use by an unfinished request: ids must differ")
-        if request.params.n > self.config.max_slots:
-            raise ValueError(
-                f"n={request.params.n} is above max_slots={self.config.max_slots}: ask for fewer samples or raise max_slots"
-            )
-        if request.aux is not None:
-            check_aux(request.aux, self._aux)
-        seed = derived_seed(self._seed, number) if request.params.seed is None else request.params.seed
-        prompt_token_ids, params = self._prompt_tokens(request), self._spelled(request.params)
-        check_prompt(prompt_token_ids, params, model=self.model, config=self.config, eos_token_ids=self.eos_token_ids)
-        return Group(request, prompt_token_ids, params, seed, self.tokenizer, self.eos_token_ids)
-
-    def _free_id(self, number: int) -> str:
-        name = f"request-{number}"
-        while name in self._unfinished:
-            name += "+"
-        return name
+        return self._intake.accept(prompt, params, id, priority, in_use=self._unfinished)
 
     def _check_driver(self) -> None:
         if self._driver not in (None, threading.get_ident()):
@@ -435,6 +408,11 @@ class Engine:
         if group is not None:
             group.abort_requested = True
             self._num_aborts += 1
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What ends a sequence unless a request sets `ignore_eos`."""
+        return self._intake.eos_token_ids
 
     @property
     def has_unfinished(self) -> bool:
@@ -535,24 +513,6 @@ class Engine:
         self._warm = True
         self.stats.compile_seconds = time.monotonic() - start
 
-    def _prompt_tokens(self, request: Request) -> tuple[int, ...]:
-        token_ids = request.prompt_token_ids
-        if token_ids is None:
-            if self.tokenizer is None:
-                raise ValueError("this engine has no tokenizer: give prompt_token_ids in place of text")
-            token_ids = self.tokenizer.encode(request.prompt or "")
-        return truncated(token_ids, request.params, self.config)
-
-    def _spelled(self, params: SamplingParams) -> SamplingParams:
-        """The parameters with bad words as token ids."""
-        if self.tokenizer is None:
-            if params.stop_strings:
-                raise ValueError(
-                    f"stop={params.stop!r} needs a tokenizer, which this engine lacks: give lists of token ids"
-                )
-            return params
-        return dataclasses.replace(params, bad_words=spell(params.bad_words, self.tokenizer))
-
     def _abort_waiting(self) -> list[Update]:
         """Ends aborted requests that the device has not seen."""
         if not self._num_aborts:
@@ -587,22 +547,8 @@ class Engine:
         self._calls.append(_Call(time.monotonic(), submitted, handles if submitted else None, outputs))
 
     def _changes(self, submitted: list[Sequence], collected: list[int], aborted: list[int]) -> Changes:
-        rows = empty_submission(self.config.max_slots, self.model, self.config, self._aux)
-        for index, sequence in enumerate(submitted):
-            group = sequence.group
-            fill_row(
-                rows,
-                index,
-                group.prompt_token_ids,
-                group.params,
-                seed=group.seed,
-                priority=group.request.priority,
-                eos_token_ids=self.eos_token_ids,
-                sample_index=sequence.index,
-                aux=group.request.aux,
-            )
         return Changes(
-            submission=rows,
+            submission=self._intake.submission(submitted),
             collected=self._mask(collected),
             aborted=self._mask(aborted),
             generation=self._generation.copy(),
@@ -622,8 +568,8 @@ class Engine:
             for sequence, row, generation in zip(call.submitted, handles.row_id, handles.generation, strict=False):
                 self._by_row[int(row)] = sequence
                 self._generation[row] = generation
-        self._take_prompt_logprobs(outputs)
-        touched = self._take_tokens(outputs)
+        take_prompt_logprobs(outputs, self._by_row)
+        touched = take_tokens(outputs, self._by_row)
         in_slot: Any = outputs.steps.row_id[: int(outputs.num_steps)]
         in_slot = self._mask(in_slot[in_slot < self.config.num_rows])
         for row, sequence in list(self._by_row.items()):
@@ -666,43 +612,8 @@ class Engine:
         sequence.last_token_time = now
 
     def _readable(self, outputs: StepOutputs) -> StepOutputs:
-        """What the host has use for: the rest stays on the device."""
-        if any(group.params.prompt_logprobs is not None for group in self._unfinished.values()):
-            return outputs
-        return outputs.replace(steps=outputs.steps.replace(prompt=None))
-
-    def _take_prompt_logprobs(self, outputs: StepOutputs) -> None:
-        prompt: Any = outputs.steps.prompt
-        if prompt is None:
-            return
-        for index, place in np.argwhere(prompt.row_id[: int(outputs.num_steps)] < self.config.num_rows).tolist():
-            self._by_row[int(prompt.row_id[index, place])].group.add_prompt_logprob(
-                int(prompt.position[index, place]),
-                float(prompt.logprob[index, place]),
-                int(prompt.rank[index, place]),
-                prompt.top_ids[index, place],
-                prompt.top_logprobs[index, place],
-            )
-
-    def _take_tokens(self, outputs: StepOutputs) -> dict[int, Sequence]:
-        """Hands every drawn token to its sequence; returns the sequences that got some, by row."""
-        steps, touched = outputs.steps, {}
-        drawn: Any = steps.drawn
-        for index, slot in np.argwhere(steps.sampled[: int(outputs.num_steps)]).tolist():
-            row = int(steps.row_id[index, slot])
-            sequence = self._by_row[row]
-            if sequence.finished:
-                continue
-            touched[row] = sequence
-            sequence.append(
-                int(drawn.token[index, slot]),
-                float(drawn.logprob[index, slot]),
-                int(drawn.rank[index, slot]),
-                drawn.top_ids[index, slot],
-                drawn.top_logprobs[index, slot],
-                Status(int(steps.status[index, slot])),
-            )
-        return touched
+        wanted = any(group.params.prompt_logprobs is not None for group in self._unfinished.values())
+        return readable(outputs, prompt_logprobs=wanted)
 
     def _finish(self, group: Group) -> None:
         del self._unfinished[group.request.id]
@@ -714,11 +625,6 @@ class Engine:
         """Those on the host, those in the call in flight, and those that had no slot at the end of the one before."""
         in_flight = sum(len(call.submitted) for call in self._calls)
         self.stats.num_waiting = len(self._waiting) + in_flight + len(self._by_row) - self.stats.num_running
-
-
-def _make_request(prompt: str | SequenceOf[int], params: SamplingParams | None, id: str, priority: int) -> Request:
-    fields: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
-    return Request(id=id, params=SamplingParams() if params is None else params, priority=priority, **fields)
 
 
 def _commit(params: nnx.State) -> nnx.State:

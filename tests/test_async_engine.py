@@ -134,7 +134,7 @@ def same(one: RequestOutput, other: RequestOutput) -> bool:
 
 
 def test_an_id_is_made_up_where_none_is_given_and_never_one_in_use(engine: Engine) -> None:
-    taken = f"request-{next(engine._numbers) + 2}"
+    taken = f"request-{next(engine._intake.numbers) + 2}"
     assert engine.add_request([1, 2], SHORT, id=taken) == taken
     names = [engine.add_request("the cat", SHORT), engine.add_request([3], SHORT)]
     assert engine.add_request(Request(id="mine", prompt_token_ids=(4,), params=SHORT)) == "mine"

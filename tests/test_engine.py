@@ -121,11 +121,12 @@ def test_the_end_of_sequence_token_stops_without_a_stop_reason_and_can_be_ignore
     assert engine.eos_token_ids == (small_model.EOS,)
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     free = engine.generate(["the cat"], params)[0].outputs[0].token_ids
-    engine.eos_token_ids = (free[2],)
-    (ended,) = engine.generate(["the cat"], dataclasses.replace(params, ignore_eos=False))
+    prompt = engine.tokenizer.encode("the cat")
+    engine = Engine(small_model.make_params(), small_model.MODEL, CONFIG, eos_token_ids=(free[2],))
+    (ended,) = engine.generate([prompt], dataclasses.replace(params, ignore_eos=False))
     assert ended.outputs[0].token_ids == free[: free.index(free[2]) + 1]
     assert ended.outputs[0].finish_reason == "stop" and ended.outputs[0].stop_reason is None
-    (ignored,) = engine.generate(["the cat"], params)
+    (ignored,) = engine.generate([prompt], params)
     assert ignored.outputs[0].token_ids == free
 
 

@@ -1,0 +1,128 @@
+"""Requests on their way in: checked, numbered, tokenised, and made into rows for the device."""
+
+import dataclasses
+import itertools
+from collections.abc import Container, Sequence
+from typing import Any
+
+from jaxserve.config import EngineConfig
+from jaxserve.models import ModelConfig
+from jaxserve.request import Request, SamplingParams
+from jaxserve.rows import check_aux, check_prompt, derived_seed, empty_submission, fill_row, truncated
+from jaxserve.scheduler import Submission
+from jaxserve.sequence import Group
+from jaxserve.sequence import Sequence as Sample
+from jaxserve.tokenizer import Tokenizer, spell
+
+
+class Intake:
+    """What an engine takes. Its methods change nothing but the running number, and may be called in any thread.
+
+    Attributes:
+      numbers: of requests accepted or refused; seeds are derived from them.
+      eos_token_ids: what ends a sequence unless a request sets `ignore_eos`.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: tuple[int, ...],
+        *,
+        seed: int,
+        aux: Any,
+    ) -> None:
+        """Arguments as for the Engine; capacities must have been chosen."""
+        self.numbers = itertools.count()
+        self._model, self._config = model, config
+        self._tokenizer, self.eos_token_ids = tokenizer, eos_token_ids
+        self._seed, self._aux = seed, aux
+
+    def accept(
+        self,
+        prompt: str | Sequence[int] | Request,
+        params: SamplingParams | None,
+        id: str | None,
+        priority: int,
+        *,
+        in_use: Container[str],
+    ) -> Group:
+        """Checks a request.
+
+        Args:
+          prompt: text, token ids, or a whole request; with that, the next three must be left out.
+          params, id, priority: of the request.
+          in_use: ids that it must not have.
+
+        Raises:
+          ValueError: naming the value, the rule and the remedy.
+        """
+        number = next(self.numbers)
+        if not isinstance(prompt, Request):
+            name = _free_id(number, in_use) if id is None else id
+            request = _make_request(prompt, params, name, priority)
+        elif params is not None or id is not None or priority:
+            raise ValueError(f"request {prompt.id!r} has params, id and priority of its own: leave those arguments out")
+        else:
+            request = prompt
+        if request.id in in_use:
+            raise ValueError(f"request id {request.id!r} is in use by an unfinished request: ids must differ")
+        if request.params.n > self._config.max_slots:
+            raise ValueError(
+                f"n={request.params.n} is above max_slots={self._config.max_slots}: ask for fewer samples or raise max_slots"
+            )
+        if request.aux is not None:
+            check_aux(request.aux, self._aux)
+        seed = derived_seed(self._seed, number) if request.params.seed is None else request.params.seed
+        prompt_token_ids, params = self._prompt_tokens(request), self._spelled(request.params)
+        check_prompt(prompt_token_ids, params, model=self._model, config=self._config, eos_token_ids=self.eos_token_ids)
+        return Group(request, prompt_token_ids, params, seed, self._tokenizer, self.eos_token_ids)
+
+    def _prompt_tokens(self, request: Request) -> tuple[int, ...]:
+        token_ids = request.prompt_token_ids
+        if token_ids is None:
+            if self._tokenizer is None:
+                raise ValueError("this engine has no tokenizer: give prompt_token_ids in place of text")
+            token_ids = self._tokenizer.encode(request.prompt or "")
+        return truncated(token_ids, request.params, self._config)
+
+    def _spelled(self, params: SamplingParams) -> SamplingParams:
+        """The parameters with bad words as token ids."""
+        if self._tokenizer is None:
+            if params.stop_strings:
+                raise ValueError(
+                    f"stop={params.stop!r} needs a tokenizer, which this engine lacks: give lists of token ids"
+                )
+            return params
+        return dataclasses.replace(params, bad_words=spell(params.bad_words, self._tokenizer))
+
+    def submission(self, samples: Sequence[Sample]) -> Submission:
+        """Rows for at most `max_slots` samples, those of one request side by side; the rest is padding."""
+        rows = empty_submission(self._config.max_slots, self._model, self._config, self._aux)
+        for index, sequence in enumerate(samples):
+            group = sequence.group
+            fill_row(
+                rows,
+                index,
+                group.prompt_token_ids,
+                group.params,
+                seed=group.seed,
+                priority=group.request.priority,
+                eos_token_ids=self.eos_token_ids,
+                sample_index=sequence.index,
+                aux=group.request.aux,
+            )
+        return rows
+
+
+def _free_id(number: int, in_use: Container[str]) -> str:
+    name = f"request-{number}"
+    while name in in_use:
+        name += "+"
+    return name
+
+
+def _make_request(prompt: str | Sequence[int], params: SamplingParams | None, id: str, priority: int) -> Request:
+    fields: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+    return Request(id=id, params=SamplingParams() if params is None else params, priority=priority, **fields)

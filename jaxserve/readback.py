@@ -1,0 +1,51 @@
+"""What comes back from the device, handed to the sequences that it is about."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxserve.scheduler import Status
+from jaxserve.sequence import Sequence
+from jaxserve.step import StepOutputs
+
+
+def readable(outputs: StepOutputs, *, prompt_logprobs: bool) -> StepOutputs:
+    """What the host has use for: the rest stays on the device."""
+    return outputs if prompt_logprobs else outputs.replace(steps=outputs.steps.replace(prompt=None))
+
+
+def take_prompt_logprobs(outputs: StepOutputs, by_row: Mapping[int, Sequence]) -> None:
+    """Hands what is known of prompt tokens to the requests that asked; `by_row` maps queue rows to sequences."""
+    prompt: Any = outputs.steps.prompt
+    if prompt is None:
+        return
+    for index, place in np.argwhere(prompt.row_id[: int(outputs.num_steps)] < len(outputs.status)).tolist():
+        by_row[int(prompt.row_id[index, place])].group.add_prompt_logprob(
+            int(prompt.position[index, place]),
+            float(prompt.logprob[index, place]),
+            int(prompt.rank[index, place]),
+            prompt.top_ids[index, place],
+            prompt.top_logprobs[index, place],
+        )
+
+
+def take_tokens(outputs: StepOutputs, by_row: Mapping[int, Sequence]) -> dict[int, Sequence]:
+    """Hands every drawn token to its sequence; returns the sequences that got some, by row."""
+    steps, touched = outputs.steps, {}
+    drawn: Any = steps.drawn
+    for index, slot in np.argwhere(steps.sampled[: int(outputs.num_steps)]).tolist():
+        row = int(steps.row_id[index, slot])
+        sequence = by_row[row]
+        if sequence.finished:
+            continue
+        touched[row] = sequence
+        sequence.append(
+            int(drawn.token[index, slot]),
+            float(drawn.logprob[index, slot]),
+            int(drawn.rank[index, slot]),
+            drawn.top_ids[index, slot],
+            drawn.top_logprobs[index, slot],
+            Status(int(steps.status[index, slot])),
+        )
+    return touched
