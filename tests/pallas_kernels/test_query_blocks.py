@@ -1,6 +1,5 @@
 """Query blocks against a plain-Python oracle."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
