@@ -14,7 +14,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["library", "inside-your-own-jit", "your-own-function"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["library", "inside-your-own-jit", "event-loop", "your-own-function"])
 def test_the_code_in_the_readme_runs(block: str) -> None:
     # The examples are written for JAX's defaults; the other tests run with stricter ones.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
