@@ -94,14 +94,14 @@ def make_setting(model: ModelConfig, config: EngineConfig, **wanted: Any) -> Set
 
 
 def one_step(logits: jax.Array, setting_state: EngineState, context: Context, *, max_logprobs: int) -> Any:
-    """What a step does after the output projection, but for the retiring; `seen` goes back to whoever donated it."""
+    """What a step does after the output projection, but for the retiring; the state goes back to whoever donated it."""
     rows = jnp.ones(context.num_tokens.shape, bool)
     state = count_tokens(setting_state, rows)
     queue = state.queue
     drawn = sample(
         logits, queue.sampling, queue.rules, context.replace(seen=state.seen), rows, max_logprobs=max_logprobs
     )
-    return drawn, state.seen
+    return drawn, state
 
 
 def least(logits: jax.Array) -> Any:
