@@ -1,8 +1,10 @@
 """Strict JAX for all tests: no implicit promotion of dtypes or ranks, two devices, compiled programs kept on disk."""
 
+import gc
 import importlib.util
 import os
 import pathlib
+from collections.abc import Iterator
 
 # Read when the backend starts, which no import may do.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
@@ -16,6 +18,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
 jax.config.update("jax_compilation_cache_dir", str(_CACHE / "jaxserve-tests" / f"jax-{jax.__version__}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+_MANY_MAPS = 20_000
 
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
@@ -46,3 +50,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(here) and item.path.relative_to(here).parts[0] in CORE:
             item.add_marker("core")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Lets compiled programs go before the process runs out of memory maps: each takes dozens, Linux gives 65,530 in all,
+    and XLA crashes on the first that it is refused. Not after every module: some share programs."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > _MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
