@@ -1,0 +1,57 @@
+"""The flags that make an engine, for benchmarks: those of `python -m jaxserve.generate`, fitted to a workload.
+
+`--model` is a checkpoint's directory or hub id, or a config.json file, which gets random weights; without it the demo model
+serves. Every field of EngineConfig has a flag. What is not given is fitted: the longest sequence to that of the workload, the
+pool to all slots.
+"""
+
+import dataclasses
+from typing import Any
+
+from absl import flags
+
+from jaxserve import DEMO_MODEL, Engine, ModelConfig
+from jaxserve.cli import EngineOptions, define_engine_flags, engine_options, make_engine
+from jaxserve.models import checkpoint, families
+from jaxserve.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["EngineOptions", "define_engine_flags", "fitted_options", "load_model", "make_engine", "make_warm_engine"]
+
+
+def load_model(options: EngineOptions) -> tuple[ModelConfig, Tokenizer | None]:
+    """What a workload needs to know: hyperparameters, and the tokenizer of a checkpoint.
+
+    Raises:
+      ValueError: if the model is not there or not valid.
+    """
+    if options.load_format == "dummy":
+        return families.read_model_config(options.model or DEMO_MODEL), None
+    directory = checkpoint.resolve_model(options.model or DEMO_MODEL)
+    return families.read_model_config(directory), load_tokenizer(directory)
+
+
+def fitted_options(values: flags.FlagValues, **defaults: Any) -> EngineOptions:
+    """What the flags say; a config.json file needs no --load_format=dummy.
+
+    Args:
+      values: parsed, with the flags of `define_engine_flags`.
+      defaults: of fields of EngineConfig that were not given: `max_model_len=workload.longest`.
+
+    Raises:
+      ValueError: if a flag or the file of `--config` is not valid.
+    """
+    options = engine_options(values, **defaults)
+    if options.model is not None and options.model.endswith(".json"):
+        options = dataclasses.replace(options, load_format="dummy")
+    return options
+
+
+def make_warm_engine(options: EngineOptions) -> Engine:
+    """An engine with its programs compiled.
+
+    Raises:
+      ValueError: as `make_engine`.
+    """
+    engine = make_engine(options)
+    engine.warm_up()
+    return engine
