@@ -31,7 +31,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.intake import Intake
 from jaxserve.logits_fn import LogitsFn
 from jaxserve.models import ModelConfig
-from jaxserve.readback import readable, take_prompt_logprobs, take_tokens
+from jaxserve.readback import Observer, readable, take_prompt_logprobs, take_tokens
 from jaxserve.request import MAX_INT32, Request, RequestOutput, SamplingParams
 from jaxserve.rows import one_per_prompt
 from jaxserve.scheduler import Handles, Status, check_invariants, init_state
@@ -63,6 +63,7 @@ class Engine:
       config: the configuration, with all capacities chosen.
       tokenizer: None if the engine serves token ids only.
       stats: running totals, load and latencies.
+      observer: is told of every call that is read, such as `jaxserve.timeline.Timeline.observe`; None: nobody.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Engine:
         self._reset()
         self._warm = False
         self.stats = EngineStats(self.config.max_slots, self.config.num_pages or 0)
+        self.observer: Observer | None = None
 
     def _reset(self) -> None:
         """Forgets all requests, and everything on the device but the weights."""
@@ -568,6 +570,8 @@ class Engine:
             for sequence, row, generation in zip(call.submitted, handles.row_id, handles.generation, strict=False):
                 self._by_row[int(row)] = sequence
                 self._generation[row] = generation
+        if self.observer is not None:
+            self.observer(outputs, self._by_row, self._num_waiting_on_host())
         take_prompt_logprobs(outputs, self._by_row)
         touched = take_tokens(outputs, self._by_row)
         in_slot: Any = outputs.steps.row_id[: int(outputs.num_steps)]
@@ -620,6 +624,11 @@ class Engine:
         self.stats.num_requests += 1
         self.stats.num_prompt_tokens += len(group.prompt_token_ids)
         self.stats.latencies.end_to_end.observe(time.monotonic() - group.arrival_time)
+
+    def _num_waiting_on_host(self) -> int:
+        """Samples that the device had not heard of in the call just read; some may be in the one in flight."""
+        in_flight = sum(len(call.submitted) for call in self._calls)
+        return in_flight + sum(len(group.samples) for _, _, group in self._waiting)
 
     def _count_waiting(self) -> None:
         """Those on the host, those in the call in flight, and those that had no slot at the end of the one before."""

@@ -1,6 +1,6 @@
 """What comes back from the device, handed to the sequences that it is about."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,10 @@ import numpy as np
 from jaxserve.scheduler import Status
 from jaxserve.sequence import Sequence
 from jaxserve.step import StepOutputs
+
+# Gets what a call did, in arrays of the host; the samples in queue rows, those that end in this call included; and how many
+# more samples waited on the host.
+Observer = Callable[[StepOutputs, Mapping[int, Sequence], int], None]
 
 
 def readable(outputs: StepOutputs, *, prompt_logprobs: bool) -> StepOutputs:
