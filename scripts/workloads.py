@@ -90,7 +90,7 @@ def draw_lengths(distribution: str, low: int, high: int, count: int, rng: np.ran
     if distribution == "uniform":
         drawn = rng.integers(low, high + 1, count)
     elif distribution == "loguniform":
-        drawn = np.exp(rng.uniform(*np.log([low, high]), count))
+        drawn = np.exp(rng.uniform(np.log(low), np.log(high), count))
     elif distribution == "geometric":
         mean, room = max(high - low, 1) / 5, high + 1 - low
         drawn = low - mean * np.log1p(-rng.random(count) * -np.expm1(-room / mean))
@@ -161,9 +161,9 @@ def describe_workload(values: flags.FlagValues) -> dict[str, Any]:
 
 def _draw(values: flags.FlagValues, kind: str, rng: np.random.Generator) -> list[int]:
     distribution: Any = values[f"{kind}_lengths"].value
-    bounds: list[Any] = [values[f"{end}_{kind}"].value for end in ("shortest", "longest")]
+    low, high = (int(values[f"{end}_{kind}"].value or 0) for end in ("shortest", "longest"))
     try:
-        return draw_lengths(distribution, *bounds, values.num_requests, rng)
+        return draw_lengths(distribution, low, high, values.num_requests, rng)
     except ValueError as error:
         raise ValueError(f"--{kind}_lengths: {error} (--shortest_{kind}, --longest_{kind})") from None
 
