@@ -100,6 +100,7 @@ _CHOICES = {
 _METAVARS = {
     "prompts_file": "FILE",
     "output": "FILE",
+    "timeline": "FILE",
     "config": "FILE",
     "model": "DIR",
     "compilation_cache_dir": "DIR",
@@ -144,6 +145,17 @@ def define_engine_flags(values: flags.FlagValues, **defaults: Any) -> None:
         "compilation_cache_dir", "~/.cache/jaxserve/compiled", "Keeps compiled programs; empty: do not.", **to
     )
     _define_fields(EngineConfig, _ENGINE_FIELDS, defaults, to)
+
+
+def define_timeline_flag(values: flags.FlagValues) -> None:
+    """The flag that `jaxserve.timeline.recording` takes."""
+    flags.DEFINE_string(
+        "timeline",
+        None,
+        "Draw what each slot did in each step into this file, .html or .png.",
+        flag_values=values,
+        module_name=PROMPTS,
+    )
 
 
 def define_sampling_flags(values: flags.FlagValues, **defaults: Any) -> None:

@@ -22,6 +22,7 @@ from jaxserve.engine import QueueFullError
 from jaxserve.prompts import ChatRequest, Entry, PromptError, ResultsFile, read_prompts
 from jaxserve.request import Request, SamplingParams
 from jaxserve.results import JsonWriter, Sink, StreamPrinter, TextPrinter
+from jaxserve.timeline import check_path, recording
 
 _INTERRUPTED = 130
 _STREAM_STEPS = 1  # steps per call when streaming
@@ -48,6 +49,7 @@ class Options:
     chat: bool
     system: str | None
     stream: bool
+    timeline: str | None
     params: SamplingParams
     engine: cli.EngineOptions
 
@@ -72,6 +74,7 @@ def define_flags(values: flags.FlagValues) -> None:
         **to,
     )
     flags.DEFINE_string("system", None, "System message of a chat.", **to)
+    cli.define_timeline_flag(values)
     cli.define_engine_flags(values, max_waiting="no bound")
     cli.define_sampling_flags(values, max_tokens=f"{_MAX_TOKENS}, in a chat {_MAX_TOKENS_CHAT}")
 
@@ -98,6 +101,7 @@ def parse_options(values: flags.FlagValues, *, in_terminal: bool) -> Options:
         chat=values.chat,
         system=values.system,
         stream=values.stream,
+        timeline=values.timeline,
         params=cli.sampling_params(values, max_tokens=_MAX_TOKENS_CHAT if values.chat else _MAX_TOKENS),
         engine=cli.engine_options(values, max_waiting=None),  # the prompts are held anyway
     )
@@ -111,6 +115,8 @@ def parse_options(values: flags.FlagValues, *, in_terminal: bool) -> Options:
         raise ValueError("--stream prints text and --output writes a file: use one of them")
     if options.system is not None and not options.chat:
         raise ValueError("--system is the system message of a chat: add --chat")
+    if options.timeline is not None:
+        check_path(options.timeline)
     for name in ("logprobs", "prompt_logprobs"):
         if values[name].value is not None and options.output is None:
             raise ValueError(f"--{name} is reported in JSON lines only: add --output FILE")
@@ -167,12 +173,13 @@ def _chat(options: Options, engine: Any) -> int:
     conversation = Conversation(engine, options.params, options.system)
     engine.warm_up()
     print("Ctrl-C stops an answer, Ctrl-D ends the chat.", file=sys.stderr)
-    converse(
-        conversation,
-        read=input,
-        write=lambda text: print(text, end="", flush=True),
-        say=lambda text: print(text, file=sys.stderr, flush=True),
-    )
+    with recording(engine, options.timeline):
+        converse(
+            conversation,
+            read=input,
+            write=lambda text: print(text, end="", flush=True),
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
     print(engine.stats.summary(), file=sys.stderr)
     return 0
 
@@ -211,11 +218,21 @@ def _serve(entries: list[Entry], sink: Sink, options: Options, make_engine: Call
         if error is not None:
             num_bad += 1
             sink.refuse(entry.id, error)
+    with recording(engine, options.timeline):
+        status = _work(engine, sink, options, num_bad, len(entries))
+    if status == _INTERRUPTED:
+        print(f"interrupted: {engine.stats.num_requests} of {len(entries)} requests finished", file=sys.stderr)
+    print(engine.stats.summary(), file=sys.stderr)
+    return status
+
+
+def _work(engine: Any, sink: Sink, options: Options, num_bad: int, num_entries: int) -> int:
+    """Works until all is done or interrupted; returns the exit status."""
     status = 1 if num_bad else 0
     try:
         if engine.has_unfinished:
             engine.warm_up()
-        with _Progress(0 if options.stream else len(entries) - num_bad) as advance:
+        with _Progress(0 if options.stream else num_entries - num_bad) as advance:
             while engine.has_unfinished:
                 for update in engine.step(_STREAM_STEPS if options.stream else None):
                     sink.take(update)
@@ -226,9 +243,6 @@ def _serve(entries: list[Entry], sink: Sink, options: Options, make_engine: Call
     except KeyboardInterrupt:
         status = _INTERRUPTED
     sink.end()
-    if status == _INTERRUPTED:
-        print(f"interrupted: {engine.stats.num_requests} of {len(entries)} requests finished", file=sys.stderr)
-    print(engine.stats.summary(), file=sys.stderr)
     return status
 
 
