@@ -74,19 +74,27 @@ def device_name() -> str:
 
 def environment(peaks: Peaks, method: str, seed: int) -> Record:
     """What holds for all records of a run: where, with what, how, and what the device could do."""
-    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": platform.python_version()}
     return {
         "copy_bytes_per_s": rounded(peaks.copy_bytes_per_s),
         "read_bytes_per_s": rounded(peaks.read_bytes_per_s),
         "matmul_flops_per_s": {dtype: rounded(rate) for dtype, rate in peaks.matmul_flops_per_s.items()},
+        **provenance(_METHOD[method], seed),
+    }
+
+
+def provenance(method: str, seed: int) -> Record:
+    """The same, where nothing is compared with what the device could do."""
+    return {
         "device": device_name(),
         "platform": jax.default_backend(),
-        **versions,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": platform.python_version(),
         "torch": _torch_version(),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
         "seed": seed,
-        "method": _METHOD[method],
+        "method": method,
     }
 
 
