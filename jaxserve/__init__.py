@@ -28,6 +28,7 @@ from jaxserve.scheduler import (
     submit,
 )
 from jaxserve.sequence import Update
+from jaxserve.models.prepare import prepare
 from jaxserve.stats import EngineStats, Histogram, Latencies
 from jaxserve.step import GPU_COMPILER_OPTIONS, RunResults, StepOutput, StepOutputs, run, run_steps, step
 
@@ -70,6 +71,7 @@ __all__ = [
     "init_state",
     "make_beam_rules",
     "make_submission",
+    "prepare",
     "run",
     "run_steps",
     "search_beams",

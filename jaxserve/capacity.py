@@ -5,12 +5,14 @@ import logging
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.cache import bytes_per_page
 from jaxserve.config import EngineConfig
 from jaxserve.models import ModelConfig
 from pallas_kernels.backend import check_runs_here
+from pallas_kernels.native.ops import serves_heads
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
     Raises:
       ValueError: if `max_model_len` is longer than the model was made for, or the attention backend cannot run here.
     """
+    given = config
     if config.max_model_len > model.max_position:
         if config.max_model_len != EngineConfig.max_model_len:
             raise ValueError(
@@ -36,17 +39,20 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
                 f"was made for: use at most {model.max_position}"
             )
         config = dataclasses.replace(config, max_model_len=model.max_position)
-    config = dataclasses.replace(config, attention_backend=_attention_backend(config, model))
     embedding: Any = params["embedding"]
     weight: jax.Array = embedding[...]
     kv_dtype = config.kv_dtype or str(weight.dtype)
+    config = dataclasses.replace(config, kv_dtype=kv_dtype)
+    config = dataclasses.replace(config, attention_backend=_attention_backend(config, model, weight))
     page_bytes = bytes_per_page(model, config.page_size, kv_dtype)
     num_pages = config.num_pages
     if num_pages is None:
         useful = config.max_slots * config.pages_per_slot
         num_pages = max(min(_pool_bytes(weight) // page_bytes, useful), config.pages_per_slot)
-    resolved = dataclasses.replace(config, num_pages=num_pages, kv_dtype=kv_dtype, tile_rows=config.rows_per_tile)
+    resolved = dataclasses.replace(config, num_pages=num_pages, tile_rows=config.rows_per_tile)
     check_runs_here(config.backend, interpret=config.interpret_kernels)
+    if resolved == given:
+        return resolved  # nothing was left open
     _log.info(
         "KV pool: %d pages of %d tokens in %s hold %d tokens, %.1f MB; %d slots, %d queue rows, sequences of at most "
         "%d tokens, %d prompt tokens per step, at most %d logprobs and %d stop tokens per request; attention: %s%s",
@@ -67,14 +73,28 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
     return resolved
 
 
-def _attention_backend(config: EngineConfig, model: ModelConfig) -> str:
-    """The backend asked for, or the platform's; on TPUs only for heads of whole lanes.
+def _attention_backend(config: EngineConfig, model: ModelConfig, weight: jax.Array) -> str:
+    """The backend asked for, or the platform's where that serves; else "reference".
 
-    XLA:TPU gives pools of narrower heads another layout than kernels read, and copies a whole pool for every call.
+    XLA:TPU gives pools of heads that are no whole lanes another layout than kernels read, and copies a whole pool for every
+    call. Native kernels do not take everything, and cannot be parted over devices.
     """
-    if config.attention_backend is None and config.backend == "tpu" and model.head_dim % _TPU_LANES:
-        return "reference"
-    return config.backend
+    backend = config.backend
+    no_kernel = {
+        "tpu": model.head_dim % _TPU_LANES != 0,
+        "native": not serves_heads(model.head_dim, model.group_size)
+        or len(weight.sharding.device_set) > 1
+        or weight.dtype == jnp.float16,
+    }
+    if no_kernel.get(backend, False):
+        if config.attention_backend is None:
+            return "reference"
+        if backend == "native":
+            raise ValueError(
+                f"attention_backend='native' does not serve {weight.dtype} weights on {len(weight.sharding.device_set)} devices, "
+                f"head_dim={model.head_dim} and {model.group_size} query heads per kv head: use 'reference'"
+            )
+    return backend
 
 
 def _pool_bytes(weight: jax.Array) -> int:

@@ -37,7 +37,8 @@ class EngineConfig:
       debug_checks: whether the invariants of the state are checked after every call (slow).
       kv_dtype: of keys and values: "float32", "bfloat16" or "float16"; None: that of the weights.
       attention_backend: what attends and writes to pages: "triton" (NVIDIA GPUs), "jax_triton" (the same decode kernel
-        through jax-triton), "tpu", or "reference" (plain JAX, any device); None: the default of the platform.
+        through jax-triton), "tpu", "native" (C++ on CPUs; it multiplies and samples too), or "reference" (plain JAX, any
+        device); None: the default of the platform.
       interpret_kernels: whether the kernels of "triton" and "tpu" run in Pallas' interpreter, on any device: to test and
         debug, very slow.
 
@@ -113,7 +114,12 @@ class EngineConfig:
     @property
     def backend(self) -> str:
         """The backend that `attention_backend` stands for; looks for a device if that is None."""
-        return resolve_backend(self.attention_backend)
+        backend = resolve_backend(self.attention_backend)
+        if backend == "native" and self.kv_dtype == "float16":
+            if self.attention_backend is not None:
+                raise ValueError("attention_backend='native' has no kv_dtype='float16': use bfloat16, or 'reference'")
+            return "reference"
+        return backend
 
     @property
     def rows_per_tile(self) -> int:
@@ -123,7 +129,7 @@ class EngineConfig:
         """
         if self.tile_rows is not None:
             return self.tile_rows
-        return 32 if self.backend == "reference" else -(-self.max_slots // 16) * 16
+        return 32 if self.backend in ("reference", "native") else -(-self.max_slots // 16) * 16
 
     @property
     def tile_sizes(self) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.intake import Intake
 from jaxserve.logits_fn import LogitsFn
 from jaxserve.models import ModelConfig
+from jaxserve.models.prepare import prepare, prepare_and_free, unprepared
 from jaxserve.readback import Observer, readable, take_prompt_logprobs, take_tokens
 from jaxserve.request import MAX_INT32, Request, RequestOutput, SamplingParams
 from jaxserve.rows import one_per_prompt
@@ -99,7 +100,8 @@ class Engine:
         self.config = resolve_capacities(config or EngineConfig(), model, params)
         self.tokenizer = tokenizer
         self._intake = Intake(self.model, self.config, tokenizer, tuple(eos_token_ids), seed=seed, aux=aux)
-        self._params = _commit(params)
+        self._unprepared = unprepared(params, model)
+        self._params = prepare(_commit(params), model, self.config.backend)
         self._num_added = 0
         self._last_read_time = 0.0
         self._driver: int | None = None  # the thread that alone may add requests and step; None: any
@@ -153,11 +155,15 @@ class Engine:
         from jaxserve.models import params as weights
 
         dtype = dtype or "bfloat16"
+
+        def engine(params: nnx.State, model: ModelConfig, **options: Any) -> Self:
+            chosen = resolve_capacities(config or EngineConfig(), model, params)
+            params = prepare_and_free(params, model, chosen.backend)
+            return cls(params, model, chosen, seed=seed, logits_fn=logits_fn, aux=aux, **options)
+
         if load_format == "dummy":
             model = families.read_model_config(path_or_id)
-            return cls(
-                weights.random_params(model, seed, dtype), model, config, seed=seed, logits_fn=logits_fn, aux=aux
-            )
+            return engine(weights.random_params(model, seed, dtype), model)
         if load_format != "auto":
             raise ValueError(f"load_format={load_format!r} must be auto or dummy")
         directory = checkpoint.resolve_model(path_or_id)
@@ -165,16 +171,7 @@ class Engine:
         tokenizer = load_tokenizer(directory)
         eos_token_ids = load_eos_token_ids(directory)
         params = checkpoint.load_hugging_face(directory, model, dtype=dtype)
-        return cls(
-            params,
-            model,
-            config,
-            tokenizer=tokenizer,
-            eos_token_ids=eos_token_ids,
-            seed=seed,
-            logits_fn=logits_fn,
-            aux=aux,
-        )
+        return engine(params, model, tokenizer=tokenizer, eos_token_ids=eos_token_ids)
 
     def generate(
         self,
@@ -434,7 +431,7 @@ class Engine:
         Raises:
           ValueError: if a leaf is missing, or has another shape or dtype than the old one.
         """
-        old, new = (jax.tree_util.tree_flatten_with_path(tree) for tree in (self._params, params))
+        old, new = (jax.tree_util.tree_flatten_with_path(tree) for tree in (self._unprepared, params))
         if old[1] != new[1]:
             raise ValueError("the new weights have another structure than the old ones: they must be of the same model")
         for (path, old_leaf), (_, leaf) in zip(old[0], new[0], strict=True):
@@ -443,6 +440,7 @@ class Engine:
                     f"{jax.tree_util.keystr(path)} is {leaf.dtype}{list(leaf.shape)}, but the engine was made for "
                     f"{old_leaf.dtype}{list(old_leaf.shape)}: convert it first"
                 )
+        params = prepare(params, self.model, self.config.backend)
         self._params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, self._params))
 
     def reset_stats(self) -> None:

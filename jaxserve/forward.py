@@ -1,6 +1,7 @@
-"""The model on the rows of a plan, in tiles: the cost follows the rows in use, and one program serves any number of them.
+"""The model on the rows of a plan: the cost follows the rows in use, and one program serves any number of them.
 
-The plain backend attends row by row, so a tile may hold any rows. The kernels of other backends are made for chunks or for
+Native kernels take the number of rows at run time, and compute a row in one way whatever is beside it: so all rows go at once.
+The other backends go through tiles of a fixed number of rows. The plain backend attends row by row, so a tile may hold any rows. The kernels of other backends are made for chunks or for
 single rows, and round differently; so there the rows are parted, and chunks go first: single rows may need their pages.
 
     plan      slot     = [0 1 2 5 5 5 4 4 -]      slots 0, 1, 2 decode; 5 and 4 prefill
@@ -11,6 +12,7 @@ rows: a sequence that resumes after preemption recomputes them as it computed th
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +98,9 @@ def no_prompt_logprobs(config: EngineConfig) -> PromptLogprobs:
 def forward_rows(
     params: nnx.State, state: EngineState, plan: Plan, *, model: ModelConfig, config: EngineConfig
 ) -> tuple[KVPool, Found]:
-    """The model on the rows of the plan, tile by tile; later tiles see the pages that earlier ones wrote."""
+    """The model on the rows of the plan; tile by tile, or natively all at once."""
+    if config.backend == "native":
+        return _all_rows(params, state, plan, model=model, config=config)
     hidden = jnp.zeros((state.slots.row_id.shape[0], model.embed_dim), jnp.float32)
     found = Found(hidden=hidden, prompt=no_prompt_logprobs(config))
     run = functools.partial(_tiles, params, state, model=model, config=config)
@@ -108,6 +112,44 @@ def forward_rows(
     pool, found = run(chunks, Rows.CHUNKS, config.tile_sizes, state.pool, found)
     single = (parted.slot, parted.position, parted.num_chunk_rows, parted.num_rows)
     return run(single, Rows.SINGLE, config.tile_sizes[-1:], pool, found)
+
+
+def _all_rows(
+    params: nnx.State, state: EngineState, plan: Plan, *, model: ModelConfig, config: EngineConfig
+) -> tuple[KVPool, Found]:
+    """All rows in one pass, of which native kernels do those in use."""
+    queue, pool = state.queue, state.pool
+    num_slots, num_rows = state.slots.row_id.shape[0], queue.status.shape[0]
+    forward = nnx.merge(graphdef_of(model), params)
+    row = state.slots.row_id.at[plan.slot].get(mode="fill", fill_value=num_rows)
+    tokens = queue.tokens.at[row, plan.position].get(mode="fill", fill_value=0)
+    attend = paged_attend(
+        state.table.page_ids,
+        plan.slot,
+        plan.position,
+        Rows.SINGLE,
+        group_size=model.group_size,
+        backend="native",
+        num_rows=plan.num_rows,
+    )
+    kv = tuple(zip(pool.k, pool.v, strict=True))
+    out, pages = forward(tokens, plan.position, attend=attend, kv=kv, num_rows=plan.num_rows)
+    k, v = zip(*pages, strict=True)
+    last = plan.position + 1 == queue.num_tokens.at[row].get(mode="fill", fill_value=0)
+    hidden = jnp.zeros((num_slots, model.embed_dim), jnp.float32)
+    hidden = hidden.at[jnp.where(last, plan.slot, num_slots)].set(out, mode="drop")
+
+    size = config.rows_per_tile  # logits of so many rows are alive at once
+
+    def tile(carry: tuple[Array, PromptLogprobs]) -> tuple[Array, PromptLogprobs]:
+        first, found = carry
+        index = first + jnp.arange(size, dtype=jnp.int32)
+        part = [lax.dynamic_slice_in_dim(array, first, size) for array in (out, row, plan.position)]
+        return first + size, _prompt_logprobs(forward, *part, index, queue, found, config)
+
+    prompt = (jnp.int32(0), no_prompt_logprobs(config))
+    prompt = lax.while_loop(lambda carry: carry[0] < plan.num_rows, tile, prompt)[1]
+    return KVPool(k=k, v=v), Found(hidden=hidden, prompt=prompt)
 
 
 def _tiles(
@@ -180,7 +222,8 @@ def _prompt_logprobs(
 
     def add(found: PromptLogprobs, out: Float32[Array, "R E"]) -> PromptLogprobs:
         token = queue.tokens.at[row, position + 1].get(mode="fill", fill_value=0)
-        logprobs = token_logprobs(forward.logits(out), token, asked, max_logprobs=config.max_logprobs)
+        options: dict[str, Any] = {"max_logprobs": config.max_logprobs, "native": config.backend == "native"}
+        logprobs = token_logprobs(forward.logits(out), token, asked, **options)
         new = PromptLogprobs(jnp.where(asked >= 0, row, queue.status.shape[0]), position + 1, *logprobs)
         return jax.tree.map(lambda old, leaf: old.at[index].set(leaf, mode="drop"), found, new)
 

@@ -10,6 +10,7 @@ A row's result depends on that row alone. Randomness is counter-based: the key o
 sample's index and the token's position, so nothing that happened before it matters.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from jaxserve.logit_rules import Context, LogitRules
 from jaxserve.optional import if_any
 from jaxserve.pytree import Record, record
 from jaxserve.request import GREEDY_BELOW
+from pallas_kernels.native import ops
 
 _BLOCK = 128  # tokens per block of the two-level draw
 _TOP_K_PIECE = 16  # the largest k for which XLA:GPU has a kernel; for more it sorts whole rows
@@ -83,6 +85,7 @@ def sample(
     *,
     max_logprobs: int,
     changed: Float32[Array, "R V"] | None = None,
+    native: bool = False,
 ) -> Sampled:
     """Draws one token per row.
 
@@ -94,55 +97,91 @@ def sample(
       active: rows that count; what the others get is meaningless.
       max_logprobs: K, size of the top lists.
       changed: what a user's function made of the logits that the rules left, to draw from; None: the rules are applied here.
+      native: whether the kernels of `pallas_kernels.native` choose and report. They draw by the same algorithm, but add in
+        another order: what is drawn may differ where a sum is within rounding of a bound.
     """
     ruled = active if changed is not None else active & logit_rules.in_force(rules, context)
-
+    choose, report = (_choose_natively, _report_natively) if native else (_choose, _report_raw)
     given = (logits if changed is None else changed, rules, context)  # operands of `processed`, for `if_any`
 
     def processed(logits: Float32[Array, "R V"], rules: LogitRules, context: Context) -> Float32[Array, "R V"]:
         return logit_rules.apply(logits, rules, context, active) if changed is None else logits
 
-    def draw(token: Int32[Array, " R"], logits: Float32[Array, "R V"], random: Bool[Array, " R"]) -> Array:
-        return jnp.where(random, _pick(_weights(logits, rows, random), _uniforms(rows, context)), token)
-
-    def choose(logits: Float32[Array, "R V"], wanted: Bool[Array, " R"], token: Int32[Array, " R"]) -> Array:
-        token = jnp.where(wanted, jnp.argmax(logits, axis=-1).astype(jnp.int32), token)
-        return if_any(wanted & rows.random, draw, token, logits, wanted & rows.random)
-
     def choose_by_rules(chosen: tuple[Array, Array], *given: Any) -> tuple[Array, Array]:
-        token, failed = chosen
-        logits = processed(*given)
-        best = jnp.take_along_axis(logits, jnp.argmax(logits, axis=-1)[:, None], axis=1)[:, 0]
-        return choose(logits, ruled, token), failed | (ruled & ~jnp.isfinite(best))
+        new = choose(processed(*given), rows, context, ruled)
+        return jax.tree.map(functools.partial(jnp.where, ruled), new, chosen)
 
     chosen = (jnp.zeros_like(context.num_tokens), jnp.zeros_like(active))
     if changed is None:
-        token = choose(logits, active & ~ruled, chosen[0])
+        chosen = choose(logits, rows, context, active & ~ruled)
         # In a loop that returns tokens only: the raw logits, needed afterwards, are then not copied.
-        token, failed = if_any(ruled, choose_by_rules, (token, chosen[1]), *given)
+        token, failed = if_any(ruled, choose_by_rules, chosen, *given)
     else:
         token, failed = choose_by_rules(chosen, *given)
 
     asked = active & (rows.num_logprobs >= 0)
-    of_token = jnp.take_along_axis(logits, token[:, None], axis=1)
+    found = report(logits, token, active, asked & ~rows.processed, max_logprobs)
+    failed = failed | (active & ~jnp.isfinite(found[0]))
+
+    def report_processed(found: tuple[Array, ...], *given: Any) -> tuple[Array, ...]:
+        logprobs = _processed_logprobs(processed(*given), rows, active)
+        return _report(found, logprobs, jnp.zeros_like(logprobs[:, :1]), token, asked & rows.processed)
+
+    logprob, rank, top_ids, top_logprobs = if_any(asked & rows.processed, report_processed, found, *given)
+    return Sampled(token=token, logprob=logprob, rank=rank, top_ids=top_ids, top_logprobs=top_logprobs, failed=failed)
+
+
+def _choose(
+    logits: Float32[Array, "R V"], rows: SamplingRows, context: Context, wanted: Bool[Array, " R"]
+) -> tuple[Int32[Array, " R"], Bool[Array, " R"]]:
+    """A token for each wanted row, and whether there is none to be had; meaningless elsewhere."""
+
+    def draw(token: Int32[Array, " R"], logits: Float32[Array, "R V"], random: Bool[Array, " R"]) -> Array:
+        return jnp.where(random, _pick(_weights(logits, rows, random), _uniforms(rows, context)), token)
+
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    failed = ~jnp.isfinite(jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0])
+    return if_any(wanted & rows.random, draw, token, logits, wanted & rows.random), wanted & failed
+
+
+def _choose_natively(
+    logits: Float32[Array, "R V"], rows: SamplingRows, context: Context, wanted: Bool[Array, " R"]
+) -> tuple[Int32[Array, " R"], Bool[Array, " R"]]:
+    """As `_choose`."""
+    random = wanted & rows.random
+    uniforms = jnp.zeros((random.shape[0], 2), jnp.float32)
+    uniforms = if_any(random, lambda _, rows, context: _uniforms(rows, context), uniforms, rows, context)
+    return ops.choose(logits, wanted, random, rows.temperature, rows.top_k, rows.top_p, rows.min_p, uniforms)
+
+
+def _report_raw(
+    logits: Float32[Array, "R V"],
+    token: Int32[Array, " R"],
+    active: Bool[Array, " R"],
+    asked: Bool[Array, " R"],
+    max_logprobs: int,
+) -> tuple[Array, ...]:
+    """Log probability of each row's token; of rows that ask also its rank, and the top ids and their log probabilities."""
+    del active
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    logprob = (of_token - normaliser)[:, 0]
-    failed = failed | (active & ~jnp.isfinite(logprob))
     found = (
-        logprob,
+        (jnp.take_along_axis(logits, token[:, None], axis=1) - normaliser)[:, 0],
         jnp.zeros_like(token),
         jnp.full((token.shape[0], max_logprobs), -1, jnp.int32),
         jnp.zeros((token.shape[0], max_logprobs), jnp.float32),
     )
-    raw = asked & ~rows.processed
-    found = if_any(raw, _report, found, logits, normaliser, token, raw)
+    return if_any(asked, _report, found, logits, normaliser, token, asked)
 
-    def report_processed(found: tuple[Array, ...], *given: Any) -> tuple[Array, ...]:
-        logprobs = _processed_logprobs(processed(*given), rows, active)
-        return _report(found, logprobs, jnp.zeros_like(normaliser), token, asked & rows.processed)
 
-    logprob, rank, top_ids, top_logprobs = if_any(asked & rows.processed, report_processed, found, *given)
-    return Sampled(token=token, logprob=logprob, rank=rank, top_ids=top_ids, top_logprobs=top_logprobs, failed=failed)
+def _report_natively(
+    logits: Float32[Array, "R V"],
+    token: Int32[Array, " R"],
+    active: Bool[Array, " R"],
+    asked: Bool[Array, " R"],
+    max_logprobs: int,
+) -> tuple[Array, ...]:
+    """As `_report_raw`."""
+    return ops.report(logits, active, token, asked, max_logprobs=max_logprobs)
 
 
 def _report(
@@ -170,13 +209,21 @@ def _report(
 
 
 def token_logprobs(
-    logits: Float32[Array, "R V"], token: Int32[Array, " R"], num_logprobs: Int32[Array, " R"], *, max_logprobs: int
+    logits: Float32[Array, "R V"],
+    token: Int32[Array, " R"],
+    num_logprobs: Int32[Array, " R"],
+    *,
+    max_logprobs: int,
+    native: bool = False,
 ) -> tuple[Float32[Array, " R"], Int32[Array, " R"], Int32[Array, "R K"], Float32[Array, "R K"]]:
     """Raw log probability and rank of given tokens, and the most likely ones, for rows that ask (num_logprobs >= 0).
 
     Rows that do not ask get NaN, 0, -1 and 0.
     """
     asked = num_logprobs >= 0
+    if native:
+        logprob, *others = ops.report(logits, asked, token, asked, max_logprobs=max_logprobs)
+        return jnp.where(asked, logprob, jnp.nan), *others
     nothing = (
         jnp.full(token.shape, jnp.nan, jnp.float32),
         jnp.zeros_like(token),

@@ -24,6 +24,7 @@ from jaxserve.forward import PromptLogprobs, forward_rows, no_prompt_logprobs
 from jaxserve.logit_rules import Context
 from jaxserve.logits_fn import LogitsFn
 from jaxserve.models import ModelConfig, graphdef_of
+from jaxserve.models.prepare import prepare
 from jaxserve.pytree import Record, record
 from jaxserve.sampling import Sampled, sample
 from jaxserve.scheduler.state import EngineState, Status
@@ -85,7 +86,8 @@ def step(
     """One iteration: abort, admit, plan, forward, sample, retire.
 
     Args:
-      params: `nnx.split(Transformer(model))[1]`; may be new ones on each call.
+      params: `nnx.split(Transformer(model))[1]`; may be new ones on each call. In a loop of one's own best prepared before it
+        (`prepare`): else each call does that.
       state: what the previous step returned; may be donated.
       model: static.
       config: static.
@@ -95,6 +97,7 @@ def step(
       ValueError: while tracing, if the state was made with another configuration.
     """
     _check_shapes(state, config)
+    params = prepare(params, model, config.backend)
     num_preempted = jnp.sum(state.queue.num_preemptions, dtype=jnp.int32)
     state, plan = schedule(state, config=config)
     state = state.replace(pool=copy_pages(state.pool, plan.copy_from, plan.copy_to))
@@ -132,6 +135,7 @@ def run_steps(
     Args:
       num_steps: at most `config.max_steps_per_call`; a larger number counts as that.
     """
+    params = prepare(params, model, config.backend)
     capacity = config.max_steps_per_call
     ring = _empty_outputs(capacity, config)
     limit = jnp.minimum(num_steps, capacity)
@@ -190,6 +194,7 @@ def run(
             f"num_top_logprobs={num_top_logprobs} must lie in [0, max_logprobs={config.max_logprobs}]: "
             "raise max_logprobs in EngineConfig"
         )
+    params = prepare(params, model, config.backend)
     num_rows = config.num_rows
     shape = (num_rows, max_new_tokens)
     kept = (
@@ -322,13 +327,15 @@ def _sample(
             slot=slot,
             seen=state.seen,
         )
-        logits = forward.logits(hidden.at[slot].get(mode="fill", fill_value=0))
+        num_left = jnp.minimum(num_sampling - start, size)
+        logits = forward.logits(hidden.at[slot].get(mode="fill", fill_value=0), num_left)
         active, changed = slot < num_slots, None
         if logits_fn is not None:
             known = jax.tree.map(lambda leaf: leaf.at[row].get(mode="clip"), aux)
             known, changed = logits_fn(known, logit_rules.apply(logits, rules, context, active), context)
             aux = jax.tree.map(lambda old, leaf: old.at[row].set(leaf, mode="drop"), aux, known)
-        new = sample(logits, rows, rules, context, active, max_logprobs=config.max_logprobs, changed=changed)
+        options: dict[str, Any] = {"max_logprobs": config.max_logprobs, "native": config.backend == "native"}
+        new = sample(logits, rows, rules, context, active, changed=changed, **options)
         return start + size, aux, jax.tree.map(lambda old, leaf: old.at[slot].set(leaf, mode="drop"), drawn, new)
 
     start = (jnp.int32(0), state.aux, _nothing_drawn(config))

@@ -1,18 +1,22 @@
 """Which backend of an operation runs. JAX is imported when it is asked for a device: names are needed without one."""
 
-BACKENDS = ("reference", "triton", "jax_triton", "tpu")
+BACKENDS = ("reference", "native", "triton", "jax_triton", "tpu")
 _OF_PLATFORM = {"gpu": "triton", "cuda": "triton", "tpu": "tpu"}
-_PLATFORMS_OF = {"triton": ("gpu", "cuda"), "jax_triton": ("gpu", "cuda"), "tpu": ("tpu",)}
+_PLATFORMS_OF = {"native": ("cpu",), "triton": ("gpu", "cuda"), "jax_triton": ("gpu", "cuda"), "tpu": ("tpu",)}
 
 
 def resolve_backend(backend: str | None) -> str:
-    """The backend asked for, or the default of the platform: "triton" on NVIDIA GPUs, "tpu" on TPUs, else "reference".
+    """The backend asked for, or the platform's default: "triton" on NVIDIA GPUs, "tpu" on TPUs, "native" on CPUs if it can be
+    built there, else "reference".
 
     Raises:
       ValueError: if the name is unknown.
     """
     if backend is None:
-        return _OF_PLATFORM.get(_platform(), "reference")
+        platform = _platform()
+        if platform == "cpu" and _why_not_native() is None:
+            return "native"
+        return _OF_PLATFORM.get(platform, "reference")
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}, or None to choose")
     return backend
@@ -31,12 +35,21 @@ def check_runs_here(backend: str, *, interpret: bool) -> None:
     """
     platforms = _PLATFORMS_OF.get(backend, ())
     platform = _platform()
-    if platforms and platform not in platforms and not (interpret and backend != "jax_triton"):
-        device = {"tpu": "a TPU"}.get(backend, "an NVIDIA GPU")
+    interpretable = backend in ("triton", "tpu")
+    if platforms and platform not in platforms and not (interpret and interpretable):
+        device = {"tpu": "a TPU", "native": "a CPU"}.get(backend, "an NVIDIA GPU")
         raise ValueError(
             f"backend {backend!r} needs {device}, but the default device is a {platform}: use 'reference'"
-            + (", or interpret the kernels (slow)" if backend != "jax_triton" else "")
+            + (", or interpret the kernels (slow)" if interpretable else "")
         )
+    if backend == "native" and (reason := _why_not_native()) is not None:
+        raise ValueError(f"backend 'native' cannot run here: {reason}; or use 'reference'")
+
+
+def _why_not_native() -> str | None:
+    from pallas_kernels.native import library
+
+    return library.why_not()
 
 
 def _platform() -> str:

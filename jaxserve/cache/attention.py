@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Array, Float32, Int32
 
 from jaxserve.models import Attend, Projection
+from pallas_kernels.native import ops as native
 from pallas_kernels.paged_attention import PagedKV, chunk_attention, chunk_blocks, decode_attention
 from pallas_kernels.rotary_write import rotary_write
 
@@ -26,6 +27,7 @@ def paged_attend(
     group_size: int,
     backend: str,
     interpret: bool = False,
+    num_rows: Int32[Array, ""] | None = None,
 ) -> Attend:
     """An `attend` for rows that belong to slots; its `kv` is one layer's (k_pages, v_pages).
 
@@ -38,6 +40,7 @@ def paged_attend(
       rows: what they are made of.
       group_size: query heads per kv head.
       backend, interpret: as in `pallas_kernels`.
+      num_rows: rows that count, the others' results may be undefined; None: all. Only "native" saves work by it.
     """
     run: dict[str, Any] = {"backend": backend, "interpret": interpret}
     blocks = None
@@ -52,6 +55,11 @@ def paged_attend(
         pages = PagedKV(k_pages, v_pages, page_ids)
         qkv, cos, sin, q_norm, k_norm, norm_eps = projection
         norms = {"q_norm": q_norm, "k_norm": k_norm, "norm_eps": norm_eps}
+        if backend == "native":
+            rest = (slot, position)
+            q, k_pages, v_pages = native.rotary_write(qkv, cos, sin, pages, *rest, **norms, num_rows=num_rows)
+            pages = pages._replace(k=k_pages, v=v_pages)
+            return native.paged_attention(q, pages, *rest, window=window, num_rows=num_rows), (k_pages, v_pages)
         q, k_pages, v_pages = rotary_write(qkv, cos, sin, pages, slot, position, **norms, **run)
         pages = pages._replace(k=k_pages, v=v_pages)
         if rows is Rows.SINGLE:

@@ -85,4 +85,4 @@ def bytes_per_page(model: ModelConfig, page_size: int, dtype: str) -> int:
 
 def stores_bits(backend: str) -> bool:
     """Whether a bfloat16 pool is kept as bits: where XLA's scatter on CPU writes it."""
-    return jax.default_backend() == "cpu" and backend == "reference"
+    return jax.default_backend() == "cpu" and backend in ("reference", "native")

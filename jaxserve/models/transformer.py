@@ -8,8 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import Attend, Block, RMSNorm, _kernel, matmul_transposed
+from jaxserve.models.layers import Attend, Block, RMSNorm, _kernel, is_prepared, matmul_transposed
 from jaxserve.models.rope import rotations
+from pallas_kernels.native import ops as native
 
 
 class Transformer(nnx.Module):
@@ -27,7 +28,13 @@ class Transformer(nnx.Module):
         self.lm_head = None if tied else _kernel(rngs, (config.vocab_size, config.embed_dim), dtype)
 
     def __call__(
-        self, tokens: Int32[Array, " B"], positions: Int32[Array, " B"], *, attend: Attend, kv: Any
+        self,
+        tokens: Int32[Array, " B"],
+        positions: Int32[Array, " B"],
+        *,
+        attend: Attend,
+        kv: Any,
+        num_rows: Int32[Array, ""] | None = None,
     ) -> tuple[Float32[Array, "B E"], Any]:
         """Final hidden states of the rows, and what the layers made of `kv`.
 
@@ -36,19 +43,28 @@ class Transformer(nnx.Module):
           positions: position of each row in its sequence, counted from 0.
           attend: see `Attend`.
           kv: one entry per layer, or None for an `attend` that carries nothing.
+          num_rows: rows that count, as in `project`.
         """
         layers = [None] * self.config.num_layers if kv is None else list(kv)
-        x = self.embedding[...][tokens].astype(jnp.float32)
+        embedding = self.embedding[...]
+        if is_prepared(embedding):
+            embedded = native.columns(embedding, tokens, self.config.embed_dim)
+        else:
+            embedded = embedding[tokens]
+        x = embedded.astype(jnp.float32)
         rotation = rotations(self.config.rope, self.config.head_dim, positions)
         for layer, block in enumerate(self.blocks):
             window = self.config.windows[layer]
-            x, layers[layer] = block(x, rotation, layers[layer], attend, layer=layer, window=window)
+            options: dict[str, Any] = {"layer": layer, "window": window, "num_rows": num_rows}
+            x, layers[layer] = block(x, rotation, layers[layer], attend, **options)
         return self.final_norm(x), tuple(layers)
 
-    def logits(self, hidden: Float32[Array, "B E"]) -> Float32[Array, "B V"]:
-        """Next-token logits of final hidden states."""
-        weight = self.embedding if self.lm_head is None else self.lm_head
-        return matmul_transposed(hidden, weight[...])
+    def logits(self, hidden: Float32[Array, "B E"], num_rows: Int32[Array, ""] | None = None) -> Float32[Array, "B V"]:
+        """Next-token logits of final hidden states; `num_rows` as in `project`."""
+        weight = (self.embedding if self.lm_head is None else self.lm_head)[...]
+        if is_prepared(weight):
+            return native.product(hidden, weight, num_columns=self.config.vocab_size, num_rows=num_rows)
+        return matmul_transposed(hidden, weight)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.backend import resolve_backend
+from pallas_kernels.native import ops as native
 from pallas_kernels.paged_attention import reference
 from pallas_kernels.paged_attention.pages import PagedKV
 from pallas_kernels.paged_attention.query_blocks import QueryBlocks, query_blocks
@@ -31,14 +32,16 @@ def decode_attention(
       num_splits: parts that a row's positions are worked on in parallel (split-K, Flash-Decoding, Dao et al., 2023); None:
         chosen from the shapes. Only "triton" and "jax_triton" split.
       backend: "triton" (Pallas on NVIDIA GPUs), "jax_triton" (the same kernel through jax-triton), "tpu" (Pallas on TPUs),
-        "reference" (plain JAX); None: the platform's default.
+        "native" (C++ on CPUs), "reference" (plain JAX); None: the platform's default.
       interpret: run the kernel in Pallas' interpreter, on any device; slow.
 
     Raises:
       ValueError: if the backend is unknown, or does not support the shapes, the dtype or `interpret`.
     """
-    backend = resolve_backend(backend)
+    backend = backend_for(kv, q.shape[1] // kv.k.shape[1], backend)
     options = {"window": window, "softcap": softcap, "sinks": sinks}
+    if backend == "native":
+        return native.paged_attention(q, kv, slot, position, **options)
     if backend == "reference":
         return reference.paged_attention(q, kv, slot, position, **options)
     if backend == "tpu":
@@ -77,14 +80,17 @@ def chunk_attention(
     Args:
       q, kv, slot, position, window, softcap, sinks: as in `reference.paged_attention`.
       blocks: from `chunk_blocks`, so that it is made once for all layers; None: made here.
-      backend: "triton", "tpu", "reference"; None: the platform's default. "jax_triton" has no chunk kernel: "triton" runs.
+      backend: "triton", "tpu", "native", "reference"; None: the platform's default. "jax_triton" has no chunk kernel:
+        "triton" runs.
       interpret: run the kernel in Pallas' interpreter, on any device; slow.
 
     Raises:
       ValueError: if the backend is unknown, or does not support the shapes or the dtype.
     """
-    backend = resolve_backend(backend)
+    backend = backend_for(kv, q.shape[1] // kv.k.shape[1], backend)
     options = {"window": window, "softcap": softcap, "sinks": sinks}
+    if backend == "native":
+        return native.paged_attention(q, kv, slot, position, **options)
     if backend == "reference":
         return reference.paged_attention(q, kv, slot, position, **options)
     if blocks is None:
@@ -116,7 +122,24 @@ def chunk_blocks(
       backend: as there.
     """
     backend = resolve_backend(backend)
-    return None if backend == "reference" else _blocks(slot, position, num_slots, group_size, backend)
+    return None if backend in ("reference", "native") else _blocks(slot, position, num_slots, group_size, backend)
+
+
+def backend_for(kv: PagedKV, group_size: int, backend: str | None) -> str:
+    """The backend asked for; or the platform's default, if it serves these pages, else "reference".
+
+    Raises:
+      ValueError: if the backend is unknown, or is "native" and does not serve these pages.
+    """
+    resolved = resolve_backend(backend)
+    if resolved != "native" or native.serves(kv, group_size):
+        return resolved
+    if backend is None:
+        return "reference"
+    raise ValueError(
+        f"backend 'native' does not serve pages of {kv.k.dtype}{list(kv.k.shape)} with {group_size} query heads per kv head: it "
+        "takes float32 and bfloat16 without scales, heads of up to 256 and 16 of them; use 'reference'"
+    )
 
 
 def _blocks(

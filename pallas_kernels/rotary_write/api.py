@@ -2,7 +2,8 @@
 
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
-from pallas_kernels.backend import resolve_backend
+from pallas_kernels.native import ops as native
+from pallas_kernels.paged_attention.api import backend_for
 from pallas_kernels.paged_attention.pages import PagedKV
 from pallas_kernels.rotary_write import reference
 
@@ -26,15 +27,17 @@ def rotary_write(
     Args:
       qkv, cos, sin, kv, slot, position, q_norm, k_norm, norm_eps: as in `reference.rotary_write`, which says what is
         computed. The page arrays are written in place if the caller has no further use for them.
-      backend: "triton" (Pallas on NVIDIA GPUs), "reference" (plain JAX); None: the platform's default. "tpu" runs as
-        "reference", with XLA's scatter; "jax_triton" as "triton".
+      backend: "triton" (Pallas on NVIDIA GPUs), "native" (C++ on CPUs), "reference" (plain JAX); None: the platform's
+        default. "tpu" runs as "reference", with XLA's scatter; "jax_triton" as "triton".
       interpret: run the kernel in Pallas' interpreter, on any device; slow.
 
     Raises:
       ValueError: if the backend is unknown, or does not support the shapes or the dtype.
     """
-    backend = resolve_backend(backend)
+    backend = backend_for(kv, qkv.shape[2] - 2, backend)
     norms = {"q_norm": q_norm, "k_norm": k_norm, "norm_eps": norm_eps}
+    if backend == "native":
+        return native.rotary_write(qkv, cos, sin, kv, slot, position, **norms)
     if backend in ("reference", "tpu"):
         return reference.rotary_write(qkv, cos, sin, kv, slot, position, **norms)
     from pallas_kernels.rotary_write import triton

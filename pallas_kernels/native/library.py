@@ -1,0 +1,157 @@
+"""The C++ kernels of this folder: built on first use, by the compiler of the machine they run on, and made known to XLA.
+
+The library lies in the user's cache, under a name that says what it was made of: sources, flags, compiler, processor and
+jaxlib. Where there is no compiler or no fitting processor, there is no library, and plain JAX serves.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.resources
+import logging
+import os
+import pathlib
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+
+import jax
+import jaxlib
+
+_log = logging.getLogger(__name__)
+
+TARGETS = (
+    "jaxserve_product",
+    "jaxserve_rotary_write",
+    "jaxserve_paged_attention",
+    "jaxserve_choose",
+    "jaxserve_report",
+)
+_SOURCES = ("product.cc", "paged_attention.cc", "sampling.cc")
+_HEADERS = ("parallel.h", "vector.h")
+_FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"),
+    *("-fPIC", "-shared", "-pthread", "-Wno-psabi"),
+)
+_NEEDED = ("avx2", "fma")  # of the processor
+_BUILD_SECONDS = 600
+
+
+class NativeUnavailableError(RuntimeError):
+    """The kernels cannot be built or loaded here; the message says why."""
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Loads the library, building it if it was not built before; None: it is there, else the reason why not."""
+    try:
+        _register(_load())
+    except NativeUnavailableError as error:
+        _log.info("native CPU kernels: not available: %s; plain JAX serves", error)
+        return str(error)
+    return None
+
+
+def available() -> bool:
+    """Whether the kernels can run here."""
+    return why_not() is None
+
+
+def _load() -> ctypes.CDLL:
+    processor = _processor()
+    missing = [name for name in _NEEDED if name not in processor]
+    if missing:
+        raise NativeUnavailableError(f"the processor lacks {' and '.join(missing)}")
+    folder = _cache_folder()
+    compiler = _compiler()
+    with importlib.resources.as_file(importlib.resources.files(__package__)) as sources:
+        texts = [(sources / name).read_bytes() for name in (*_SOURCES, *_HEADERS)]
+        made_of = [*texts, *(text.encode() for text in (*_FLAGS, *compiler, *sorted(processor), jaxlib.__version__))]
+        name = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in made_of)).hexdigest()[:20]
+        library = folder / f"native-{name}.so"
+        if not library.exists():
+            _build(compiler[0], [sources / source for source in _SOURCES], library)
+    try:
+        loaded = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise NativeUnavailableError(f"{library.name} cannot be loaded: {error}") from None
+    _log.info("native CPU kernels: %s", library.name)
+    return loaded
+
+
+def _register(library: ctypes.CDLL) -> None:
+    for target in TARGETS:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+
+
+def _processor() -> frozenset[str]:
+    """What the processor can do, as Linux names it; empty for any but x86-64."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return frozenset()
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+
+
+def _compiler() -> tuple[str, str]:
+    """Path and version of a C++ compiler."""
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        path = shutil.which(name) if name else None
+        if path:
+            asked = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False)
+            if asked.returncode == 0:
+                return path, asked.stdout
+    raise NativeUnavailableError("no C++ compiler found: install g++ or set CXX")
+
+
+def _cache_folder() -> pathlib.Path:
+    """A folder that nobody else can write to: what lies there is run."""
+    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    folder = base / "jaxserve"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise NativeUnavailableError(f"{folder} cannot be used: {error.strerror}") from None
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise NativeUnavailableError(f"{folder} can be written to by others: make it yours alone")
+    return folder
+
+
+def _build(compiler: str, sources: list[pathlib.Path], library: pathlib.Path) -> None:
+    _log.info("native CPU kernels: building %s, once", library.name)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
+        made = pathlib.Path(folder) / library.name
+        objects = [made.with_name(source.stem + ".o") for source in sources]
+        common = [compiler, *_FLAGS, "-isystem", jax.ffi.include_dir()]
+        try:
+            running = [
+                subprocess.Popen(
+                    [*common[:-2], "-c", *common[-2:], str(source), "-o", str(target)],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+                for source, target in zip(sources, objects, strict=True)
+            ]
+            printed = [process.communicate(timeout=_BUILD_SECONDS)[0] for process in running]
+            if not any(process.returncode for process in running):
+                linked = subprocess.run(
+                    [*common, *map(str, objects), "-o", str(made)],
+                    capture_output=True,
+                    text=True,
+                    timeout=60,
+                    check=False,
+                )
+                if linked.returncode == 0:
+                    made.replace(library)  # two processes may build at once: each replaces the whole
+                    return
+                printed.append(linked.stderr)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            printed = [str(error)]
+    tail = "; ".join("\n".join(printed).strip().splitlines()[:3])
+    raise NativeUnavailableError(f"{compiler} failed: {tail}")

@@ -1,0 +1,185 @@
+"""The native kernels as functions of JAX arrays. Shapes, meanings and results are those of the plain functions named.
+
+Rows from `num_rows` on cost nothing and come back undefined. All run on CPU only, and have no derivatives.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
+
+from pallas_kernels.paged_attention.pages import PagedKV
+
+_LANES = 16
+_MAX_HEAD_DIM = 256
+_MAX_GROUP = 16
+
+
+def serves(kv: PagedKV, group_size: int) -> bool:
+    """Whether attention over these pages can run natively: float32 or bfloat16 without scales."""
+    return (
+        kv.k.dtype in (jnp.float32, jnp.bfloat16, jnp.uint16)
+        and kv.k_scale is None
+        and kv.v_scale is None
+        and serves_heads(kv.k.shape[3], group_size)
+    )
+
+
+def serves_heads(head_dim: int, group_size: int) -> bool:
+    """Whether attention runs natively with `group_size` query heads per kv head."""
+    return head_dim % 2 == 0 and head_dim <= _MAX_HEAD_DIM and group_size <= _MAX_GROUP
+
+
+def pack(w: Float[Array, "K N"]) -> Float[Array, "N/16 K/2 _ _"]:
+    """A weight as `product` reads it, zero columns and rows filling it up.
+
+    For each 16 columns all pairs of rows lie together: [N/16, K/2, 16, 2] in bfloat16, [N/16, K/2, 2, 16] in float32.
+    """
+    num_rows, num_columns = w.shape
+    w = jnp.pad(w, ((0, num_rows % 2), (0, -num_columns % _LANES)))
+    w = w.reshape(w.shape[0] // 2, 2, -1, _LANES)
+    return w.transpose((2, 0, 3, 1) if w.dtype == jnp.bfloat16 else (2, 0, 1, 3))
+
+
+def pack_gated(w: Float[Array, "K 2 F"]) -> Float[Array, "2F/16 K/2 _ _"]:
+    """`pack` of a gate and of what it is applied to, 16 columns of each in turns."""
+    w = jnp.pad(w, ((0, 0), (0, 0), (0, -w.shape[2] % _LANES)))
+    w = w.reshape(w.shape[0], 2, -1, _LANES).transpose(0, 2, 1, 3)
+    return pack(w.reshape(w.shape[0], -1))
+
+
+def columns(w: Float[Array, "N/16 K/2 _ _"], ids: Int32[Array, " B"], num_rows: int) -> Float[Array, "B K"]:
+    """Columns of a packed weight of `num_rows` rows."""
+    block, lane = ids // _LANES, ids % _LANES
+    pairs = w[block, :, lane] if w.dtype == jnp.bfloat16 else w[block, :, :, lane]
+    return pairs.reshape(ids.shape[0], -1)[:, :num_rows]
+
+
+def product(
+    x: Float32[Array, "B K"],
+    w: Float[Array, "N/16 K/2 _ _"],
+    *,
+    num_columns: int,
+    num_rows: Int32[Array, ""] | None = None,
+    scale: Float32[Array, " K"] | None = None,
+    eps: float = 1e-6,
+    bias: Float32[Array, " N"] | None = None,
+    residual: Float32[Array, "B N"] | None = None,
+    gated: bool = False,
+) -> Float32[Array, "B N"]:
+    """residual + act(norm(x) @ w + bias), operands in the weight's dtype, accumulated in float32.
+
+    A row's bits depend on that row only. With AVX-512 BF16 a weight of bfloat16 is multiplied by vdpbf16ps, which takes
+    subnormal numbers for zero.
+
+    Args:
+      x: rows.
+      w: from `pack`, or `pack_gated` if gated.
+      num_columns: N, or F if gated.
+      num_rows: rows that count; None: all.
+      scale: of an RMSNorm of x; None: there is none.
+      eps: of that.
+      bias: [2F] if gated; None: there is none.
+      residual: added at last; None: nothing.
+      gated: SwiGLU: silu of the gate columns times the others, instead of all columns.
+    """
+    call = jax.ffi.ffi_call("jaxserve_product", jax.ShapeDtypeStruct((x.shape[0], num_columns), jnp.float32))
+    if residual is None:
+        residual = jnp.zeros((0, 0), jnp.float32)
+    rows = _count(num_rows, x.shape[0])
+    return call(x, w, rows, _or_none(scale), _or_none(bias), residual, eps=np.float32(eps), gated=gated)
+
+
+def rotary_write(
+    qkv: Float32[Array, "B K G+2 D"],
+    cos: Float32[Array, "B D/2"],
+    sin: Float32[Array, "B D/2"],
+    kv: PagedKV,
+    slot: Int32[Array, " B"],
+    position: Int32[Array, " B"],
+    *,
+    q_norm: Float[Array, " D"] | None = None,
+    k_norm: Float[Array, " D"] | None = None,
+    norm_eps: float = 1e-6,
+    num_rows: Int32[Array, ""] | None = None,
+) -> tuple[Float32[Array, "B H D"], Shaped[Array, "N K T D"], Shaped[Array, "N K T D"]]:
+    """`rotary_write.reference.rotary_write` in one pass, pages written in place."""
+    num_heads = qkv.shape[1] * (qkv.shape[2] - 2)
+    results = (
+        jax.ShapeDtypeStruct((qkv.shape[0], num_heads, qkv.shape[3]), jnp.float32),
+        jax.ShapeDtypeStruct(kv.k.shape, kv.k.dtype),
+        jax.ShapeDtypeStruct(kv.v.shape, kv.v.dtype),
+    )
+    call = jax.ffi.ffi_call("jaxserve_rotary_write", results, input_output_aliases={3: 1, 4: 2})
+    rows = _count(num_rows, qkv.shape[0])
+    norms = (_or_none(q_norm), _or_none(k_norm))
+    q, k, v = call(qkv, cos, sin, kv.k, kv.v, kv.page_ids, slot, position, rows, *norms, eps=np.float32(norm_eps))
+    return q, k, v
+
+
+def paged_attention(
+    q: Float[Array, "B H D"],
+    kv: PagedKV,
+    slot: Int32[Array, " B"],
+    position: Int32[Array, " B"],
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float32[Array, " H"] | None = None,
+    num_rows: Int32[Array, ""] | None = None,
+) -> Float32[Array, "B H D"]:
+    """`paged_attention.reference.paged_attention`; adjacent rows of one slot share their reads."""
+    call = jax.ffi.ffi_call("jaxserve_paged_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32))
+    rows = _count(num_rows, q.shape[0])
+    options = {"window": np.int64(window or 0), "softcap": np.float32(softcap or 0)}
+    return call(q.astype(jnp.float32), kv.k, kv.v, kv.page_ids, slot, position, rows, _or_none(sinks), **options)
+
+
+def choose(
+    logits: Float32[Array, "R V"],
+    wanted: Bool[Array, " R"],
+    random: Bool[Array, " R"],
+    temperature: Float32[Array, " R"],
+    top_k: Int32[Array, " R"],
+    top_p: Float32[Array, " R"],
+    min_p: Float32[Array, " R"],
+    uniforms: Float32[Array, "R 2"],
+) -> tuple[Int32[Array, " R"], Bool[Array, " R"]]:
+    """A token per wanted row, most likely or drawn, and whether the largest logit is not finite; 0 and False elsewhere."""
+    results = (jax.ShapeDtypeStruct(wanted.shape, jnp.int32), jax.ShapeDtypeStruct(wanted.shape, jnp.bool_))
+    call = jax.ffi.ffi_call("jaxserve_choose", results)
+    token, failed = call(logits, wanted, random, temperature, top_k, top_p, min_p, uniforms)
+    return token, failed
+
+
+def report(
+    logits: Float32[Array, "R V"],
+    active: Bool[Array, " R"],
+    token: Int32[Array, " R"],
+    asked: Bool[Array, " R"],
+    *,
+    max_logprobs: int,
+) -> tuple[Float32[Array, " R"], Int32[Array, " R"], Int32[Array, "R K"], Float32[Array, "R K"]]:
+    """Log probability of a token per active row; of rows that ask also its rank, and the most likely tokens with theirs.
+
+    Others get 0, 0, -1 and 0.
+    """
+    rows = token.shape[0]
+    results = (
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+        jax.ShapeDtypeStruct((rows, max_logprobs), jnp.int32),
+        jax.ShapeDtypeStruct((rows, max_logprobs), jnp.float32),
+    )
+    logprob, rank, ids, values = jax.ffi.ffi_call("jaxserve_report", results)(logits, active, token, asked)
+    return logprob, rank, ids, values
+
+
+def _count(num_rows: Int32[Array, ""] | None, every: int) -> Int32[Array, ""]:
+    return jnp.asarray(every, jnp.int32) if num_rows is None else num_rows
+
+
+def _or_none(vector: Any) -> Float32[Array, " _"]:
+    return jnp.zeros((0,), jnp.float32) if vector is None else vector.astype(jnp.float32)

@@ -1,0 +1,253 @@
+// Choosing a token per row of logits, and reporting on it: each a few passes over the row while it is in the cache.
+//
+// What is computed is said in jaxserve/sampling.py. A row's result depends on that row alone.
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "parallel.h"
+#include "vector.h"
+
+namespace jaxserve {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int kBlock = 128;  // tokens per block of the two-level draw
+constexpr int kSums = 4;     // independent chains of additions
+
+// f(x, first) for each vector of a row, missing floats of the last one being `rest`.
+template <typename F>
+inline void ForVectors(const float* row, int64_t size, float rest, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) f(Load(row + i), i);
+  if (i < size) f(LoadSome(row + i, size - i, rest), i);
+}
+
+inline float LargestOf(const float* row, int64_t size) {
+  Vec most[kSums];
+  for (Vec& v : most) v = Splat(-kInfinity);
+  ForVectors(row, size, -kInfinity, [&](Vec x, int64_t i) { most[i / kLanes % kSums] = Max(x, most[i / kLanes % kSums]); });
+  return Largest(Max(Max(most[0], most[1]), Max(most[2], most[3])));
+}
+
+// The sum of f of a row's vectors.
+template <typename F>
+inline float SumOf(const float* row, int64_t size, float rest, F f) {
+  Vec sums[kSums] = {};
+  ForVectors(row, size, rest, [&](Vec x, int64_t i) { sums[i / kLanes % kSums] += f(x, i); });
+  return Sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// The first place of the largest number, and that number: NaN if there is one.
+inline std::pair<int64_t, float> Argmax(const float* row, int64_t size) {
+  const float nothing = SumOf(row, size, 0, [](Vec x, int64_t) { return x == x ? Vec{} : x; });
+  if (nothing != nothing) return {0, nothing};
+  const float most = LargestOf(row, size);
+  for (int64_t i = 0; i < size; ++i)
+    if (row[i] == most) return {i, most};
+  return {0, most};
+}
+
+// Unsigned integers that compare as floats do.
+inline UintVec Ordered(Vec x) {
+  const UintVec bits = (UintVec)(x == 0 ? Vec{} : x);  // no -0.0
+  return (UintVec)((IntVec)bits < 0 ? (IntVec)~bits : (IntVec)(bits | 0x80000000u));
+}
+
+// The largest uint32 for which `holds`, which is true at 0 and stays false once it is.
+template <typename F>
+uint32_t LargestThat(F holds) {
+  uint32_t value = 0;
+  for (int bit = 31; bit >= 0; --bit)
+    if (holds(value | 1u << bit)) value |= 1u << bit;
+  return value;
+}
+
+struct Parameters {
+  float temperature, min_p, top_p;
+  int32_t top_k;
+  float uniform[2];
+};
+
+// Inverse transform sampling among `size` weights of sum `total`; a weight of 0 is never picked, whatever the rounding.
+inline int64_t Inverse(const float* weights, int64_t size, float total, float uniform) {
+  const float target = uniform * total;
+  float sum = 0;
+  int64_t last = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    sum += weights[i];
+    if (weights[i] > 0) {
+      if (sum > target) return i;
+      last = i;
+    }
+  }
+  return last;
+}
+
+inline float TotalOf(const float* weights, int64_t size) {
+  float sum = 0;
+  for (int64_t i = 0; i < size; ++i) sum += weights[i];
+  return sum;
+}
+
+// Zeroes the weights that top-k, top-p and min-p drop, and draws. Nucleus sampling: Holtzman et al., 2020.
+int64_t Draw(const float* logits, int64_t size, const Parameters& p, std::vector<float>& weights, std::vector<uint32_t>& order) {
+  weights.resize(size + kLanes);
+  order.resize(size + kLanes);
+  const float largest = LargestOf(logits, size) / p.temperature;
+  ForVectors(logits, size, -kInfinity, [&](Vec x, int64_t i) {
+    x = x / p.temperature;
+    const Vec weight = Exp(x - largest);
+    const UintVec ordered = Ordered(x);
+    Store(&weights[i], weight >= p.min_p ? weight : Vec{});
+    std::memcpy(&order[i], &ordered, sizeof(ordered));
+  });
+  std::fill(weights.begin() + size, weights.end(), 0.0f);
+  std::fill(order.begin() + size, order.end(), 0u);
+  const auto masked_sum = [&](uint32_t bits) {  // of the weights below
+    return SumOf(weights.data(), size, 0, [&](Vec w, int64_t i) { return Load<UintVec>(&order[i]) < bits ? w : Vec{}; });
+  };
+  if (p.top_k > 0) {
+    const uint32_t threshold = LargestThat([&](uint32_t bits) {
+      IntVec counts = {};  // minus the count
+      for (int64_t i = 0; i < size; i += kLanes) counts += (IntVec)(Load<UintVec>(&order[i]) >= bits);
+      int64_t count = 0;
+      for (int i = 0; i < kLanes; ++i) count -= counts[i];
+      return count >= std::min<int64_t>(p.top_k, size);
+    });
+    for (int64_t i = 0; i < size; ++i) weights[i] = order[i] >= threshold ? weights[i] : 0;
+  }
+  if (p.top_p < 1) {
+    const float dropped = (1 - p.top_p) * SumOf(weights.data(), size, 0, [](Vec w, int64_t) { return w; });
+    uint32_t threshold = LargestThat([&](uint32_t bits) { return masked_sum(bits) <= dropped; });
+    threshold = std::min(threshold, *std::max_element(order.begin(), order.begin() + size));
+    const float excess = dropped - masked_sum(threshold);
+    float tied_weight = 0;
+    int64_t num_tied = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      if (order[i] < threshold) weights[i] = 0;
+      if (order[i] == threshold) ++num_tied, tied_weight = std::max(tied_weight, weights[i]);
+    }
+    // Of equal tokens at the threshold the first go that fit, as in a stable sort.
+    const float fitting = std::floor(excess / (tied_weight > 0 ? tied_weight : 1));
+    int64_t num_dropped = fitting > 0 ? std::min(fitting, static_cast<float>(std::max<int64_t>(num_tied - 1, 0))) : 0;
+    for (int64_t i = 0; num_dropped > 0 && i < size; ++i)
+      if (order[i] == threshold) weights[i] = 0, --num_dropped;
+  }
+  const int64_t blocks = (size + kBlock - 1) / kBlock;
+  const auto length = [&](int64_t block) { return std::min<int64_t>(kBlock, size - block * kBlock); };
+  float* sums = reinterpret_cast<float*>(order.data());  // not needed any more
+  for (int64_t b = 0; b < blocks; ++b) sums[b] = TotalOf(&weights[b * kBlock], length(b));
+  const int64_t block = Inverse(sums, blocks, TotalOf(sums, blocks), p.uniform[0]);
+  return block * kBlock + Inverse(&weights[block * kBlock], length(block), sums[block], p.uniform[1]);
+}
+
+using Row = ffi::Buffer<ffi::F32, 1>;
+using Ints = ffi::Buffer<ffi::S32, 1>;
+using Bools = ffi::Buffer<ffi::PRED, 1>;
+using Matrix = ffi::Buffer<ffi::F32, 2>;
+using IntMatrix = ffi::Buffer<ffi::S32, 2>;
+
+ffi::Error Choose(ffi::ThreadPool pool, Matrix logits, Bools wanted, Bools random, Row temperature, Ints top_k, Row top_p,
+                  Row min_p, Matrix uniforms, ffi::Result<Ints> token, ffi::Result<Bools> failed) {
+  const int64_t rows = logits.dimensions()[0], size = logits.dimensions()[1];
+  const auto item = [&](int64_t r) {
+    token->typed_data()[r] = 0;
+    failed->typed_data()[r] = false;
+    if (!wanted.typed_data()[r]) return;
+    const float* row = logits.typed_data() + r * size;
+    const auto [first, most] = Argmax(row, size);
+    token->typed_data()[r] = first;
+    failed->typed_data()[r] = !std::isfinite(most);
+    if (!random.typed_data()[r] || failed->typed_data()[r]) return;
+    static thread_local std::vector<float> weights;
+    static thread_local std::vector<uint32_t> order;
+    const Parameters p{temperature.typed_data()[r], min_p.typed_data()[r], top_p.typed_data()[r], top_k.typed_data()[r],
+                       {uniforms.typed_data()[2 * r], uniforms.typed_data()[2 * r + 1]}};
+    token->typed_data()[r] = Draw(row, size, p, weights, order);
+  };
+  Run(pool, std::min<int64_t>(pool.num_threads(), rows), {{rows, item}});
+  return ffi::Error::Success();
+}
+
+// The `count` largest logits above -inf, largest first, the lower id first of equal ones.
+int64_t Top(const float* row, int64_t size, int64_t count, std::vector<std::pair<float, int32_t>>& heap) {
+  const auto better = [](const auto& a, const auto& b) { return a.first > b.first || (a.first == b.first && a.second < b.second); };
+  heap.clear();  // its front is the worst
+  float bar = -kInfinity;
+  ForVectors(row, size, -kInfinity, [&](Vec x, int64_t first) {
+    const IntVec above = x > bar;
+    int64_t any[8];
+    std::memcpy(any, &above, sizeof(any));
+    if (!(any[0] | any[1] | any[2] | any[3] | any[4] | any[5] | any[6] | any[7])) return;
+    for (int j = 0; j < kLanes; ++j) {
+      if (!(x[j] > bar)) continue;
+      if (static_cast<int64_t>(heap.size()) == count) std::pop_heap(heap.begin(), heap.end(), better), heap.pop_back();
+      heap.emplace_back(x[j], first + j);
+      std::push_heap(heap.begin(), heap.end(), better);
+      if (static_cast<int64_t>(heap.size()) == count) bar = heap.front().first;
+    }
+  });
+  std::sort(heap.begin(), heap.end(), better);
+  return heap.size();
+}
+
+ffi::Error Report(ffi::ThreadPool pool, Matrix logits, Bools active, Ints token, Bools asked, ffi::Result<Row> logprob,
+                  ffi::Result<Ints> rank, ffi::Result<IntMatrix> top_ids, ffi::Result<Matrix> top_logprobs) {
+  const int64_t rows = logits.dimensions()[0], size = logits.dimensions()[1], count = top_ids->dimensions()[1];
+  const auto item = [&](int64_t r) {
+    int32_t* ids = top_ids->typed_data() + r * count;
+    float* values = top_logprobs->typed_data() + r * count;
+    std::fill_n(ids, count, -1);
+    std::fill_n(values, count, 0.0f);
+    logprob->typed_data()[r] = 0;
+    rank->typed_data()[r] = 0;
+    if (!active.typed_data()[r]) return;
+    const float* row = logits.typed_data() + r * size;
+    const float largest = LargestOf(row, size);
+    const float total = SumOf(row, size, -kInfinity, [&](Vec x, int64_t) { return Exp(x - largest); });
+    const float normaliser = largest + std::log(total);
+    const float of_token = row[std::clamp<int64_t>(token.typed_data()[r], 0, size - 1)];
+    logprob->typed_data()[r] = of_token - normaliser;
+    if (!asked.typed_data()[r]) return;
+    rank->typed_data()[r] = 1 + static_cast<int32_t>(std::count_if(row, row + size, [&](float x) { return x > of_token; }));
+    if (!count) return;
+    static thread_local std::vector<std::pair<float, int32_t>> heap;
+    const int64_t found = Top(row, size, count, heap);
+    for (int64_t i = 0; i < found; ++i) ids[i] = heap[i].second, values[i] = heap[i].first - normaliser;
+  };
+  Run(pool, std::min<int64_t>(pool.num_threads(), rows), {{rows, item}});
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jaxserve
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_choose, jaxserve::Choose,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<jaxserve::Matrix>()  // logits
+                                  .Arg<jaxserve::Bools>()   // wanted
+                                  .Arg<jaxserve::Bools>()   // random
+                                  .Arg<jaxserve::Row>()     // temperature
+                                  .Arg<jaxserve::Ints>()    // top_k
+                                  .Arg<jaxserve::Row>()     // top_p
+                                  .Arg<jaxserve::Row>()     // min_p
+                                  .Arg<jaxserve::Matrix>()  // uniforms
+                                  .Ret<jaxserve::Ints>()    // token
+                                  .Ret<jaxserve::Bools>()); // failed
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_report, jaxserve::Report,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<jaxserve::Matrix>()     // logits
+                                  .Arg<jaxserve::Bools>()      // active
+                                  .Arg<jaxserve::Ints>()       // token
+                                  .Arg<jaxserve::Bools>()      // asked
+                                  .Ret<jaxserve::Row>()        // logprob
+                                  .Ret<jaxserve::Ints>()       // rank
+                                  .Ret<jaxserve::IntMatrix>()  // top_ids
+                                  .Ret<jaxserve::Matrix>());   // top_logprobs

@@ -1,0 +1,93 @@
+// Sixteen floats at once, in the compiler's vector extensions: one register with AVX-512, two with AVX2.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace jaxserve {
+
+constexpr int kLanes = 16;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t UintVec __attribute__((vector_size(4 * kLanes)));
+
+template <typename V = Vec>
+inline V Load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+inline void Store(float* to, Vec v) { std::memcpy(to, &v, sizeof(v)); }
+
+inline Vec Splat(float x) { return Vec{} + x; }  // -0.0 becomes 0.0
+
+// Loads the first n floats of up to a vector; the others are `rest`.
+inline Vec LoadSome(const float* from, int n, float rest) {
+  Vec v = Splat(rest);
+  std::memcpy(&v, from, sizeof(float) * n);
+  return v;
+}
+
+inline float Float(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, sizeof(x));
+  return x;
+}
+
+// bfloat16, to nearest even.
+inline uint16_t Bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 64);  // NaN stays one
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Sixteen adjacent bfloat16 as the even and the odd eight of sixteen pairs: 32 numbers.
+struct Pairs {
+  Vec even, odd;
+};
+
+inline Pairs LoadPairs(const uint16_t* from) {
+  const UintVec bits = Load<UintVec>(from);
+  return {(Vec)(bits << 16), (Vec)(bits & 0xffff0000u)};
+}
+
+inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float Sum(Vec v) {
+  for (int step = kLanes / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) v[i] += v[i + step];
+  return v[0];
+}
+
+inline float Largest(Vec v) {
+  float largest = v[0];
+  for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+}
+
+// exp for x <= 88, within 2 units in the last place; exactly 1 at 0, and 0 below -87 (Cephes, Moshier).
+inline Vec Exp(Vec x) {
+  const auto vanishes = x < -87.0f;
+  x = vanishes ? Splat(-87.0f) : x;
+  const Vec magic = Splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = x * 1.44269504f + magic;
+  const Vec n = shifted - magic;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = Splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const IntVec power = ((IntVec)shifted - 0x4b400000 + 127) << 23;
+  return vanishes ? Vec{} : p * (Vec)power;
+}
+
+}  // namespace jaxserve
