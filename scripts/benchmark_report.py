@@ -91,7 +91,7 @@ def provenance(method: str, seed: int) -> Record:
         "jaxlib": jaxlib.__version__,
         "python": platform.python_version(),
         "torch": _torch_version(),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
         "seed": seed,
         "method": method,
@@ -106,7 +106,7 @@ def _torch_version() -> str | None:
     return torch.__version__
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout that the scripts lie in; None outside of one."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
