@@ -1,4 +1,4 @@
-"""Makes `oracle`, `workloads` and `traces`, beside the tests here, importable; `scripts/soak_scheduler.py` does the same."""
+"""Makes `oracle`, `submissions` and `traces`, beside the tests here, importable; `scripts/soak_scheduler.py` does the same."""
 
 import pathlib
 import sys

@@ -12,7 +12,7 @@ import traces
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from oracle import UNFINISHED, VOCAB_SIZE, Oracle, Request
-from workloads import MAX_SUBMITTED
+from submissions import MAX_SUBMITTED
 
 from jaxserve.scheduler import check_invariants, policy
 

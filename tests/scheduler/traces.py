@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int32
 from oracle import VOCAB_SIZE, Limits, Oracle, Request, StepRecord
-from workloads import Driver, Planned
+from submissions import Driver, Planned
 
 from jaxserve.cache import copy_pages
 from jaxserve.config import EngineConfig
