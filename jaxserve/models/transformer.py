@@ -46,18 +46,19 @@ class Transformer(nnx.Module):
           num_rows: rows that count, as in `project`.
         """
         layers = [None] * self.config.num_layers if kv is None else list(kv)
-        embedding = self.embedding[...]
-        if is_prepared(embedding):
-            embedded = native.columns(embedding, tokens, self.config.embed_dim)
-        else:
-            embedded = embedding[tokens]
-        x = embedded.astype(jnp.float32)
+        x = self._embed(tokens, num_rows)
         rotation = rotations(self.config.rope, self.config.head_dim, positions)
         for layer, block in enumerate(self.blocks):
             window = self.config.windows[layer]
             options: dict[str, Any] = {"layer": layer, "window": window, "num_rows": num_rows}
             x, layers[layer] = block(x, rotation, layers[layer], attend, **options)
         return self.final_norm(x), tuple(layers)
+
+    def _embed(self, tokens: Int32[Array, " B"], num_rows: Int32[Array, ""] | None) -> Float32[Array, "B E"]:
+        embedding = self.embedding[...]
+        if is_prepared(self.blocks[0].attention.qkv[...]):
+            return native.embed(embedding, tokens, self.config.embed_dim, num_rows)
+        return embedding[tokens].astype(jnp.float32)
 
     def logits(self, hidden: Float32[Array, "B E"], num_rows: Int32[Array, ""] | None = None) -> Float32[Array, "B V"]:
         """Next-token logits of final hidden states; `num_rows` as in `project`."""

@@ -23,6 +23,7 @@ import jaxlib
 _log = logging.getLogger(__name__)
 
 TARGETS = (
+    "jaxserve_embed",
     "jaxserve_product",
     "jaxserve_rotary_write",
     "jaxserve_paged_attention",

@@ -50,11 +50,21 @@ def pack_gated(w: Float[Array, "K 2 F"]) -> Float[Array, "2F/16 K/2 _ _"]:
     return pack(w.reshape(w.shape[0], -1))
 
 
-def columns(w: Float[Array, "N/16 K/2 _ _"], ids: Int32[Array, " B"], num_rows: int) -> Float[Array, "B K"]:
-    """Columns of a packed weight of `num_rows` rows."""
-    block, lane = ids // _LANES, ids % _LANES
-    pairs = w[block, :, lane] if w.dtype == jnp.bfloat16 else w[block, :, :, lane]
-    return pairs.reshape(ids.shape[0], -1)[:, :num_rows]
+def embed(
+    w: Float[Array, "..."], ids: Int32[Array, " B"], size: int, num_rows: Int32[Array, ""] | None = None
+) -> Float32[Array, "B K"]:
+    """Rows `ids` of a table [V, K] of floats, or, which is the same, columns of the packed weight that was made of its transpose.
+
+    Natively, because XLA:CPU copies a whole bfloat16 array to gather from it.
+
+    Args:
+      w: the table or packed weight.
+      ids: in [0, V); others count as the nearest one.
+      size: K.
+      num_rows: ids that count, as rows in `product`.
+    """
+    call = jax.ffi.ffi_call("jaxserve_embed", jax.ShapeDtypeStruct((ids.shape[0], size), jnp.float32))
+    return call(w, ids, _count(num_rows, ids.shape[0]))
 
 
 def product(
@@ -88,8 +98,8 @@ def product(
     call = jax.ffi.ffi_call("jaxserve_product", jax.ShapeDtypeStruct((x.shape[0], num_columns), jnp.float32))
     if residual is None:
         residual = jnp.zeros((0, 0), jnp.float32)
-    rows = _count(num_rows, x.shape[0])
-    return call(x, w, rows, _or_none(scale), _or_none(bias), residual, eps=np.float32(eps), gated=gated)
+    count = _count(num_rows, x.shape[0])
+    return call(x, w, count, _or_none(scale), _or_none(bias), residual, eps=np.float32(eps), gated=gated)
 
 
 def rotary_write(
@@ -113,9 +123,9 @@ def rotary_write(
         jax.ShapeDtypeStruct(kv.v.shape, kv.v.dtype),
     )
     call = jax.ffi.ffi_call("jaxserve_rotary_write", results, input_output_aliases={3: 1, 4: 2})
-    rows = _count(num_rows, qkv.shape[0])
+    count = _count(num_rows, qkv.shape[0])
     norms = (_or_none(q_norm), _or_none(k_norm))
-    q, k, v = call(qkv, cos, sin, kv.k, kv.v, kv.page_ids, slot, position, rows, *norms, eps=np.float32(norm_eps))
+    q, k, v = call(qkv, cos, sin, kv.k, kv.v, kv.page_ids, slot, position, count, *norms, eps=np.float32(norm_eps))
     return q, k, v
 
 
@@ -132,9 +142,9 @@ def paged_attention(
 ) -> Float32[Array, "B H D"]:
     """`paged_attention.reference.paged_attention`; adjacent rows of one slot share their reads."""
     call = jax.ffi.ffi_call("jaxserve_paged_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32))
-    rows = _count(num_rows, q.shape[0])
+    count = _count(num_rows, q.shape[0])
     options = {"window": np.int64(window or 0), "softcap": np.float32(softcap or 0)}
-    return call(q.astype(jnp.float32), kv.k, kv.v, kv.page_ids, slot, position, rows, _or_none(sinks), **options)
+    return call(q.astype(jnp.float32), kv.k, kv.v, kv.page_ids, slot, position, count, _or_none(sinks), **options)
 
 
 def choose(
@@ -166,12 +176,12 @@ def report(
 
     Others get 0, 0, -1 and 0.
     """
-    rows = token.shape[0]
+    num_rows = token.shape[0]
     results = (
-        jax.ShapeDtypeStruct((rows,), jnp.float32),
-        jax.ShapeDtypeStruct((rows,), jnp.int32),
-        jax.ShapeDtypeStruct((rows, max_logprobs), jnp.int32),
-        jax.ShapeDtypeStruct((rows, max_logprobs), jnp.float32),
+        jax.ShapeDtypeStruct((num_rows,), jnp.float32),
+        jax.ShapeDtypeStruct((num_rows,), jnp.int32),
+        jax.ShapeDtypeStruct((num_rows, max_logprobs), jnp.int32),
+        jax.ShapeDtypeStruct((num_rows, max_logprobs), jnp.float32),
     )
     logprob, rank, ids, values = jax.ffi.ffi_call("jaxserve_report", results)(logits, active, token, asked)
     return logprob, rank, ids, values

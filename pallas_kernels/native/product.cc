@@ -30,6 +30,8 @@ constexpr int kUnitsPerItem = 16;  // vectors of columns that a thread takes at 
 
 struct Bfloat16Weight {
   using Element = uint16_t;
+  static float AsFloat(Element x) { return Float(x); }
+  static int64_t Place(int64_t column, int64_t row) { return 2 * column + row; }  // among the 32 of a pair of rows
 #if defined(__AVX512BF16__)
   using Pair = uint32_t;  // two bfloat16
   static Pair MakePair(float even, float odd) { return Bfloat16(even) | static_cast<uint32_t>(Bfloat16(odd)) << 16; }
@@ -55,6 +57,8 @@ struct Bfloat16Weight {
 
 struct Float32Weight {
   using Element = float;
+  static float AsFloat(Element x) { return x; }
+  static int64_t Place(int64_t column, int64_t row) { return kLanes * row + column; }
   struct Pair {
     float even, odd;
   };
@@ -238,12 +242,43 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> x, ffi::AnyBuf
   return ffi::Error::Success();
 }
 
+// Rows of a table [V, K], or columns of a packed weight.
+template <typename W>
+void Lookup(const ffi::AnyBuffer& w, const int32_t* ids, int64_t rows, int64_t k, float* x) {
+  const auto* from = static_cast<const typename W::Element*>(w.untyped_data());
+  const bool packed = w.dimensions().size() == 4;
+  const int64_t pairs = (k + 1) / 2, size = packed ? w.dimensions()[0] * kLanes : w.dimensions()[0];
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t id = std::clamp<int64_t>(ids[r], 0, size - 1);
+    const auto* block = from + id / kLanes * pairs * 2 * kLanes;
+    for (int64_t i = 0; i < k; ++i) {
+      x[r * k + i] = W::AsFloat(packed ? block[i / 2 * 2 * kLanes + W::Place(id % kLanes, i % 2)] : from[id * k + i]);
+    }
+  }
+}
+
+ffi::Error Embed(ffi::AnyBuffer w, ffi::Buffer<ffi::S32, 1> ids, ffi::Buffer<ffi::S32, 0> num_rows,
+                 ffi::Result<ffi::Buffer<ffi::F32, 2>> x) {
+  const int64_t k = x->dimensions()[1], rows = std::clamp<int64_t>(num_rows.typed_data()[0], 0, x->dimensions()[0]);
+  if (w.element_type() == ffi::BF16) Lookup<Bfloat16Weight>(w, ids.typed_data(), rows, k, x->typed_data());
+  else Lookup<Float32Weight>(w, ids.typed_data(), rows, k, x->typed_data());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace jaxserve
 
 using Vector = xla::ffi::Buffer<xla::ffi::F32, 1>;
 using Matrix = xla::ffi::Buffer<xla::ffi::F32, 2>;
 using Count = xla::ffi::Buffer<xla::ffi::S32, 0>;
+using Ids = xla::ffi::Buffer<xla::ffi::S32, 1>;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_embed, jaxserve::Embed,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::AnyBuffer>() // w
+                                  .Arg<Ids>()                 // ids
+                                  .Arg<Count>()               // num_rows
+                                  .Ret<Matrix>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_product, jaxserve::Product,
                               xla::ffi::Ffi::Bind()
