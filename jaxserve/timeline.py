@@ -104,6 +104,7 @@ class Timeline:
 
     Attributes:
       num_slots, num_pages: of the engine.
+      num_steps: so far.
       occupants: sequences in the order in which they first had a slot.
     """
 
@@ -115,7 +116,7 @@ class Timeline:
         self._index: dict[tuple[int, int, str, int], int] = {}  # row, generation, request id, sample -> occupant
         none, slots = np.zeros(0, np.int32), np.zeros((0, config.max_slots), np.int32)
         self._calls = [Steps(slots, slots, slots.astype(bool), none, none, none)]
-        self._num_steps = 0
+        self.num_steps = 0
 
     def observe(self, outputs: StepOutputs, by_row: Mapping[int, Sequence], num_waiting: int) -> None:
         """Takes what a call did; an engine's `observer`."""
@@ -139,7 +140,7 @@ class Timeline:
                 num_preempted=steps.num_preempted[:num_steps].copy(),
             )
         )
-        self._num_steps += num_steps
+        self.num_steps += num_steps
 
     def _index_of(self, row: int, generation: int, sequence: Sequence) -> int:
         group = sequence.group
@@ -157,7 +158,7 @@ class Timeline:
         if sequence.finished:  # the host ended it, with a stop string
             status = sequence.status
         self.occupants[index].finish_reason = status.finish_reason
-        self.occupants[index].end_call = self._num_steps
+        self.occupants[index].end_call = self.num_steps
 
     def steps(self) -> Steps:
         """All steps so far."""

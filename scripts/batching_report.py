@@ -1,0 +1,202 @@
+"""What `benchmark_static_vs_continuous.py` says: tables, where the literature's claim holds, and a plot."""
+
+import pathlib
+from typing import Any
+
+from jaxserve import timeline
+
+Record = dict[str, Any]
+LITERATURE = (2, 24)  # times the throughput of static batches
+_COLUMNS: dict[str, dict[str, int]] = {  # heading: width
+    "batching": {
+        "outputs": 11,
+        "mean": 6,
+        "longest": 7,
+        "contender": 20,
+        "tokens/s": 9,
+        "speed-up": 8,
+        "steps": 7,
+        "fewer by": 8,
+        "occupancy": 9,
+        "wasted": 8,
+        "queue s": 8,
+        "p99": 8,
+        "queue steps": 11,
+        "padded rows": 11,
+    },
+    "memory": {
+        "outputs": 11,
+        "contender": 20,
+        "slots": 5,
+        "tokens/s": 9,
+        "speed-up": 8,
+        "fewer by": 8,
+        "in flight": 9,
+        "peak": 5,
+        "live of pool": 12,
+        "live of held": 12,
+        "queue s": 8,
+        "preempted": 9,
+    },
+}
+_EXPLANATIONS = {
+    "batching": """\
+one engine with room for all slots. speed-up: tokens/s over static batches; fewer by: how many times as many steps those took;
+wasted: slot-steps without a sequence; queue: until a request has a slot; padded rows: what an engine of fixed shapes pays
+for static batches, which pads prompts and outputs of a batch to its longest, over the rows that are needed""",
+    "memory": """\
+the same pool for all three. speed-up: over static batches on reserved memory; in flight: sequences with a slot while any waits;
+live: bytes of keys and values that hold tokens, of the pool, and of what is reserved or in pages""",
+}
+_QUESTIONS = (
+    ("continuous batching (continuous over static batches, all slots)", "continuous", "static"),
+    ("paging (paged over reserved, the same bytes, both continuous)", "continuous, paged", "continuous, reserved"),
+    ("both (paged and continuous over reserved and static, the same bytes)", "continuous, paged", "static, reserved"),
+)
+
+
+def print_about(common: Record, num_requests: int, longest: int) -> None:
+    """What all tables share."""
+    print(
+        f"{common['model']} in {common['dtype']} on {common['device']}, jax {common['jax']}: {num_requests} requests, all "
+        f"there from the beginning, the longest sequence {longest} tokens",
+        flush=True,
+    )
+
+
+def print_header(part: str) -> None:
+    """The headings of a table."""
+    print(f"\n{part}: {_EXPLANATIONS[part]}")
+    print("  ".join(name.rjust(width) for name, width in _COLUMNS[part].items()), flush=True)
+
+
+def print_rows(records: list[Record]) -> None:
+    """A row for each contender; the first is what the others are compared with."""
+    base = records[0]["contender"]
+    for record in records:
+        over = record["over"].get(base, {"speed_up": 1.0, "steps_ratio": 1.0})
+        cells = {
+            "outputs": record["distribution"],
+            "mean": f"{record['mean_output']:.1f}",
+            "longest": record["longest_output"],
+            "contender": record["contender"],
+            "slots": record["slots"],
+            "tokens/s": _number(record["tokens_per_s"]),
+            "speed-up": f"{over['speed_up']:.2f}x",
+            "steps": record["steps"],
+            "fewer by": f"{over['steps_ratio']:.2f}x",
+            "occupancy": f"{record['mean_occupancy']:.0%}",
+            "wasted": record["wasted_slot_steps"],
+            "queue s": f"{record['queue_s_mean']:.2f}",
+            "p99": f"{record['queue_s_p99']:.2f}",
+            "queue steps": f"{record['queue_steps_mean']:.1f}",
+            "padded rows": f"{record['padded_rows_over_needed']:.2f}x" if record["contender"] == "static" else "",
+            "in flight": f"{record['in_flight_mean']:.1f}",
+            "peak": record["in_flight_peak"],
+            "live of pool": f"{record['live_share_of_pool']:.0%}",
+            "live of held": f"{record['live_share_of_held']:.0%}",
+            "preempted": record["preemptions"],
+        }
+        columns = _COLUMNS[record["part"]]
+        print("  ".join(str(cells[name]).rjust(width) for name, width in columns.items()), flush=True)
+    if not all(record["tokens_equal"] for record in records):
+        print(f"  {records[0]['distribution']}: static and continuous batching gave DIFFERENT tokens")
+
+
+def verdict(records: list[Record]) -> list[str]:
+    """Where the literature's claim holds, question by question; in tokens/s, with the ratio of steps beside it."""
+    low, high = LITERATURE
+    lines = [f"where the {low}x to {high}x of the literature hold, in tokens/s (in steps, which no noise touches):"]
+    for question, contender, base in _QUESTIONS:
+        gains = {record["distribution"]: record["over"][base] for record in records if record["contender"] == contender}
+        if not gains:
+            continue
+        held, others = [], []
+        for name, gain in gains.items():
+            inside = low <= gain["speed_up"] <= high
+            (held if inside else others).append(f"{name} {gain['speed_up']:.2f}x ({gain['steps_ratio']:.2f}x)")
+        lines.append(f"  {question}:")
+        lines.append(f"    holds: {', '.join(held) or 'nowhere'}")
+        lines.append(f"    does not hold: {', '.join(others) or 'nowhere'}")
+    lines.append(
+        "  Those figures compare whole engines, with padded shapes, other kernels and host loops. Here engine and weights are"
+    )
+    lines.append(
+        "  the same, a step costs less the fewer rows it has, and memory is reserved for the longest sequence that is served."
+    )
+    return lines
+
+
+def print_verdict(records: list[Record]) -> None:
+    """Prints `verdict`."""
+    print("\n" + "\n".join(verdict(records)), flush=True)
+
+
+def timeline_path(path: str, contender: str) -> str:
+    """Of a contender's picture: its name goes before the ending."""
+    file = pathlib.Path(path)
+    return str(file.with_name(f"{file.stem}-{contender.replace(', ', '-')}{file.suffix}"))
+
+
+def check_plot(path: str) -> None:
+    """Looks whether the plot can be drawn, before anything is measured.
+
+    Raises:
+      ValueError: if not.
+    """
+    if pathlib.Path(path).suffix.lower() != ".png":
+        raise ValueError(f"--plot={path!r} must end in .png")
+    timeline.check_path(path)
+
+
+def plot(records: list[Record], path: str) -> None:
+    """Speed-up, occupancy, sequences in flight and live bytes by distribution."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    parts = [part for part in _COLUMNS if any(record["part"] == part for record in records)]
+    figure = Figure(figsize=(12, 3.6 * len(parts)), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(parts), 2, squeeze=False)
+    for row, part in zip(grid, parts, strict=True):
+        own = [record for record in records if record["part"] == part]
+        for axes, (title, series) in zip(row, panels(part, own), strict=True):
+            _bars(axes, title, list(dict.fromkeys(record["distribution"] for record in own)), series)
+    figure.savefig(path)
+
+
+def panels(part: str, records: list[Record]) -> list[tuple[str, dict[str, list[float]]]]:
+    """Titles, and series of one number per distribution."""
+    by_contender: dict[str, list[Record]] = {}
+    for record in records:
+        by_contender.setdefault(record["contender"], []).append(record)
+
+    def each(measure: str) -> dict[str, list[float]]:
+        return {name: [record[measure] for record in own] for name, own in by_contender.items()}
+
+    if part == "memory":
+        return [
+            ("sequences in flight, mean", each("in_flight_mean")),
+            ("share of the pool with live tokens", each("live_share_of_pool")),
+        ]
+    gains = [record["over"]["static"] for record in by_contender["continuous"]]
+    ratios = {"in tokens/s": "speed_up", "in steps": "steps_ratio"}
+    return [
+        ("continuous over static batches", {name: [gain[key] for gain in gains] for name, key in ratios.items()}),
+        ("share of slots in use", each("mean_occupancy")),
+    ]
+
+
+def _bars(axes: Any, title: str, names: list[str], series: dict[str, list[float]]) -> None:
+    width = 0.8 / len(series)
+    for number, (label, values) in enumerate(series.items()):
+        places = [place + (number - (len(series) - 1) / 2) * width for place in range(len(names))]
+        axes.bar_label(axes.bar(places, values, width, label=label), fmt="%.2g", fontsize=7)
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.margins(y=0.3)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=len(series))
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
