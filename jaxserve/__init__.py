@@ -7,6 +7,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.demo import DEMO_MODEL
 from jaxserve.engine import Engine, QueueFullError
 from jaxserve.models import ModelConfig, Transformer
+from jaxserve.models.prepare import prepare
 from jaxserve.request import (
     CompletionOutput,
     Request,
@@ -28,7 +29,6 @@ from jaxserve.scheduler import (
     submit,
 )
 from jaxserve.sequence import Update
-from jaxserve.models.prepare import prepare
 from jaxserve.stats import EngineStats, Histogram, Latencies
 from jaxserve.step import GPU_COMPILER_OPTIONS, RunResults, StepOutput, StepOutputs, run, run_steps, step
 

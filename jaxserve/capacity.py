@@ -91,8 +91,8 @@ def _attention_backend(config: EngineConfig, model: ModelConfig, weight: jax.Arr
             return "reference"
         if backend == "native":
             raise ValueError(
-                f"attention_backend='native' does not serve {weight.dtype} weights on {len(weight.sharding.device_set)} devices, "
-                f"head_dim={model.head_dim} and {model.group_size} query heads per kv head: use 'reference'"
+                f"attention_backend='native' does not serve {weight.dtype} weights on {len(weight.sharding.device_set)} "
+                f"devices, head_dim={model.head_dim}, {model.group_size} query heads per kv head: use 'reference'"
             )
     return backend
 

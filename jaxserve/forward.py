@@ -1,8 +1,9 @@
 """The model on the rows of a plan: the cost follows the rows in use, and one program serves any number of them.
 
 Native kernels take the number of rows at run time, and compute a row in one way whatever is beside it: so all rows go at once.
-The other backends go through tiles of a fixed number of rows. The plain backend attends row by row, so a tile may hold any rows. The kernels of other backends are made for chunks or for
-single rows, and round differently; so there the rows are parted, and chunks go first: single rows may need their pages.
+The other backends go through tiles of a fixed number of rows. The plain backend attends row by row, so a tile may hold any
+rows. The kernels for accelerators are made for chunks or for single rows, and round differently; so there the rows are parted,
+and chunks go first: single rows may need their pages.
 
     plan      slot     = [0 1 2 5 5 5 4 4 -]      slots 0, 1, 2 decode; 5 and 4 prefill
     parted    slot     = [5 5 5 4 4 0 1 2 -]      num_chunk_rows = 5
@@ -144,8 +145,8 @@ def _all_rows(
     def tile(carry: tuple[Array, PromptLogprobs]) -> tuple[Array, PromptLogprobs]:
         first, found = carry
         index = first + jnp.arange(size, dtype=jnp.int32)
-        part = [lax.dynamic_slice_in_dim(array, first, size) for array in (out, row, plan.position)]
-        return first + size, _prompt_logprobs(forward, *part, index, queue, found, config)
+        rows, ids, positions = (lax.dynamic_slice_in_dim(array, first, size) for array in (out, row, plan.position))
+        return first + size, _prompt_logprobs(forward, rows, ids, positions, index, queue, found, config)
 
     prompt = (jnp.int32(0), no_prompt_logprobs(config))
     prompt = lax.while_loop(lambda carry: carry[0] < plan.num_rows, tile, prompt)[1]

@@ -222,8 +222,8 @@ def token_logprobs(
     """
     asked = num_logprobs >= 0
     if native:
-        logprob, *others = ops.report(logits, asked, token, asked, max_logprobs=max_logprobs)
-        return jnp.where(asked, logprob, jnp.nan), *others
+        logprob, rank, ids, values = ops.report(logits, asked, token, asked, max_logprobs=max_logprobs)
+        return jnp.where(asked, logprob, jnp.nan), rank, ids, values
     nothing = (
         jnp.full(token.shape, jnp.nan, jnp.float32),
         jnp.zeros_like(token),

@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 
 import jax
-import jaxlib
+import jaxlib.version
 
 _log = logging.getLogger(__name__)
 
@@ -67,9 +67,12 @@ def _load() -> ctypes.CDLL:
         raise NativeUnavailableError(f"the processor lacks {' and '.join(missing)}")
     folder = _cache_folder()
     compiler = _compiler()
-    with importlib.resources.as_file(importlib.resources.files(__package__)) as sources:
+    with importlib.resources.as_file(importlib.resources.files("pallas_kernels.native")) as sources:
         texts = [(sources / name).read_bytes() for name in (*_SOURCES, *_HEADERS)]
-        made_of = [*texts, *(text.encode() for text in (*_FLAGS, *compiler, *sorted(processor), jaxlib.__version__))]
+        made_of = [
+            *texts,
+            *(text.encode() for text in (*_FLAGS, *compiler, *sorted(processor), jaxlib.version.__version__)),
+        ]
         name = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in made_of)).hexdigest()[:20]
         library = folder / f"native-{name}.so"
         if not library.exists():

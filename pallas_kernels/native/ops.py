@@ -53,7 +53,7 @@ def pack_gated(w: Float[Array, "K 2 F"]) -> Float[Array, "2F/16 K/2 _ _"]:
 def embed(
     w: Float[Array, "..."], ids: Int32[Array, " B"], size: int, num_rows: Int32[Array, ""] | None = None
 ) -> Float32[Array, "B K"]:
-    """Rows `ids` of a table [V, K] of floats, or, which is the same, columns of the packed weight that was made of its transpose.
+    """Rows `ids` of a table [V, K]; or, which is the same, columns of the packed weight made of its transpose.
 
     Natively, because XLA:CPU copies a whole bfloat16 array to gather from it.
 

@@ -137,8 +137,8 @@ def backend_for(kv: PagedKV, group_size: int, backend: str | None) -> str:
     if backend is None:
         return "reference"
     raise ValueError(
-        f"backend 'native' does not serve pages of {kv.k.dtype}{list(kv.k.shape)} with {group_size} query heads per kv head: it "
-        "takes float32 and bfloat16 without scales, heads of up to 256 and 16 of them; use 'reference'"
+        f"backend 'native' does not serve pages of {kv.k.dtype}{list(kv.k.shape)} with {group_size} query heads per kv head: "
+        "it takes float32 and bfloat16 without scales, heads of up to 256 and 16 of them; use 'reference'"
     )
 
 
