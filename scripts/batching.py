@@ -46,15 +46,16 @@ class Run:
 
 
 class _Watch:
-    """Keeps the record, and when each call was read."""
+    """Keeps the record, and when each call was read; requests that the engine was not given yet, `num_held`, wait too."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.timeline = Timeline(config)
+        self.num_held = 0
         self.marks = [(0, 0.0)]  # steps so far, seconds
         self._start = time.perf_counter()
 
     def observe(self, outputs: StepOutputs, by_row: Mapping[int, Sample], num_waiting: int) -> None:
-        self.timeline.observe(outputs, by_row, num_waiting)
+        self.timeline.observe(outputs, by_row, num_waiting + self.num_held)
         if self.timeline.num_steps > self.marks[-1][0]:
             self.marks.append((self.timeline.num_steps, time.perf_counter() - self._start))
 
@@ -83,6 +84,7 @@ def serve(contender: Contender, workload: Workload) -> Run:
     try:
         for first in range(0, len(workload), size):
             batch = slice(first, first + size)
+            watch.num_held = max(len(workload) - batch.stop, 0)
             results += engine.generate(workload.prompts[batch], params[batch])
     finally:
         engine.observer = None
@@ -146,14 +148,14 @@ def measures(contender: Contender, runs: list[Run], workload: Workload) -> dict[
         "queue_steps_p99": float(np.quantile(run.queue_steps, 0.99)),
         "computed_tokens": int(np.sum(steps.num_new)),
         "preemptions": int(np.sum(steps.num_preempted)),
-        **memory(steps, config, last_admission=max(run.queue_steps), reserved=contender.reserved),
+        **memory(steps, config, reserved=contender.reserved),
     }
 
 
-def memory(steps: Steps, config: EngineConfig, *, last_admission: int, reserved: bool) -> dict[str, Any]:
+def memory(steps: Steps, config: EngineConfig, *, reserved: bool) -> dict[str, Any]:
     """How many sequences ran at once, and which share of the pool's bytes held tokens, while any was waiting for a slot."""
     in_use = steps.occupant >= 0
-    busy = (steps.num_waiting > 0) | (np.arange(len(steps)) < last_admission)
+    busy = steps.num_waiting > 0
     if not busy.any():
         busy[:] = True
     num_pages = config.num_pages or 0

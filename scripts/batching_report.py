@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from jaxserve import timeline
+from benchmark_command import Table
 
 Record = dict[str, Any]
 LITERATURE = (2, 24)  # times the throughput of static batches
@@ -64,41 +64,41 @@ def print_about(common: Record, num_requests: int, longest: int) -> None:
     )
 
 
-def print_header(part: str) -> None:
-    """The headings of a table."""
+def start_table(part: str) -> Table:
+    """Prints what the columns mean, and their headings."""
     print(f"\n{part}: {_EXPLANATIONS[part]}")
-    print("  ".join(name.rjust(width) for name, width in _COLUMNS[part].items()), flush=True)
+    return Table(_COLUMNS[part])
 
 
-def print_rows(records: list[Record]) -> None:
+def print_rows(table: Table, records: list[Record]) -> None:
     """A row for each contender; the first is what the others are compared with."""
     base = records[0]["contender"]
     for record in records:
         over = record["over"].get(base, {"speed_up": 1.0, "steps_ratio": 1.0})
-        cells = {
-            "outputs": record["distribution"],
-            "mean": f"{record['mean_output']:.1f}",
-            "longest": record["longest_output"],
-            "contender": record["contender"],
-            "slots": record["slots"],
-            "tokens/s": _number(record["tokens_per_s"]),
-            "speed-up": f"{over['speed_up']:.2f}x",
-            "steps": record["steps"],
-            "fewer by": f"{over['steps_ratio']:.2f}x",
-            "occupancy": f"{record['mean_occupancy']:.0%}",
-            "wasted": record["wasted_slot_steps"],
-            "queue s": f"{record['queue_s_mean']:.2f}",
-            "p99": f"{record['queue_s_p99']:.2f}",
-            "queue steps": f"{record['queue_steps_mean']:.1f}",
-            "padded rows": f"{record['padded_rows_over_needed']:.2f}x" if record["contender"] == "static" else "",
-            "in flight": f"{record['in_flight_mean']:.1f}",
-            "peak": record["in_flight_peak"],
-            "live of pool": f"{record['live_share_of_pool']:.0%}",
-            "live of held": f"{record['live_share_of_held']:.0%}",
-            "preempted": record["preemptions"],
-        }
-        columns = _COLUMNS[record["part"]]
-        print("  ".join(str(cells[name]).rjust(width) for name, width in columns.items()), flush=True)
+        table.row(
+            {
+                "outputs": record["distribution"],
+                "mean": f"{record['mean_output']:.1f}",
+                "longest": record["longest_output"],
+                "contender": record["contender"],
+                "slots": record["slots"],
+                "tokens/s": record["tokens_per_s"],
+                "speed-up": f"{over['speed_up']:.2f}x",
+                "steps": record["steps"],
+                "fewer by": f"{over['steps_ratio']:.2f}x",
+                "occupancy": f"{record['mean_occupancy']:.0%}",
+                "wasted": record["wasted_slot_steps"],
+                "queue s": f"{record['queue_s_mean']:.2f}",
+                "p99": f"{record['queue_s_p99']:.2f}",
+                "queue steps": f"{record['queue_steps_mean']:.1f}",
+                "padded rows": f"{record['padded_rows_over_needed']:.2f}x" if record["contender"] == "static" else "",
+                "in flight": f"{record['in_flight_mean']:.1f}",
+                "peak": record["in_flight_peak"],
+                "live of pool": f"{record['live_share_of_pool']:.0%}",
+                "live of held": f"{record['live_share_of_held']:.0%}",
+                "preempted": record["preemptions"],
+            }
+        )
     if not all(record["tokens_equal"] for record in records):
         print(f"  {records[0]['distribution']}: static and continuous batching gave DIFFERENT tokens")
 
@@ -136,17 +136,6 @@ def timeline_path(path: str, contender: str) -> str:
     """Of a contender's picture: its name goes before the ending."""
     file = pathlib.Path(path)
     return str(file.with_name(f"{file.stem}-{contender.replace(', ', '-')}{file.suffix}"))
-
-
-def check_plot(path: str) -> None:
-    """Looks whether the plot can be drawn, before anything is measured.
-
-    Raises:
-      ValueError: if not.
-    """
-    if pathlib.Path(path).suffix.lower() != ".png":
-        raise ValueError(f"--plot={path!r} must end in .png")
-    timeline.check_path(path)
 
 
 def plot(records: list[Record], path: str) -> None:
@@ -196,7 +185,3 @@ def _bars(axes: Any, title: str, names: list[str], series: dict[str, list[float]
     axes.set_title(title, fontsize=10, loc="left")
     axes.margins(y=0.3)
     axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=len(series))
-
-
-def _number(value: float) -> str:
-    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"

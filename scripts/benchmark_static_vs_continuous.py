@@ -9,12 +9,12 @@ Three questions, over output lengths from all alike to heavy-tailed:
   both      static batches on reserved memory against continuous batching on pages
 
 All requests are there from the beginning. Contenders take turns, medians; ratios of time are medians of pairs. Steps, occupancy
-and memory are counted, not timed. Exit status 1 if static and continuous batching gave different tokens.
+and memory are counted, not timed. Exit status 1 if static and continuous batching gave different tokens. --helpfull lists the
+flags of engine and workload too.
 """
 
 import dataclasses
 import gc
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +24,8 @@ import numpy as np
 import workloads
 from absl import app, flags
 from batching import DISTRIBUTIONS, Contender
+from benchmark_command import Table, names, run_command
+from benchmark_plot import check_plot
 from benchmark_report import outputs, provenance, rounded
 from engine_options import EngineOptions, define_engine_flags, fitted_options, load_model, make_warm_engine
 
@@ -55,14 +57,14 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "distributions",
         [name for name in DISTRIBUTIONS if name != "workload"],
-        f"Of output lengths: {', '.join(DISTRIBUTIONS)}; workload: as --output_lengths or the file says.",
+        f"Of output lengths: {', '.join(DISTRIBUTIONS)}; workload: as --output_lengths or the file says; or all.",
         **to,
     )
     flags.DEFINE_integer("repeats", 3, "Runs of each contender.", lower_bound=1, **to)
     flags.DEFINE_boolean("memory", True, "Compare reserved with paged memory too.", **to)
     flags.DEFINE_float("pool_share", 0.25, "Of the pool that gives all slots the longest sequence; for memory.", **to)
     flags.DEFINE_string("json", None, "Write the measurements to this file, as JSON lines.", **to)
-    flags.DEFINE_string("plot", None, "Draw them into this .png file.", **to)
+    flags.DEFINE_string("plot", None, "Draw them into this file, .png, .svg or .pdf.", **to)
     cli.define_timeline_flag(values)
     define_engine_flags(values)
     workloads.define_flags(values, num_requests=128)
@@ -74,12 +76,8 @@ def parse_options(values: flags.FlagValues) -> Options:
     Raises:
       ValueError: if a flag's value is not valid, or has no effect beside the others.
     """
-    for name in values.distributions:
-        if name not in DISTRIBUTIONS:
-            raise ValueError(f"--distributions: {name!r} is unknown: use {', '.join(DISTRIBUTIONS)}")
-    if not values.distributions:
-        raise ValueError(f"--distributions is empty: use {', '.join(DISTRIBUTIONS)}")
-    if values["output_lengths"].present and "workload" not in values.distributions:
+    distributions = names("distributions", values.distributions, DISTRIBUTIONS)
+    if values["output_lengths"].present and "workload" not in distributions:
         raise ValueError("--output_lengths has no effect: add workload to --distributions, or name what you want there")
     if not 0 < values.pool_share < 1:
         raise ValueError(f"--pool_share={values.pool_share} must lie between 0 and 1")
@@ -87,10 +85,9 @@ def parse_options(values: flags.FlagValues) -> Options:
         raise ValueError("--pool_share has no effect on --nomemory: leave it out")
     if values.timeline is not None:
         timeline.check_path(values.timeline)
-    if values.plot is not None:
-        batching_report.check_plot(values.plot)
+    check_plot(values.plot)
     return Options(
-        distributions=tuple(dict.fromkeys(values.distributions)),
+        distributions=distributions,
         repeats=values.repeats,
         memory=values.memory,
         pool_share=values.pool_share,
@@ -124,18 +121,23 @@ def batching_contenders(options: EngineOptions) -> list[Contender]:
     ]
 
 
-def memory_contenders(options: EngineOptions, pool_share: float) -> list[Contender]:
-    """Engines with the same pool: few slots with room for the longest sequence, and all slots.
+def num_reserved_slots(pool_share: float, max_slots: int) -> int:
+    """Sequences for which the smaller pool has room when each reserves the longest.
 
     Raises:
-      ValueError: if reserving gives no slot, or as many as there are.
+      ValueError: if there is none.
     """
-    config = options.config
-    fitting = int(pool_share * config.max_slots)
+    fitting = int(pool_share * max_slots)
     if not fitting:
         raise ValueError(
-            f"--pool_share={pool_share} of {config.max_slots} slots holds no longest sequence: raise it, or --max_slots"
+            f"--pool_share={pool_share} of {max_slots} slots holds no longest sequence: raise it, or --max_slots"
         )
+    return fitting
+
+
+def memory_contenders(options: EngineOptions, fitting: int) -> list[Contender]:
+    """Engines with the same pool: `fitting` slots with room for the longest sequence each, and all slots."""
+    config = options.config
     num_pages = fitting * config.pages_per_slot
     few, many = (
         make_warm_engine(
@@ -151,7 +153,7 @@ def memory_contenders(options: EngineOptions, pool_share: float) -> list[Contend
 
 
 def measure(
-    part: str, contenders: list[Contender], made: dict[str, workloads.Workload], options: Options
+    part: str, table: Table, contenders: list[Contender], made: dict[str, workloads.Workload], options: Options
 ) -> Iterator[dict[str, Any]]:
     """A record for each contender and distribution; the first contender is what the table compares the others with."""
     for name, workload in made.items():
@@ -181,7 +183,7 @@ def measure(
             )
             if options.timeline is not None and name == options.distributions[0]:
                 own[-1].timeline.save(batching_report.timeline_path(options.timeline, contender.name))
-        batching_report.print_rows(records)
+        batching_report.print_rows(table, records)
         yield from records
 
 
@@ -195,6 +197,15 @@ def run(options: Options, values: flags.FlagValues) -> int:
     made = make_workloads(options, values, engine)
     longest = max(workload.longest for workload in made.values())
     engine = fitted_options(values, max_model_len=longest)
+    if engine.config.max_model_len < longest:
+        raise ValueError(
+            f"max_model_len={engine.config.max_model_len} is shorter than the longest sequence of the workload, {longest} "
+            "tokens: leave it out, or lower --longest_prompt and --longest_output"
+        )
+    if values.num_requests <= engine.config.max_slots:
+        raise ValueError(
+            f"--num_requests={values.num_requests} must be above max_slots={engine.config.max_slots}: else all run at once"
+        )
     if options.memory and engine.config.num_pages is not None:
         raise ValueError(
             f"num_pages={engine.config.num_pages} has no effect on what is compared: use --pool_share, or --nomemory"
@@ -209,15 +220,18 @@ def run(options: Options, values: flags.FlagValues) -> int:
     }
     parts: dict[str, Callable[[], list[Contender]]] = {"batching": lambda: batching_contenders(engine)}
     if options.memory:
-        parts["memory"] = lambda: memory_contenders(engine, options.pool_share)
+        fitting = num_reserved_slots(options.pool_share, engine.config.max_slots)
+        parts["memory"] = lambda: memory_contenders(engine, fitting)
     records = []
     with outputs(None, options.json, lambda: common) as write:
         batching_report.print_about(common, len(next(iter(made.values()))), longest)
         for part, make in parts.items():
-            batching_report.print_header(part)
-            for record in measure(part, make(), made, options):
+            contenders = make()
+            table = batching_report.start_table(part)
+            for record in measure(part, table, contenders, made, options):
                 write(_rounded(record))
                 records.append(record)
+            del contenders
             gc.collect()  # the engines, before the next ones are made
     batching_report.print_verdict(records)
     if options.plot is not None:
@@ -233,13 +247,7 @@ def _rounded(record: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command with the flags that absl has parsed; returns its exit status."""
-    try:
-        if argv[1:]:
-            raise ValueError(f"unexpected argument {argv[1]!r}: there are only flags")
-        return run(parse_options(flags.FLAGS), flags.FLAGS)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_command(argv, lambda: run(parse_options(flags.FLAGS), flags.FLAGS))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Static against continuous batching: what is counted agrees with a scheduler of a few lines and with hand-made cases."""
 
+import dataclasses
 import json
 import pathlib
 import types
@@ -64,6 +65,8 @@ def test_steps_queue_and_waste_are_those_of_a_simulation(
     assert measured["mean_occupancy"] == pytest.approx(workload.num_output_tokens / (steps * SLOTS))
     assert measured["queue_steps_mean"] == pytest.approx(np.mean(starts))
     assert measured["computed_tokens"] == workload.num_prompt_tokens + workload.num_output_tokens - len(workload)
+    waiting = run.timeline.steps().num_waiting.tolist()
+    assert waiting == [sum(start > step for start in starts) for step in range(steps)]
     assert measured["in_flight_peak"] == SLOTS and measured["preemptions"] == 0
     assert [len(tokens) for tokens in run.token_ids] == workload.output_lengths
     assert all(0 <= seconds < run.seconds for seconds in run.queue_seconds)
@@ -93,13 +96,14 @@ def test_bytes_that_hold_tokens_are_counted_while_any_waits() -> None:
     occupant = np.array([[0, 1], [0, 1], [0, 2], [-1, 2]], np.int32)
     num_new = np.array([[5, 3], [1, 1], [1, 6], [0, 1]], np.int32)
     none = np.zeros(4, np.int32)
-    steps = Steps(occupant, num_new, num_new == 1, np.array([2, 2, 2, 3], np.int32), none, none)
+    steps = Steps(occupant, num_new, num_new == 1, np.array([2, 2, 2, 3]), np.array([2, 1, 0, 0]), none)
     config = EngineConfig(max_slots=2, num_pages=4, page_size=8, max_model_len=16)
-    paged = batching.memory(steps, config, last_admission=2, reserved=False)
+    paged = batching.memory(steps, config, reserved=False)
     assert paged["busy_steps"] == 2 and paged["in_flight_mean"] == 2 and paged["in_flight_peak"] == 2
     assert paged["live_share_of_pool"] == pytest.approx((8 + 10) / 2 / 32)
     assert paged["live_share_of_held"] == pytest.approx((8 + 10) / (4 * 8))
-    reserved = batching.memory(steps, config, last_admission=4, reserved=True)
+    all_along = dataclasses.replace(steps, num_waiting=none)  # nobody ever waited
+    reserved = batching.memory(all_along, config, reserved=True)
     assert reserved["in_flight_mean"] == 7 / 4
     assert reserved["live_share_of_held"] == pytest.approx((8 + 10 + (7 + 6) + 7) / (7 * 16))
 
@@ -137,13 +141,32 @@ def options_for(*arguments: str) -> tuple[benchmark.Options, flags.FlagValues]:
         (["--pool_share=1"], "--pool_share=1.0 must lie between 0 and 1"),
         (["--nomemory", "--pool_share=0.5"], "--pool_share has no effect on --nomemory"),
         (["--timeline=x.pdf"], "'x.pdf' must be a file that ends in .png or .html"),
-        (["--plot=x.html"], "--plot='x.html' must end in .png"),
+        (["--plot=x.html"], "--plot=x.html must be a file that ends in .png"),
     ],
 )
 def test_flags_that_are_not_valid_are_refused_in_a_sentence(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError) as error:
         options_for(*arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_pool_without_room_for_one_longest_sequence_is_refused() -> None:
+    assert benchmark.num_reserved_slots(0.5, 5) == 2
+    with pytest.raises(ValueError, match="--pool_share=0.2 of 4 slots holds no longest sequence"):
+        benchmark.num_reserved_slots(0.2, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max_model_len=40"], "max_model_len=40 is shorter than the longest sequence of the workload, "),
+        (["--num_requests=32"], "--num_requests=32 must be above max_slots=32"),
+        (["--num_pages=4096"], "num_pages=4096 has no effect"),
+    ],
+)
+def test_what_would_compare_nothing_is_refused_before_an_engine_is_made(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        benchmark.run(*options_for(f"--model={SHAPE}", *arguments))
 
 
 def test_every_distribution_has_the_same_prompts() -> None:
