@@ -20,13 +20,18 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kMaxQueries = 16;  // worked on together: they share one read of keys and values
 constexpr int kRowsPerItem = 8;
 
-inline Vec LoadPart(const float* from, int n) { return n == kLanes ? Load(from) : LoadSome(from, n, 0); }
+// The d-th sixteen of `dim` numbers, zeros behind them.
+inline Vec LoadPart(const float* from, int d, int dim) {
+  const int n = std::clamp(dim - d * kLanes, 0, kLanes);
+  return n == kLanes ? Load(from + d * kLanes) : LoadSome(from + d * kLanes, n, 0);
+}
 
-inline Vec LoadPart(const uint16_t* from, int n) {
+inline Vec LoadPart(const uint16_t* from, int d, int dim) {
   typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));
   Half bits = {};
-  if (n == kLanes) bits = Load<Half>(from);
-  else std::memcpy(&bits, from, sizeof(uint16_t) * n);
+  const int n = std::clamp(dim - d * kLanes, 0, kLanes);
+  if (n == kLanes) bits = Load<Half>(from + d * kLanes);
+  else std::memcpy(&bits, from + d * kLanes, sizeof(uint16_t) * n);
   return (Vec)(__builtin_convertvector(bits, UintVec) << 16);
 }
 
@@ -79,22 +84,84 @@ struct Attention {
   float softcap;
 };
 
-// Rows [first, last): of one slot, at consecutive positions. All their queries that read one kv head.
+// Keys or values of up to sixteen positions of one head.
 template <typename T>
+struct Block {
+  const T* pages;
+  const int64_t* rows;  // offsets; negative: there is no page
+  int count, dim;
+};
+
+// Q queries of PARTS vectors: what they hold is in registers, while the block goes by.
+template <typename T, int PARTS, int DIM, int Q>
+void Multiply(const Block<T>& keys, const Vec* queries, int stride, Vec (*partial)[kLanes]) {
+  Vec q[Q][PARTS];
+  for (int i = 0; i < Q; ++i)
+    for (int d = 0; d < PARTS; ++d) q[i][d] = queries[i * stride + d];
+  for (int j = 0; j < keys.count; ++j) {
+    if (keys.rows[j] < 0) continue;
+    const T* row = keys.pages + keys.rows[j];
+    Vec sum[Q];
+    for (int d = 0; d < PARTS; ++d) {
+      const Vec key = LoadPart(row, d, DIM ? DIM : keys.dim);
+      for (int i = 0; i < Q; ++i) sum[i] = d ? sum[i] + q[i][d] * key : q[i][d] * key;
+    }
+    for (int i = 0; i < Q; ++i) partial[i][j] = sum[i];
+  }
+}
+
+template <typename T, int PARTS, int DIM, int Q>
+void Accumulate(const Block<T>& values, const Vec* weights, const int* first, const int* last, Vec* out, int stride) {
+  Vec sum[Q][PARTS];
+  for (int i = 0; i < Q; ++i)
+    for (int d = 0; d < PARTS; ++d) sum[i][d] = out[i * stride + d];
+  for (int j = 0; j < values.count; ++j) {
+    if (values.rows[j] < 0) continue;
+    const T* row = values.pages + values.rows[j];
+    Vec value[PARTS];
+    for (int d = 0; d < PARTS; ++d) value[d] = LoadPart(row, d, DIM ? DIM : values.dim);
+    for (int i = 0; i < Q; ++i) {
+      if (j < first[i] || j >= last[i]) continue;  // what a row does not see may be NaN
+      for (int d = 0; d < PARTS; ++d) sum[i][d] += weights[i][j] * value[d];
+    }
+  }
+  for (int i = 0; i < Q; ++i)
+    for (int d = 0; d < PARTS; ++d) out[i * stride + d] = sum[i][d];
+}
+
+// The same for any number of queries, some at a time: as many as registers hold.
+template <typename T, int PARTS, int DIM, int Q = (PARTS <= 4 ? 4 : PARTS <= 8 ? 2 : 1)>
+struct Queries {
+  static void Multiply(int num, const Block<T>& keys, const Vec* queries, int stride, Vec (*partial)[kLanes]) {
+    for (; num >= Q; num -= Q, queries += Q * stride, partial += Q)
+      jaxserve::Multiply<T, PARTS, DIM, Q>(keys, queries, stride, partial);
+    if constexpr (Q > 1) Queries<T, PARTS, DIM, Q - 1>::Multiply(num, keys, queries, stride, partial);
+  }
+
+  static void Accumulate(int num, const Block<T>& values, const Vec* weights, const int* first, const int* last, Vec* out,
+                         int stride) {
+    for (; num >= Q; num -= Q, weights += Q, first += Q, last += Q, out += Q * stride)
+      jaxserve::Accumulate<T, PARTS, DIM, Q>(values, weights, first, last, out, stride);
+    if constexpr (Q > 1) Queries<T, PARTS, DIM, Q - 1>::Accumulate(num, values, weights, first, last, out, stride);
+  }
+};
+
+// Rows [first, last): of one slot, at consecutive positions. All their queries that read one kv head, of PARTS vectors each.
+// DIM: the head dim; 0: known at run time.
+template <typename T, int PARTS, int DIM = 0>
 void AttendRows(const Attention& o, const T* k, const T* v, int64_t first, int64_t last, int64_t kv_head) {
   const Table& t = o.table;
-  const int dim = t.head_dim, parts = (dim + kLanes - 1) / kLanes, group = o.group;
-  const int num_rows = last - first, num_queries = num_rows * group;
+  const int dim = t.head_dim, group = o.group, num_queries = (last - first) * group;
   const int64_t num_heads = t.num_kv_heads * group;
   const int32_t slot = o.slot[first];
   const auto oldest = [&](int64_t position) { return o.window ? std::max<int64_t>(position - o.window + 1, 0) : 0; };
-  Vec q[kMaxQueries][kMaxHeadDim / kLanes], out[kMaxQueries][kMaxHeadDim / kLanes], weights[kMaxQueries];
+  Vec q[kMaxQueries * PARTS], out[kMaxQueries * PARTS], weights[kMaxQueries];
   float largest[kMaxQueries], total[kMaxQueries];
   for (int i = 0; i < num_queries; ++i) {
     const float* from = o.q + ((first + i / group) * num_heads + kv_head * group + i % group) * dim;
-    for (int d = 0; d < parts; ++d) {
-      q[i][d] = LoadPart(from + d * kLanes, std::min(kLanes, dim - d * kLanes));
-      out[i][d] = Vec{};
+    for (int d = 0; d < PARTS; ++d) {
+      q[i * PARTS + d] = LoadPart(from, d, dim);
+      out[i * PARTS + d] = Vec{};
     }
     largest[i] = -kInfinity;
     total[i] = 0;
@@ -108,46 +175,32 @@ void AttendRows(const Attention& o, const T* k, const T* v, int64_t first, int64
       rows[j] = same_page ? rows[j - 1] + (rows[j - 1] < 0 ? 0 : dim) : t.Row(slot, start + j, kv_head);
     }
     Vec partial[kMaxQueries][kLanes];
-    for (int j = 0; j < kLanes; ++j) {
-      if (j >= count || rows[j] < 0) {
-        for (int i = 0; i < num_queries; ++i) partial[i][j] = Vec{};
-        continue;
-      }
-      Vec key[kMaxHeadDim / kLanes];
-      for (int d = 0; d < parts; ++d) key[d] = LoadPart(k + rows[j] + d * kLanes, std::min(kLanes, dim - d * kLanes));
-      for (int i = 0; i < num_queries; ++i) {
-        Vec sum = q[i][0] * key[0];
-        for (int d = 1; d < parts; ++d) sum += q[i][d] * key[d];
-        partial[i][j] = sum;
-      }
-    }
+    if (count < kLanes || *std::min_element(rows, rows + count) < 0)
+      for (int i = 0; i < num_queries; ++i) std::fill_n(partial[i], kLanes, Vec{});
+    Queries<T, PARTS, DIM>::Multiply(num_queries, Block<T>{k, rows, count, dim}, q, PARTS, partial);
+    int sees_from[kMaxQueries], sees_to[kMaxQueries];  // of the block
     for (int i = 0; i < num_queries; ++i) {
       const int64_t position = o.position[first + i / group];
+      sees_from[i] = std::clamp<int64_t>(oldest(position) - start, 0, kLanes);
+      sees_to[i] = std::clamp<int64_t>(position + 1 - start, 0, kLanes);
       Vec score = Sums(partial[i]);
       if (o.softcap) {
         for (int j = 0; j < kLanes; ++j) score[j] = o.softcap * std::tanh(score[j] / o.softcap);
       }
-      for (int j = 0; j < kLanes; ++j) {
-        if (start + j > position || start + j < oldest(position)) score[j] = -kInfinity;
-      }
+      const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+      score = (lane >= sees_from[i]) & (lane < sees_to[i]) ? score : Splat(-kInfinity);
       const float most = std::max(largest[i], Largest(score));
       const float base = most == -kInfinity ? 0 : most;
-      const float correction = Exp(Splat(largest[i] - base))[0];
       weights[i] = Exp(score - base);
-      total[i] = total[i] * correction + Sum(weights[i]);
-      largest[i] = most;
-      for (int d = 0; d < parts; ++d) out[i][d] *= correction;
-    }
-    for (int j = 0; j < count; ++j) {
-      if (rows[j] < 0) continue;
-      Vec value[kMaxHeadDim / kLanes];
-      for (int d = 0; d < parts; ++d) value[d] = LoadPart(v + rows[j] + d * kLanes, std::min(kLanes, dim - d * kLanes));
-      for (int i = 0; i < num_queries; ++i) {
-        const int64_t position = o.position[first + i / group];
-        if (start + j > position || start + j < oldest(position)) continue;  // what a row does not see may be NaN
-        for (int d = 0; d < parts; ++d) out[i][d] += weights[i][j] * value[d];
+      if (most != largest[i]) {
+        const float correction = Exp(Splat(largest[i] - base))[0];
+        total[i] *= correction;
+        for (int d = 0; d < PARTS; ++d) out[i * PARTS + d] *= correction;
       }
+      total[i] += Sum(weights[i]);
+      largest[i] = most;
     }
+    Queries<T, PARTS, DIM>::Accumulate(num_queries, Block<T>{v, rows, count, dim}, weights, sees_from, sees_to, out, PARTS);
   }
   for (int i = 0; i < num_queries; ++i) {
     const int64_t head = kv_head * group + i % group;
@@ -158,8 +211,8 @@ void AttendRows(const Attention& o, const T* k, const T* v, int64_t first, int64
       total[i] = total[i] * scale + Exp(Splat(o.sinks[head] - base))[0];
     }
     float* to = o.out + ((first + i / group) * num_heads + head) * dim;
-    for (int d = 0; d < parts; ++d) {
-      const Vec result = total[i] == 0 ? Vec{} : out[i][d] * scale / total[i];
+    for (int d = 0; d < PARTS && d * kLanes < dim; ++d) {
+      const Vec result = total[i] == 0 ? Vec{} : out[i * PARTS + d] * scale / total[i];
       std::memcpy(to + d * kLanes, &result, sizeof(float) * std::min(kLanes, dim - d * kLanes));
     }
   }
@@ -180,7 +233,16 @@ void Attend(ffi::ThreadPool& pool, const Attention& o, const void* k, const void
   const auto item = [&](int64_t i) {
     const int64_t run = runs - 1 - i / t.num_kv_heads, head = i % t.num_kv_heads, first = starts[run], last = starts[run + 1];
     if (t.HasSlot(o.slot[first])) {
-      AttendRows(o, static_cast<const T*>(k), static_cast<const T*>(v), first, last, head);
+      const int parts = (t.head_dim + kLanes - 1) / kLanes;
+      const auto attend = t.head_dim == 64    ? AttendRows<T, 4, 64>
+                          : t.head_dim == 128 ? AttendRows<T, 8, 128>
+                          : parts <= 1   ? AttendRows<T, 1>
+                          : parts <= 2 ? AttendRows<T, 2>
+                          : parts <= 4 ? AttendRows<T, 4>
+                          : parts <= 6 ? AttendRows<T, 6>
+                          : parts <= 8 ? AttendRows<T, 8>
+                                       : AttendRows<T, 16>;
+      attend(o, static_cast<const T*>(k), static_cast<const T*>(v), first, last, head);
     } else {
       const int64_t width = o.group * t.head_dim;
       for (int64_t row = first; row < last; ++row)
@@ -210,7 +272,7 @@ inline void Rotate(const Rotation& o, const float* from, const float* norm, int6
   if (norm) {
     Vec squares = {};
     for (int i = 0; i < 2 * half; i += kLanes) {
-      const Vec part = LoadPart(from + i, std::min(kLanes, 2 * half - i));
+      const Vec part = LoadPart(from, i / kLanes, 2 * half);
       squares += part * part;
     }
     factor = 1 / std::sqrt(Sum(squares) / (2 * half) + o.eps);

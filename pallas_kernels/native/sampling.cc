@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -16,6 +17,7 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int kBlock = 128;  // tokens per block of the two-level draw
+constexpr int64_t kPart = 1024;  // numbers that are looked at twice in a row
 constexpr int kSums = 4;     // independent chains of additions
 
 // f(x, first) for each vector of a row, missing floats of the last one being `rest`.
@@ -41,14 +43,38 @@ inline float SumOf(const float* row, int64_t size, float rest, F f) {
   return Sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// The first place of the largest number, and that number: NaN if there is one.
+// f(row + first, first, length) for each part of a row that fits the nearest cache: what follows a first look costs little.
+template <typename F>
+inline void ForParts(const float* row, int64_t size, F f) {
+  for (int64_t first = 0; first < size; first += kPart) f(row + first, first, std::min(kPart, size - first));
+}
+
+// The first place of the largest number, and that number; NaN if there is one.
 inline std::pair<int64_t, float> Argmax(const float* row, int64_t size) {
-  const float nothing = SumOf(row, size, 0, [](Vec x, int64_t) { return x == x ? Vec{} : x; });
-  if (nothing != nothing) return {0, nothing};
-  const float most = LargestOf(row, size);
-  for (int64_t i = 0; i < size; ++i)
-    if (row[i] == most) return {i, most};
-  return {0, most};
+  float most = -kInfinity;
+  int64_t best = 0, best_length = 0;
+  IntVec no_number = {};
+  ForParts(row, size, [&](const float* part, int64_t first, int64_t length) {
+    ForVectors(part, length, 0, [&](Vec x, int64_t) { no_number |= x != x; });
+    const float largest = LargestOf(part, length);
+    if (largest > most || !best_length) most = largest, best = first, best_length = length;
+  });
+  for (int i = 0; i < kLanes; ++i)
+    if (no_number[i]) return {0, std::numeric_limits<float>::quiet_NaN()};
+  while (best_length-- > 1 && row[best] != most) ++best;
+  return {best, most};
+}
+
+// log(sum(exp(row))), by a running maximum (Milakov and Gimelshein, 2018).
+inline float LogSumExp(const float* row, int64_t size) {
+  float largest = -kInfinity, total = 0;
+  ForParts(row, size, [&](const float* part, int64_t, int64_t length) {
+    const float most = std::max(largest, LargestOf(part, length)), base = most == -kInfinity ? 0 : most;
+    const float sum = SumOf(part, length, -kInfinity, [&](Vec x, int64_t) { return Exp(x - base); });
+    total = total * Exp(Splat(largest - base))[0] + sum;
+    largest = most;
+  });
+  return largest + std::log(total);
 }
 
 // Unsigned integers that compare as floats do.
@@ -207,9 +233,7 @@ ffi::Error Report(ffi::ThreadPool pool, Matrix logits, Bools active, Ints token,
     rank->typed_data()[r] = 0;
     if (!active.typed_data()[r]) return;
     const float* row = logits.typed_data() + r * size;
-    const float largest = LargestOf(row, size);
-    const float total = SumOf(row, size, -kInfinity, [&](Vec x, int64_t) { return Exp(x - largest); });
-    const float normaliser = largest + std::log(total);
+    const float normaliser = LogSumExp(row, size);
     const float of_token = row[std::clamp<int64_t>(token.typed_data()[r], 0, size - 1)];
     logprob->typed_data()[r] = of_token - normaliser;
     if (!asked.typed_data()[r]) return;

@@ -59,16 +59,25 @@ inline Pairs LoadPairs(const uint16_t* from) {
 
 inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
 
+// Each lane's neighbour at distance `step`, a power of two.
+template <int step>
+inline Vec Swapped(Vec v) {
+  IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return __builtin_shuffle(v, lane ^ step);
+}
+
 inline float Sum(Vec v) {
-  for (int step = kLanes / 2; step; step /= 2)
-    for (int i = 0; i < step; ++i) v[i] += v[i + step];
-  return v[0];
+  v += Swapped<8>(v);
+  v += Swapped<4>(v);
+  v += Swapped<2>(v);
+  return (v + Swapped<1>(v))[0];
 }
 
 inline float Largest(Vec v) {
-  float largest = v[0];
-  for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
-  return largest;
+  v = Max(v, Swapped<8>(v));
+  v = Max(v, Swapped<4>(v));
+  v = Max(v, Swapped<2>(v));
+  return Max(v, Swapped<1>(v))[0];
 }
 
 // exp for x <= 88, within 2 units in the last place; exactly 1 at 0, and 0 below -87 (Cephes, Moshier).
