@@ -1,0 +1,218 @@
+"""What the throughput benchmark says: a record per round, per engine and per comparison; lines and a table for people."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from benchmark_report import Record, rounded
+from roofline import Work
+from throughput_rounds import Measured, same_tokens
+from workloads import Workload
+
+OURS = "jaxserve"
+_METHOD = (
+    "every engine in a process of its own, loaded once; one untimed round each, then rounds in turns, in rotated order; "
+    "seconds from first request handed over to last token in hand, all requests at once; greedy, as many tokens as told; "
+    "medians over rounds, ratios of two engines' rounds of the same index; time per token: (last - first) / (tokens - 1) per "
+    "request, median over requests; jaxserve's steps share the time of their call evenly; roofline: sum over its steps, as "
+    "they were, of max(FLOPs / matmul rate, bytes / read bandwidth)"
+)
+_MEGA = 1e6
+_BUSY_SHARE = 0.03  # of a round, in processor time of engines that should be idle
+
+
+def about(peaks: Mapping[str, Any], workload: Mapping[str, Any], dtype: str, model: str) -> Record:
+    """What holds for all records of a run; the process that measured the peaks tells where it was."""
+    where = dict(peaks["provenance"]) | {"seed": workload["seed"], "method": _METHOD}
+    return {"model": model, "dtype": dtype, "workload": dict(workload), **where}
+
+
+def round_record(measured: Measured, workload: Workload) -> Record:
+    """One timed round; what a single step did is left to the summary."""
+    spans, cpu = measured.seconds_per_token, measured.others_cpu_seconds
+    return {
+        "kind": "round",
+        "contender": measured.name,
+        "round": measured.index,
+        "seconds": rounded(measured.seconds),
+        "requests_per_s": rounded(len(workload) / measured.seconds),
+        "total_tokens_per_s": rounded((workload.num_prompt_tokens + workload.num_output_tokens) / measured.seconds),
+        "output_tokens_per_s": rounded(workload.num_output_tokens / measured.seconds),
+        "ms_per_token": None if not spans else rounded(1e3 * statistics.median(spans)),
+        "p90_ms_per_token": None if not spans else rounded(1e3 * float(np.quantile(spans, 0.9))),
+        "others_cpu_share": None if cpu is None else rounded(cpu / measured.seconds),
+        **{name: value for name, value in measured.more.items() if name not in ("flops", "bytes")},
+    }
+
+
+def summary_record(rounds: Sequence[Record], loaded: Mapping[str, Any], peak_bytes: int | None) -> Record:
+    """Medians over the rounds of one engine."""
+    names = (
+        "seconds",
+        "requests_per_s",
+        "total_tokens_per_s",
+        "output_tokens_per_s",
+        "ms_per_token",
+        "p90_ms_per_token",
+    )
+    return {
+        "kind": "summary",
+        "contender": rounds[0]["contender"],
+        "rounds": len(rounds),
+        **{name: _median([record[name] for record in rounds]) for name in names},
+        "others_cpu_share": max((r["others_cpu_share"] or 0 for r in rounds), default=None),
+        "peak_bytes": peak_bytes,
+        **loaded,
+    }
+
+
+def engine_record(
+    rounds: Sequence[Record], measured: Sequence[Measured], workload: Workload, loaded: Mapping[str, Any], peaks: Record
+) -> Record:
+    """What the steps of this engine did, against what the machine could do; of the round of median length."""
+    middle = sorted(measured, key=lambda one: one.seconds)[len(measured) // 2]
+    more = middle.more
+    work = Work(np.array(more["flops"]), np.array(more["bytes"]))
+    rate, bandwidth = peaks["matmul"]["flops_per_s"], peaks["read"]["bytes_per_s"]
+    floor = work.floor_seconds(rate, bandwidth)
+    needed = loaded["weights_bytes"] + loaded["pool_bytes"]
+    base = loaded["base_bytes"]
+    names = ("num_steps", "num_computed_tokens", "mean_occupancy", "mean_rows", "num_preemptions", "peak_pages")
+    return {
+        "kind": "engine",
+        "contender": OURS,
+        **{name: more[name] for name in names},
+        "max_slots": loaded["max_slots"],
+        "num_pages": loaded["num_pages"],
+        "share_of_pages": rounded(more["peak_pages"] / loaded["num_pages"]),
+        "ms_per_step": rounded(1e3 * middle.seconds / more["num_steps"]),
+        "flops_per_s": rounded(work.flops.sum() / middle.seconds),
+        "bytes_per_s": rounded(work.num_bytes.sum() / middle.seconds),
+        "share_of_matmul_rate": rounded(work.flops.sum() / middle.seconds / rate),
+        "share_of_read_bandwidth": rounded(work.num_bytes.sum() / middle.seconds / bandwidth),
+        "roofline_tokens_per_s": rounded(workload.num_output_tokens / floor),
+        "share_of_roofline": rounded(floor / middle.seconds),
+        "weights_bytes": loaded["weights_bytes"],
+        "pool_bytes": loaded["pool_bytes"],
+        "base_bytes": base,
+        "load_peak_bytes": loaded["load_peak_bytes"],
+        "peak_bytes": max(record["peak_bytes"] for record in rounds),
+        "memory_over_weights_and_pool": None
+        if base is None
+        else rounded((max(record["peak_bytes"] for record in rounds) - base) / needed - 1),
+        "peaks": {name: value for name, value in peaks.items() if name != "provenance"},
+    }
+
+
+def ratio_record(ours: Sequence[Measured], theirs: Sequence[Measured]) -> Record:
+    """Our rounds against theirs of the same index: above 1 where we are faster."""
+    by_index = {one.index: one for one in ours}
+    pairs = [(by_index[other.index], other) for other in theirs if other.index in by_index]
+    spans = [
+        statistics.median(other.seconds_per_token) / statistics.median(one.seconds_per_token)
+        for one, other in pairs
+        if one.seconds_per_token and other.seconds_per_token
+    ]
+    speeds = [other.seconds / one.seconds for one, other in pairs]
+    return {
+        "kind": "ratio",
+        "contender": theirs[0].name,
+        "pairs": len(pairs),
+        "output_tokens_per_s": _median(speeds),
+        "output_tokens_per_s_range": [rounded(min(speeds)), rounded(max(speeds))] if speeds else None,
+        "ms_per_token": _median(spans),
+        "same_tokens": rounded(same_tokens(ours[0].token_ids, theirs[0].token_ids)),
+    }
+
+
+def print_engine(summary: Record, engine: Record, workload: Workload) -> None:
+    """The lines that users of vLLM's benchmark know, and what lies behind them."""
+    print(
+        f"Throughput: {summary['requests_per_s']:.2f} requests/s, {summary['total_tokens_per_s']:.2f} total tokens/s, "
+        f"{summary['output_tokens_per_s']:.2f} output tokens/s"
+    )
+    print(f"Total num prompt tokens:  {workload.num_prompt_tokens}")
+    print(f"Total num output tokens:  {workload.num_output_tokens}")
+    token = summary["ms_per_token"]
+    print(
+        f"Steps: {engine['num_steps']}, {_short(engine['ms_per_step'])} ms and {engine['mean_rows']:.1f} rows each; time per "
+        f"output token, median: {'unknown' if token is None else f'{_short(token)} ms'}"
+    )
+    print(
+        f"Slots: {engine['mean_occupancy']:.0%} of {engine['max_slots']} in use on average; pages: at most "
+        f"{engine['peak_pages']} of {engine['num_pages']}; preemptions: {engine['num_preemptions']}"
+    )
+    over = engine["memory_over_weights_and_pool"]
+    print(
+        f"Memory: {_megabytes(engine['peak_bytes'])} at most while serving, {_megabytes(engine['load_peak_bytes'])} while "
+        f"loading; weights {_megabytes(engine['weights_bytes'])}, pool {_megabytes(engine['pool_bytes'])}, before them "
+        f"{_megabytes(engine['base_bytes'])}" + ("" if over is None else f": {over:+.0%} over weights and pool")
+    )
+    product, read = engine["peaks"]["matmul"], engine["peaks"]["read"]
+    print(
+        f"Machine: products {product['flops_per_s'] / 1e9:.0f} GFLOP/s ({product['way']}), of which this run did "
+        f"{engine['share_of_matmul_rate']:.1%}; reads {read['bytes_per_s'] / 1e9:.1f} GB/s ({read['way']}), of which "
+        f"{engine['share_of_read_bandwidth']:.1%}"
+    )
+    print(
+        f"Roofline: {_short(engine['roofline_tokens_per_s'])} output tokens/s for these steps; this run is at "
+        f"{engine['share_of_roofline']:.1%} of it",
+        flush=True,
+    )
+
+
+_COLUMNS = {
+    "engine": 16,
+    "output tokens/s": 15,
+    "requests/s": 10,
+    "ms/token": 8,
+    "peak MB": 8,
+    "we are": 8,
+    "per token": 9,
+    "same tokens": 11,
+    "versions": 8,
+}
+
+
+def print_comparison(summaries: Sequence[Record], ratios: Sequence[Record]) -> None:
+    """A row per engine, the ratios as factors by which jaxserve is faster."""
+    print("  ".join(name.rjust(width) for name, width in _COLUMNS.items()))
+    by_name = {ratio["contender"]: ratio for ratio in ratios}
+    for summary in summaries:
+        ratio = by_name.get(summary["contender"], {})
+        peak, spans = summary["peak_bytes"], summary["ms_per_token"]
+        cells = [
+            summary["contender"],
+            f"{summary['output_tokens_per_s']:.1f}",
+            f"{summary['requests_per_s']:.2f}",
+            "" if spans is None else _short(spans),
+            "" if peak is None else f"{peak / _MEGA:.0f}",
+            _factor(ratio.get("output_tokens_per_s")),
+            _factor(ratio.get("ms_per_token")),
+            f"{ratio['same_tokens']:.0%}" if ratio else "",
+            ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
+        ]
+        print("  ".join(cell.rjust(width) for cell, width in zip(cells, _COLUMNS.values(), strict=True)), flush=True)
+    busy = [summary["contender"] for summary in summaries if (summary["others_cpu_share"] or 0) > _BUSY_SHARE]
+    if busy:
+        print(
+            f"while {', '.join(busy)} ran, engines that should have been idle took more than {_BUSY_SHARE:.0%} of a core"
+        )
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return rounded(statistics.median(known)) if known else None
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _factor(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _megabytes(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else f"{num_bytes / _MEGA:.0f} MB"

@@ -1,0 +1,104 @@
+"""Runs a workload on several engines in turns: one untimed round each, then timed ones in rotated order.
+
+While one runs, the others should take nothing of the machine: the processor time that they do take is recorded with the round.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from peer_process import Peer, PeerError
+from workloads import Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One timed round of one engine.
+
+    Attributes:
+      name: of the engine.
+      index: of the round, from 0.
+      seconds: that it took.
+      seconds_per_token: per request, where the engine tells.
+      token_ids: generated.
+      others_cpu_seconds: processor time that the other engines took meanwhile; None: the system does not tell.
+      more: what only this engine has.
+    """
+
+    name: str
+    index: int
+    seconds: float
+    seconds_per_token: list[float] | None
+    token_ids: list[list[int]]
+    others_cpu_seconds: float | None
+    more: dict[str, Any]
+
+
+def run_once(peer: Peer, workload: Workload, timeout_s: float) -> dict[str, Any]:
+    """One round.
+
+    Raises:
+      PeerError: if the engine failed, or did not generate as many tokens as it was told to.
+    """
+    message = {"do": "run", "prompts": workload.prompts, "output_lengths": workload.output_lengths}
+    answer = peer.ask(message, timeout_s)
+    lengths = [len(ids) for ids in answer["token_ids"]]
+    if lengths != workload.output_lengths:
+        raise PeerError(f"it generated {sum(lengths)} tokens, not the {workload.num_output_tokens} asked for")
+    return answer
+
+
+def measure(
+    peers: Mapping[str, Peer],
+    workload: Workload,
+    *,
+    repeats: int,
+    timeout_s: float,
+    failed: Callable[[str, PeerError], None],
+) -> Iterator[Measured]:
+    """All timed rounds; an engine that fails is reported to `failed` and has no further ones."""
+    left = dict(peers)
+
+    def attempt(name: str) -> dict[str, Any] | None:
+        try:
+            return run_once(left[name], workload, timeout_s)
+        except PeerError as error:
+            failed(name, error)
+            del left[name]
+            return None
+
+    for name in peers:
+        attempt(name)
+    for index in range(repeats):
+        names = list(left)
+        start = index % len(names) if names else 0
+        for name in [*names[start:], *names[:start]]:
+            before = _cpu_seconds(left, name)
+            answer = attempt(name)
+            if answer is not None:
+                after = _cpu_seconds(left, name)
+                yield Measured(
+                    name=name,
+                    index=index,
+                    seconds=answer["seconds"],
+                    seconds_per_token=answer["seconds_per_token"],
+                    token_ids=answer["token_ids"],
+                    others_cpu_seconds=None if before is None or after is None else after - before,
+                    more=answer["more"],
+                )
+
+
+def _cpu_seconds(peers: Mapping[str, Peer], busy: str) -> float | None:
+    """Of all but the busy one."""
+    usages = [peer.usage().cpu_seconds for name, peer in peers.items() if name != busy]
+    return sum(usage for usage in usages if usage is not None) if None not in usages else None
+
+
+def same_tokens(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    """Share of the tokens that come before the first difference of their request."""
+    same = total = 0
+    for one, other in zip(ours, theirs, strict=True):
+        differing = [index for index, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]]
+        same += differing[0] if differing else len(one)
+        total += len(one)
+    return same / total
