@@ -1,0 +1,88 @@
+"""Plots of the engine's benchmarks: panels of lines. Needs matplotlib, only when one is drawn."""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One curve.
+
+    Attributes:
+      label: for the legend.
+      x, y: of its points.
+      dashed: for what is no measurement, such as a fit or a limit.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    dashed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """Curves that share their axes.
+
+    Attributes:
+      title, x_label, y_label: what they show; units belong into the labels.
+      lines: the curves.
+      log_x, log_y: whether an axis is logarithmic.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Sequence[Line]
+    log_x: bool = False
+    log_y: bool = False
+
+
+def check_plot(path: str | None) -> None:
+    """Looks whether a plot can be saved there, before there is one.
+
+    Raises:
+      ValueError: if not.
+    """
+    if path is None:
+        return
+    file = pathlib.Path(path)
+    if file.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot={path} must be a file that ends in .png, .svg or .pdf")
+    if not file.parent.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ValueError(f"--plot={path} cannot be written: choose a directory that is there and may be written to")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(f"--plot={path} needs matplotlib, which is not installed: pip install matplotlib")
+
+
+def save_plot(path: str | None, panels: Sequence[Panel], *, title: str) -> None:
+    """Draws the panels side by side, four in a row; nothing if `path` is None or there are none."""
+    if path is None or not panels:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(len(panels), 4)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10)
+    for index, panel in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        for line in panel.lines:
+            style = {"linestyle": "--", "linewidth": 1} if line.dashed else {"marker": "o", "markersize": 3}
+            axes.plot(line.x, line.y, label=line.label, **style)
+        positive = all(value > 0 for line in panel.lines for value in line.x)
+        if panel.log_x:
+            axes.set_xscale("log" if positive else "symlog")
+        if panel.log_y:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+        axes.grid(visible=True, alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,182 @@
+"""Times steps from a given state, over and over: with the model, and with a stub in its place.
+
+    time of a step = (time of a call of n steps - time of a call of one) / (n - 1)
+
+Before each timed call the state is set back, its pool left where it is; so every call does the same work, and the pool is
+handed from case to case. What the stub leaves is the scheduler: aborts, admission, pages, plan, counts, advance, retire.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Int32
+from kernel_cases import random_pages
+from kernel_timing import Timing, free_bytes
+from scaling_cases import Case
+
+from jaxserve import EngineConfig, EngineState, ModelConfig, Status
+from jaxserve.cache import KVPool, bytes_per_page, init_kv_pool
+from jaxserve.cache.kv_pool import stores_bits
+from jaxserve.scheduler.token_counts import count_tokens
+from jaxserve.scheduler.transitions import samples, schedule, settle
+from jaxserve.step import programs
+
+_MEMORY_SHARE = 0.8  # of what is free, for a pool
+
+
+def stub_steps(
+    state: EngineState, num_steps: Int32[Array, ""], *, config: EngineConfig
+) -> tuple[EngineState, Int32[Array, " S"]]:
+    """Steps as `jaxserve.step` composes them, with tokens out of a hat in place of model and sampler.
+
+    Returns:
+      The state, and how many tokens each slot drew.
+    """
+
+    def step(carry: tuple[EngineState, Array]) -> tuple[EngineState, Array]:
+        state, drawn = carry
+        state, plan = schedule(state, config=config)
+        sampled = samples(state, plan.num_new)
+        state = count_tokens(state, sampled)
+        row = jnp.where(sampled, state.slots.row_id, 0)
+        # The sampler needs the counts; without that, XLA would copy all tokens, to count in them while they are written to.
+        token = (state.queue.arrival[row] * 40503 + state.queue.num_tokens[row] + state.slots.num_counted) % 65521
+        return settle(state, plan.num_new, token), drawn + sampled.astype(jnp.int32)
+
+    drawn = jnp.zeros_like(state.slots.row_id)
+    return lax.fori_loop(0, num_steps, lambda _, carry: step(carry), (state, drawn))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Steps in one dispatch.
+
+    Attributes:
+      run: state, number of steps -> state, whatever tells what happened; the state is donated.
+      count_drawn: from that, and the number of steps, the tokens that each slot drew.
+    """
+
+    run: Callable[[EngineState, Any], tuple[EngineState, Any]]
+    count_drawn: Callable[[Any, int], Any]
+
+
+def make_stub(config: EngineConfig) -> Program:
+    """The scheduler alone."""
+    run = jax.jit(functools.partial(stub_steps, config=config), donate_argnums=0)
+    return Program(run, lambda drawn, _: np.asarray(drawn))
+
+
+def make_step(params: nnx.State, model: ModelConfig, config: EngineConfig) -> Program:
+    """The engine's own program; `params` best prepared."""
+    run = functools.partial(programs(model, config)["run_steps"], params)
+    return Program(run, lambda outputs, n: np.sum(np.asarray(outputs.steps.sampled[:n]), axis=0, dtype=np.int32))
+
+
+class Pools:
+    """Pools of random keys and values: one for all cases with as many pages, who hand it on."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, KVPool] = {}
+
+    def take(self, model: ModelConfig, config: EngineConfig) -> KVPool:
+        """A pool, to be given back.
+
+        Raises:
+          ValueError: if it does not fit.
+        """
+        num_pages = config.num_pages or 0
+        return self._pools.pop(num_pages) if num_pages in self._pools else _random_pool(model, config, num_pages)
+
+    def give_back(self, pool: KVPool) -> None:
+        """Keeps it for the next."""
+        self._pools[pool.k[0].shape[0]] = pool
+
+
+def _random_pool(model: ModelConfig, config: EngineConfig, num_pages: int) -> KVPool:
+    dtype = str(config.kv_dtype)
+    needed, free = num_pages * bytes_per_page(model, config.page_size, dtype), free_bytes()
+    if needed > _MEMORY_SHARE * free:
+        raise ValueError(
+            f"the KV pool takes {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free: lower --slots, --context or "
+            "--points"
+        )
+    as_bits = stores_bits(config.backend)
+    shapes = jax.eval_shape(lambda: init_kv_pool(model, num_pages, config.page_size, dtype, as_bits=as_bits))
+    leaves, structure = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    pages = [random_pages(key, leaf.shape, str(leaf.dtype)) for key, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, pages)
+
+
+class Bench:
+    """Steps of one case; compiles and checks when made.
+
+    Args:
+      case, config, state: what is there; `state` has no pool.
+      model: None: the program needs no pool.
+      pools: that it is taken from.
+
+    Raises:
+      ValueError: if the pool does not fit.
+      RuntimeError: if the steps did not do what the case says.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        config: EngineConfig,
+        state: EngineState,
+        program: Program,
+        num_steps: int,
+        *,
+        model: ModelConfig | None = None,
+        pools: Pools | None = None,
+    ) -> None:
+        self.case, self.config = case, config
+        self._program, self._num_steps, self._model, self._pools = program, num_steps, model, pools
+        self._seen, self._saved = state.seen, state.replace(seen=None)
+        self._pairs: list[tuple[float, float]] = []
+        self._timed(1)
+        self._timed(num_steps)
+
+    def take_sample(self) -> None:
+        """Times a call of one step, and one of many."""
+        one = self._timed(1)
+        self._pairs.append((one, self._timed(self._num_steps)))
+
+    def timing(self) -> Timing:
+        """What the samples say; a call of one counts as its median."""
+        once, many = zip(*self._pairs, strict=True)
+        one = float(np.median(once))
+        samples = tuple((seconds - one) / (self._num_steps - 1) for seconds in many)
+        return Timing(samples, one, self._num_steps)
+
+    def _timed(self, num_steps: int) -> float:
+        pool = None if self._model is None or self._pools is None else self._pools.take(self._model, self.config)
+        state = jax.tree.map(jnp.copy, self._saved).replace(pool=pool, seen=self._seen)
+        state, steps = jax.block_until_ready((state, np.int32(num_steps)))
+        begin = time.perf_counter()
+        state, outcome = jax.block_until_ready(self._program.run(state, steps))
+        seconds = time.perf_counter() - begin
+        self._seen = state.seen
+        if self._pools is not None and pool is not None:
+            self._pools.give_back(state.pool)
+        self._check(state, self._program.count_drawn(outcome, num_steps), num_steps)
+        return seconds
+
+    def _check(self, state: EngineState, drawn: Int32[np.ndarray, " S"], num_steps: int) -> None:
+        finished = int(np.sum(np.asarray(state.queue.status) >= Status.STOP))
+        busy = np.arange(self.case.slots) < len(self.case.lengths)
+        if not np.array_equal(drawn, np.where(busy, num_steps, 0)) or finished != self.case.turnover * num_steps:
+            raise RuntimeError(
+                f"{self.case.sweep} {self.case.value}: in {num_steps} steps the slots drew {sorted(set(drawn.tolist()))} "
+                f"tokens each and {finished} sequences ended, not {self.case.turnover} per step"
+            )
