@@ -68,6 +68,7 @@ struct Table {
 
   // Offset of a head's row; -1: the position has no page.
   int64_t Row(int32_t slot, int64_t position, int64_t head) const {
+    if (position < 0 || position >= pages_per_slot * page_size) return -1;
     const int64_t page = page_ids[slot * pages_per_slot + position / page_size];
     if (page < 0 || page >= num_pages) return -1;
     return ((page * num_kv_heads + head) * page_size + position % page_size) * head_dim;

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.native import library
 from pallas_kernels.paged_attention import PagedKV, decode_attention, triton_decode
 from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape
 from tests.pallas_kernels import cases
 from tests.pallas_kernels.cases import NUM_SLOTS, Case, assert_close
 
-BACKENDS = ["reference", "triton", "tpu"]
+NATIVE = pytest.mark.skipif(not library.available(), reason=f"native kernels: {library.why_not()}")
+BACKENDS = ["reference", "triton", "tpu", "native"]
 COMPUTE = {"float32": "float32", "bfloat16": "bfloat16", "uint16": "bfloat16"}  # else float16
 make_case = functools.partial(cases.make_case, pages_per_slot=3)
 
@@ -31,17 +33,26 @@ FEW_SHAPES = ["gemma2-2b", "gpt-oss-20b", "llama-135m", "small", "many heads"]
 
 TPU_SHAPES = ["gemma2-2b", "gpt-oss-20b", "llama-135m", "small"]  # its interpreter is slow
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize(
+    "backend", [pytest.param(backend, marks=NATIVE if backend == "native" else ()) for backend in BACKENDS]
+)
 
 
 def backends_with(*cases: tuple):
-    """Every backend with every case of a shape's name and more; "tpu" with few shapes, and not with float16."""
+    """Every backend with every case of a shape's name and more, if it has it."""
     return [
-        (backend, *case)
+        pytest.param(backend, *case, marks=NATIVE if backend == "native" else ())
         for case in cases
         for backend in BACKENDS
-        if backend != "tpu" or (case[0] in TPU_SHAPES and "float16" not in case)
+        if has(backend, *case)
     ]
+
+
+def has(backend: str, name: str, *dtype: str) -> bool:
+    """Whether the backend has a shape and a dtype; of "tpu", whether it is to be tested."""
+    if backend == "tpu":
+        return name in TPU_SHAPES and "float16" not in dtype
+    return backend != "native" or (name != "many heads" and not set(dtype) - {"float32", "bfloat16", "uint16"})
 
 
 few_shapes = pytest.mark.parametrize(("backend", "name"), backends_with(*zip(FEW_SHAPES)))
@@ -49,7 +60,7 @@ few_shapes = pytest.mark.parametrize(("backend", "name"), backends_with(*zip(FEW
 
 @functools.cache
 def compiled(backend: str, window: int | None, softcap: float | None, num_splits: int | None):
-    interpret = backend != "reference"
+    interpret = backend in ("triton", "tpu")
     options = {"window": window, "softcap": softcap, "num_splits": num_splits, "backend": backend}
     return jax.jit(functools.partial(decode_attention, **options, interpret=interpret))
 
@@ -61,7 +72,7 @@ def run(backend: str, case: Case, num_splits: int | None = 2) -> np.ndarray:
 
 def compute_of(backend: str, dtype: str) -> str:
     """What the backend rounds operands of products to."""
-    if backend == "reference" or dtype == "float32":
+    if backend in ("reference", "native") or dtype == "float32":
         return "float32"
     return "bfloat16" if backend == "tpu" else COMPUTE.get(dtype, "float16")
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from pallas_kernels.native import library
 from pallas_kernels.paged_attention import PagedKV
 from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape
 from pallas_kernels.rotary_write import rotary_write
@@ -19,7 +20,8 @@ _UNIT = 2.0**-24  # largest relative error of rounding to float32
 _NUM_SLOTS, _PAGES_PER_SLOT, _EPS = 5, 3, 1e-6
 PLAIN = ("float32", "bfloat16", "float16", "uint16")
 SCALED = ("int8", "float8_e4m3fn", "float8_e5m2")
-BACKENDS = ("reference", "triton")  # the kernel in Pallas' interpreter
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(not library.available(), reason=str(library.why_not())))
+BACKENDS = ("reference", "triton", NATIVE)  # Pallas' kernel in its interpreter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,10 +170,23 @@ _CASES = {
     "multi-head, head_dim 80": (AttentionShape("", 3, 3, 80), "uint16", False),
     "llama": (AttentionShape("", 8, 2, 128), "bfloat16", False),
     "qwen3": (AttentionShape("", 4, 2, 128, page_size=16), "float32", True),
+    "qwen3, head_dim 20": (AttentionShape("", 7, 1, 20, page_size=8), "bfloat16", True),
     "head_dim 256": (AttentionShape("", 2, 1, 256), "float8_e4m3fn", True),
     "8-bit floats of the other kind": (AttentionShape("", 9, 3, 64), "float8_e5m2", False),
     "8-bit integers": (AttentionShape("", 4, 2, 80, page_size=16), "int8", True),
 }
+
+
+_NATIVE_DTYPES = ("float32", "bfloat16", "uint16")
+backends_and_cases = pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, backend) for name in _CASES for backend in ("reference", "triton")]
+    + [
+        pytest.param(name, *NATIVE.values, marks=NATIVE.marks)
+        for name, (_, dtype, _) in _CASES.items()
+        if dtype in _NATIVE_DTYPES
+    ],
+)
 
 
 @functools.cache
@@ -185,8 +200,7 @@ def result_of(name: str, backend: str) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return case_of(name).run(backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", _CASES)
+@backends_and_cases
 def test_queries_are_those_of_float64_within_the_bound_of_float32(name, backend):
     case = case_of(name)
     expected, bound = rotated_exactly(case.qkv[:, :, :-2], case.cos, case.sin, case.q_norm)
@@ -197,8 +211,7 @@ def test_queries_are_those_of_float64_within_the_bound_of_float32(name, backend)
     assert (np.abs(q - expected) <= bound).all()  # of padding rows too: NaN would fail
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", _CASES)
+@backends_and_cases
 def test_values_and_keys_are_in_their_places_and_all_else_keeps_its_bits(name, backend):
     case = case_of(name)
     _, k, v = result_of(name, backend)
@@ -247,10 +260,11 @@ def test_kernel_rounds_halves_to_even_and_saturates(dtype):
             np.testing.assert_array_equal(bits(v[page, 0, offset]), bits(as_stored(part[row] * 2, None, v.dtype)))
 
 
+@pytest.mark.parametrize("backend", ["triton", NATIVE])
 @pytest.mark.parametrize("other_rows", ["NaN", "absent", "reversed"])
-def test_bits_of_a_row_do_not_depend_on_other_rows(other_rows):
+def test_bits_of_a_row_do_not_depend_on_other_rows(other_rows, backend):
     case = case_of("qwen3")
-    q, k, v = result_of("qwen3", "triton")
+    q, k, v = result_of("qwen3", backend)
     row, page, offset = case.written[5]
     at = row
     if other_rows == "NaN":
@@ -259,7 +273,7 @@ def test_bits_of_a_row_do_not_depend_on_other_rows(other_rows):
         changed, at = case.take(np.array([row])), 0
     else:
         changed, at = case.take(np.arange(19)[::-1]), 18 - row
-    other_q, other_k, other_v = changed.run("triton")
+    other_q, other_k, other_v = changed.run(backend)
     np.testing.assert_array_equal(bits(other_q[at]), bits(q[row]))
     np.testing.assert_array_equal(bits(other_k[page, :, offset]), bits(k[page, :, offset]))
     np.testing.assert_array_equal(bits(other_v[page, :, offset]), bits(v[page, :, offset]))
