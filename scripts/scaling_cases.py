@@ -185,9 +185,7 @@ def make_cases(name: str, base: Base, values: Sequence[int] = ()) -> list[Case]:
       ValueError: if a value makes no sense.
     """
     sweep = SWEEPS[name]
-    usual = tuple(value for value in sweep.values if name != "active" or value <= base.slots)
-    if name == "turnover":
-        usual = tuple(value for value in usual if not value or base.slots % value == 0)
+    usual = tuple(value for value in sweep.values if _fits(name, base, value))
     for value in values:
         if value < sweep.lowest:
             raise ValueError(f"--points: {value} is below {sweep.lowest}, the least of --sweep={name}")
@@ -210,6 +208,15 @@ def make_cases(name: str, base: Base, values: Sequence[int] = ()) -> list[Case]:
             raise ValueError(f"--points: {too_few[0]} pages are fewer than the {needed} that all slots may need")
         cases = [case for case in cases if case.num_pages >= needed]
     return cases
+
+
+def _fits(name: str, base: Base, value: int) -> bool:
+    """Whether a usual value makes sense for what is not varied."""
+    return {
+        "active": value <= base.slots,
+        "turnover": not value or base.slots % value == 0,
+        "capacity": value >= base.context + base.num_steps + 2,
+    }.get(name, True)
 
 
 def busy_state(case: Case, model: ModelConfig, config: EngineConfig, seed: int) -> EngineState:

@@ -76,6 +76,14 @@ def test_one_long_sequence_is_compared_with_as_many_tokens():
     assert sum(one.lengths) == sum(even.lengths) and one.max_model_len == even.max_model_len
 
 
+@pytest.mark.parametrize("name", SWEEPS)
+def test_usual_values_that_do_not_fit_are_left_out(name):
+    base = dataclasses.replace(BASE, slots=12, context=256, num_steps=1000)
+    values = {case.value for case in make_cases(name, base)}
+    left_out = {"active": {16, 24, 32}, "turnover": {8, 16}, "capacity": {1024}, "pages": {1000}}
+    assert values == set(SWEEPS[name].values) - left_out.get(name, set())
+
+
 def test_values_that_make_no_sense_are_refused():
     for name, value, message in [
         ("active", 5, "more than --slots=4"),
