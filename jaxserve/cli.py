@@ -262,10 +262,10 @@ def parse_flags(arguments: Sequence[str], values: flags.FlagValues, help_text: C
         sys.exit(1)
 
 
-def describe_flags(values: flags.FlagValues) -> str:
-    """The flags of all groups with their meanings and defaults, for people."""
+def describe_flags(values: flags.FlagValues, groups: Sequence[str] = GROUPS) -> str:
+    """The flags of these groups, of those that there are, with their meanings and defaults, for people."""
     by_group = values.flags_by_module_dict()
-    return "\n\n".join("\n".join([group, *map(_describe, by_group[group])]) for group in GROUPS if group in by_group)
+    return "\n\n".join("\n".join([group, *map(_describe, by_group[group])]) for group in groups if group in by_group)
 
 
 class _HelpFlag(flags.BooleanFlag):

@@ -26,9 +26,9 @@ from typing import Any
 import benchmark_report
 import throughput_report as report
 import workloads
-from absl import app, flags
+from absl import flags
 from benchmark_command import run_command
-from engine_options import EngineOptions, define_engine_flags, fitted_options, load_model
+from engine_options import BENCHMARK, EngineOptions, define_engine_flags, fitted_options, load_model, run_app
 from peer_process import Peer, PeerError, PeerProcess, PeerUnavailable
 from throughput_report import OURS
 from throughput_rounds import Measured, measure
@@ -56,7 +56,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """All flags of the benchmark."""
     workloads.define_flags(values)
     define_engine_flags(values)
-    to: dict[str, Any] = {"flag_values": values, "module_name": "Benchmark"}
+    to: dict[str, Any] = {"flag_values": values, "module_name": BENCHMARK}
     flags.DEFINE_list("compare", [], f"Peers to run in turns with: {', '.join(PEERS)}.", **to)
     flags.DEFINE_integer("repeats", 5, "Timed rounds of each engine.", lower_bound=1, **to)
     flags.DEFINE_string("json", None, "Write the records as JSON lines to this file.", **to)
@@ -303,4 +303,4 @@ def write_weights(options: Options, directory: str) -> None:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    app.run(main)
+    run_app(main, __doc__ or "")

@@ -6,16 +6,38 @@ pool to all slots.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import flags
+from absl import app, flags
+from workloads import WORKLOAD
 
 from jaxserve import DEMO_MODEL, Engine, ModelConfig
-from jaxserve.cli import EngineOptions, define_engine_flags, engine_options, make_engine
+from jaxserve.cli import (
+    ENGINE,
+    MODEL,
+    EngineOptions,
+    define_engine_flags,
+    describe_flags,
+    engine_options,
+    make_engine,
+    parse_flags,
+)
 from jaxserve.models import checkpoint, families
 from jaxserve.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["EngineOptions", "define_engine_flags", "fitted_options", "load_model", "make_engine", "make_warm_engine"]
+BENCHMARK = "Benchmark"  # group of the flags that a benchmark has for itself
+
+__all__ = [
+    "BENCHMARK",
+    "EngineOptions",
+    "define_engine_flags",
+    "fitted_options",
+    "load_model",
+    "make_engine",
+    "make_warm_engine",
+    "run_app",
+]
 
 
 def load_model(options: EngineOptions) -> tuple[ModelConfig, Tokenizer | None]:
@@ -55,3 +77,12 @@ def make_warm_engine(options: EngineOptions) -> Engine:
     engine = make_engine(options)
     engine.warm_up()
     return engine
+
+
+def run_app(main: Callable[[Sequence[str]], int], description: str, values: flags.FlagValues = flags.FLAGS) -> None:
+    """Runs a benchmark whose flags are defined: --help shows them, a flag that is not valid gets a sentence and status 1."""
+    groups = (BENCHMARK, WORKLOAD, MODEL, ENGINE)
+    app.run(
+        main,
+        flags_parser=lambda argv: parse_flags(argv, values, lambda: f"{description}\n{describe_flags(values, groups)}"),
+    )

@@ -21,7 +21,7 @@ from jaxserve.tokenizer import Tokenizer
 
 DATASETS = ("random", "prefix", "jsonl")
 LENGTHS = ("fixed", "uniform", "loguniform", "geometric", "heavy", "bimodal")
-_GROUP = "Workload"
+WORKLOAD = "Workload"  # group of its flags
 _LONG_SHARE = 1 / 8  # of bimodal lengths
 _MAX_SEED = 2**31 - 1
 _UNSET = 2**31 - 1  # max_tokens of a line that has none
@@ -105,7 +105,7 @@ def draw_lengths(distribution: str, low: int, high: int, count: int, rng: np.ran
 
 def define_flags(values: flags.FlagValues, **defaults: Any) -> None:
     """The flags that `workload_from_flags` reads; `defaults` in place of those of W48."""
-    to: dict[str, Any] = {"flag_values": values, "module_name": _GROUP}
+    to: dict[str, Any] = {"flag_values": values, "module_name": WORKLOAD}
 
     def default(name: str, value: Any) -> Any:
         return defaults.pop(name, value)
@@ -155,7 +155,7 @@ def workload_from_flags(values: flags.FlagValues, vocab_size: int, tokenizer: To
 
 def describe_workload(values: flags.FlagValues) -> dict[str, Any]:
     """The flags that count for the dataset, for records."""
-    names = (flag.name for flag in values.flags_by_module_dict()[_GROUP])
+    names = (flag.name for flag in values.flags_by_module_dict()[WORKLOAD])
     return {name: values[name].value for name in names if values.dataset in _FLAGS_OF.get(name, DATASETS)}
 
 

@@ -106,8 +106,11 @@ class LlamaCpp:
 
 
 def server_arguments(settings: Settings, weights: str, port: int) -> list[str]:
-    """What the server is started with: `max_slots` sequences, each with room for the longest."""
-    kv_type = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[settings.dtype]
+    """What the server is started with: `max_slots` sequences, each with room for the longest.
+
+    Keys and values of 16 bits are f16, llama.cpp's default: with bf16 it took 6% more processor time.
+    """
+    kv_type = "f32" if settings.dtype == "float32" else "f16"
     return [
         *("--model", weights, "--port", str(port), "--host", "127.0.0.1"),
         *("--parallel", str(settings.max_slots), "--ctx-size", str(settings.max_slots * settings.max_model_len)),

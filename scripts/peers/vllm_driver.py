@@ -42,7 +42,7 @@ class Vllm:
         )
         return {
             "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
-            "preloaded": os.environ.get("LD_PRELOAD", ""),
+            "preloaded": [pathlib.Path(path).name for path in os.environ.get("LD_PRELOAD", "").split(":")],
         }
 
     def run(self, prompts: Sequence[list[int]], output_lengths: Sequence[int]) -> Round:

@@ -7,12 +7,14 @@ import benchmark_throughput
 import pytest
 import throughput_report as report
 from absl import flags
+from engine_options import BENCHMARK
 from peer_process import PeerError, PeerUnavailable, Usage
 from peers.jaxserve_driver import Jaxserve
 from peers.protocol import answer
 from throughput_rounds import Measured, measure, run_once, same_tokens
-from workloads import Workload
+from workloads import WORKLOAD, Workload
 
+from jaxserve.cli import ENGINE, MODEL, describe_flags, parse_flags
 from tests.scripts.stub_peer import Stub
 
 PEAKS = {
@@ -236,3 +238,20 @@ def test_bad_flags_are_refused_in_one_sentence(arguments, message, capsys):
     assert benchmark_throughput.main(["x"], values_of(*arguments)) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_what_goes_wrong_while_the_peaks_are_measured_is_told():
+    with pytest.raises(ValueError, match="machine_peaks.py failed: error: --dtypes: 'int4' is unknown"):
+        benchmark_throughput.find_peaks("int4")
+
+
+def test_help_has_the_flags_in_groups(capsys):
+    values = flags.FlagValues()
+    benchmark_throughput.define_flags(values)
+    with pytest.raises(SystemExit) as left:
+        parse_flags(["x", "--help"], values, lambda: describe_flags(values, (BENCHMARK, WORKLOAD, MODEL, ENGINE)))
+    assert left.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    headings = [line for line in lines if line and not line.startswith(" ")]
+    assert headings == [BENCHMARK, WORKLOAD, MODEL, ENGINE]
+    assert any(line.startswith("  --compare=") for line in lines) and any("--max_slots=INT" in line for line in lines)
