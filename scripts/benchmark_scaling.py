@@ -27,7 +27,7 @@ from benchmark_command import Table, first_line, integers, names, run_command
 from benchmark_plot import Line, Panel, check_plot, save_plot
 from benchmark_report import Record, rounded
 from scaling_cases import SWEEPS, Base, Case, busy_state, make_cases
-from scaling_timing import Bench, Pools, make_step, make_stub
+from scaling_timing import Bench, Pools, make_step, make_stub, stub_model
 
 from jaxserve import EngineConfig, ModelConfig, prepare
 from jaxserve.capacity import resolve_capacities
@@ -179,7 +179,8 @@ def _measure(
         config = case.config(engine, steps)
         try:
             if what == "scheduler":
-                bench = Bench(case, config, busy_state(case, of_case, config, options.seed), make_stub(config), steps)
+                state = busy_state(case, stub_model(case.vocab_size), config, options.seed)
+                bench = Bench(case, config, state, make_stub(config), steps)
             else:
                 if of_case not in weights:
                     weights = {of_case: random_params(of_case, options.seed, options.dtype)}

@@ -68,6 +68,11 @@ class Program:
     count_drawn: Callable[[Any, int], Any]
 
 
+def stub_model(vocab_size: int) -> ModelConfig:
+    """What the scheduler has to know of a model; pools of it have room for any number of pages."""
+    return ModelConfig("llama", vocab_size, 8, 8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2)
+
+
 def make_stub(config: EngineConfig) -> Program:
     """The scheduler alone."""
     run = jax.jit(functools.partial(stub_steps, config=config), donate_argnums=0)

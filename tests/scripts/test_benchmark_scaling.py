@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from benchmark_scaling import describe_fit, fit_line, fits_of
 from scaling_cases import SWEEPS, Base, busy_state, make_cases
-from scaling_timing import Bench, Program, make_stub
+from scaling_timing import Bench, Program, make_stub, stub_model
 
 from jaxserve import EngineConfig, ModelConfig, Status, check_invariants
 from jaxserve.cache import init_kv_pool
@@ -108,6 +108,13 @@ def test_the_stub_turns_over_as_many_sequences_as_it_should_and_copies_no_tokens
     for _ in range(3):
         bench.take_sample()
     assert len(bench.timing().samples) == 3 and bench.timing().one_call > 0
+
+
+def test_the_scheduler_is_measured_with_a_million_pages_whatever_the_model():
+    case = dataclasses.replace(make_cases("pages", BASE, (50,))[0], num_pages=1_000_000)
+    config = case.config(EngineConfig(kv_dtype="bfloat16", page_size=32), BASE.num_steps)
+    state = busy_state(case, stub_model(64), config, seed=0)
+    assert state.table.num_pages == 1_000_000 and int(state.table.num_free) == 1_000_000 - BASE.slots
 
 
 def test_steps_that_do_other_than_the_case_says_are_not_timed():

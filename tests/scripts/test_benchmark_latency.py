@@ -1,0 +1,98 @@
+"""The latency benchmark: its arithmetic on runs made by hand, and a tiny run of all of it."""
+
+import json
+
+import benchmark_latency
+import jax
+import machine_peaks
+import pytest
+from absl import flags
+from benchmark_latency import Case, summarize, weight_bytes
+from serving_load import Served, Trace
+
+from jaxserve import ModelConfig
+
+PEAKS = {"read": {"way": "known", "bytes_per_s": 1e9}, "matmul": {"way": "known", "flops_per_s": 1e9}}
+
+
+@pytest.fixture
+def known_peaks(monkeypatch):
+    """The bandwidth is twice as good in the second measurement."""
+    rates = iter([0.5e9, 1e9])
+    measured = lambda dtypes: PEAKS | {"read": {"way": "known", "bytes_per_s": next(rates)}}  # noqa: E731
+    monkeypatch.setattr(machine_peaks, "measure", measured)
+
+
+def run(*arguments: str) -> int:
+    values = flags.FlagValues()
+    benchmark_latency.define_flags(values)
+    values(["benchmark_latency", *arguments])
+    return benchmark_latency.main(["benchmark_latency"], values)
+
+
+def traces(*runs) -> list[Trace]:
+    return [Trace([Served(0.0, 0.0, False, times, times[-1]) for times in requests], []) for requests in runs]
+
+
+def test_a_batch_is_as_slow_as_its_slowest_request_and_tokens_are_counted_over_all():
+    runs = traces([[0.1, 0.2, 0.3], [0.2, 0.3, 0.6]], [[0.1, 0.2, 0.3], [0.2, 0.3, 0.4]])
+    found = summarize(Case(2, 5, 3), runs, limit_ms=10)
+    assert found["batch_ms"]["mean"] == 500 and found["batch_ms"]["median"] == 500
+    assert found["ttft_ms"]["median"] == 150 and found["tpot_ms"]["mean"] == pytest.approx((100 + 200 + 100 + 100) / 4)
+    assert found["output_tokens_per_s"] == pytest.approx(6 / 0.5)
+    assert found["share_of_limit"] is None  # is of a single stream
+
+
+def test_a_single_stream_is_compared_with_the_limit():
+    found = summarize(Case(1, 5, 3), traces([[0.5, 0.54, 0.58]]), limit_ms=10)
+    assert (found["tpot_over_limit"], found["share_of_limit"], found["limit_ms_per_token"]) == (4, 0.25, 10)
+    assert summarize(Case(1, 5, 1), traces([[0.5]]), limit_ms=10)["share_of_limit"] is None
+
+
+def test_a_request_that_lacks_tokens_is_an_error():
+    with pytest.raises(RuntimeError, match="got 2 tokens, not 3"):
+        summarize(Case(1, 5, 3), traces([[0.5, 0.6]]), limit_ms=10)
+
+
+def test_weights_are_those_that_a_token_needs():
+    shape = {"vocab_size": 100, "embed_dim": 8, "ffw_dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
+    block = 8 * 4 * (2 + 2 * 1) + 2 * 4 * 8 + 3 * 8 * 16 + 2 * 8  # qkv, out, gate-up-down, norms
+    matrices = 2 * block + 8
+    tied, untied = (ModelConfig("llama", **shape, head_dim=4, tied_embeddings=tied) for tied in (True, False))
+    assert weight_bytes(tied, "float32") == weight_bytes(untied, "float32") == 4 * (matrices + 100 * 8)
+    assert weight_bytes(tied, "bfloat16") == 2 * (matrices + 100 * 8)
+
+
+def test_the_command_measures_every_case(tmp_path, capsys, known_peaks):
+    out, plot = tmp_path / "out.jsonl", tmp_path / "out.png"
+    small = ["--chunk_size=16", "--attention_backend=reference", "--compilation_cache_dir=", "--repeats=2"]
+    cases = ["--batch_sizes=1,2", "--input_lens=5", "--output_lens=3,4"]
+    assert run(*small, *cases, f"--json={out}", f"--plot={plot}") == 0, capsys.readouterr().err
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    found = [(record["batch_size"], record["input_len"], record["output_len"]) for record in records]
+    assert found == [(1, 5, 3), (1, 5, 4), (2, 5, 3), (2, 5, 4)]
+    for record in records:
+        assert 0 < record["ttft_ms"]["median"] < record["batch_ms"]["p99"]
+        assert record["engine"]["max_slots"] == 2 and record["engine"]["max_model_len"] == 9
+        assert (record["read_bytes_per_s"], record["jax"]) == (1e9, jax.__version__)
+        single = record["batch_size"] == 1
+        assert (record["share_of_limit"] is not None) == single
+        if single:
+            assert record["limit_ms_per_token"] == pytest.approx(record["weight_bytes"] / 1e6, rel=1e-3)
+    assert "ms per token" in capsys.readouterr().out and plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch_sizes=0"], "--batch_sizes: '0' must be an integer from 1"),
+        (["--max_slots=2"], "max_slots=2 is below the 32 that are needed"),
+        (["--input_lens=100000"], "lower --input_lens or --output_lens"),
+        (["--plot=a.gif"], "must be a file that ends in .png"),
+        (["--model=nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_bad_flags_get_one_sentence(arguments, message, capsys):
+    assert run(*arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
