@@ -29,7 +29,7 @@ from jaxserve.models.params import abstract_params
 
 _METHOD = (
     "all requests of a batch handed over at once, random prompts, greedy, no end-of-sequence; one untimed run of each case, "
-    "then cases in turns; a token's time is when the call that brought it was read; batch latency over repeats, TTFT and TPOT over "
+    "then cases in turns; a token's time is when the call that brought it was read; batch latency over repeats, others over "
     "requests and repeats; limit: bytes of the weights that a token needs, over the best read bandwidth of this run"
 )
 _LATENCIES = {"batch": "batch_ms", "TTFT": "ttft_ms", "TPOT": "tpot_ms"}
