@@ -38,6 +38,7 @@ _FLAGS = (
 )
 _NEEDED = ("avx2", "fma")  # of the processor
 _BUILD_SECONDS = 600
+_DIGEST_BYTES = 32
 
 
 class NativeUnavailableError(RuntimeError):
@@ -75,8 +76,11 @@ def _load() -> ctypes.CDLL:
         ]
         name = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in made_of)).hexdigest()[:20]
         library = folder / f"native-{name}.so"
-        if not library.exists():
-            _build(compiler[0], [sources / source for source in _SOURCES], library)
+        try:
+            if not _is_whole(library):
+                _build(compiler[0], [sources / source for source in _SOURCES], library)
+        except OSError as error:
+            raise NativeUnavailableError(f"{folder} cannot be used: {error}") from None
     try:
         loaded = ctypes.CDLL(str(library))
     except OSError as error:
@@ -106,7 +110,10 @@ def _compiler() -> tuple[str, str]:
     for name in (os.environ.get("CXX"), "g++", "clang++"):
         path = shutil.which(name) if name else None
         if path:
-            asked = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False)
+            try:
+                asked = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False)
+            except (OSError, subprocess.TimeoutExpired):
+                continue
             if asked.returncode == 0:
                 return path, asked.stdout
     raise NativeUnavailableError("no C++ compiler found: install g++ or set CXX")
@@ -114,7 +121,10 @@ def _compiler() -> tuple[str, str]:
 
 def _cache_folder() -> pathlib.Path:
     """A folder that nobody else can write to: what lies there is run."""
-    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    try:
+        base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    except RuntimeError as error:
+        raise NativeUnavailableError(f"no place for the library: {error} Set XDG_CACHE_HOME") from None
     folder = base / "jaxserve"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -124,6 +134,12 @@ def _cache_folder() -> pathlib.Path:
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise NativeUnavailableError(f"{folder} can be written to by others: make it yours alone")
     return folder
+
+
+def _is_whole(library: pathlib.Path) -> bool:
+    """Whether a library is there as `_build` made it, digest at its end: a torn one kills the process that loads it."""
+    made = library.read_bytes() if library.exists() else b""
+    return made[-_DIGEST_BYTES:] == hashlib.sha256(made[:-_DIGEST_BYTES]).digest()
 
 
 def _build(compiler: str, sources: list[pathlib.Path], library: pathlib.Path) -> None:
@@ -152,6 +168,7 @@ def _build(compiler: str, sources: list[pathlib.Path], library: pathlib.Path) ->
                     check=False,
                 )
                 if linked.returncode == 0:
+                    made.write_bytes((code := made.read_bytes()) + hashlib.sha256(code).digest())
                     made.replace(library)  # two processes may build at once: each replaces the whole
                     return
                 printed.append(linked.stderr)

@@ -3,6 +3,7 @@
 Rows from `num_rows` on cost nothing and come back undefined. All run on CPU only, and have no derivatives.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
+from pallas_kernels.native import library
 from pallas_kernels.paged_attention.pages import PagedKV
 
 _LANES = 16
@@ -63,7 +65,7 @@ def embed(
       size: K.
       num_rows: ids that count, as rows in `product`.
     """
-    call = jax.ffi.ffi_call("jaxserve_embed", jax.ShapeDtypeStruct((ids.shape[0], size), jnp.float32))
+    call = _ffi("jaxserve_embed", jax.ShapeDtypeStruct((ids.shape[0], size), jnp.float32))
     return call(w, ids, _count(num_rows, ids.shape[0]))
 
 
@@ -95,7 +97,7 @@ def product(
       residual: added at last; None: nothing.
       gated: SwiGLU: silu of the gate columns times the others, instead of all columns.
     """
-    call = jax.ffi.ffi_call("jaxserve_product", jax.ShapeDtypeStruct((x.shape[0], num_columns), jnp.float32))
+    call = _ffi("jaxserve_product", jax.ShapeDtypeStruct((x.shape[0], num_columns), jnp.float32))
     if residual is None:
         residual = jnp.zeros((0, 0), jnp.float32)
     count = _count(num_rows, x.shape[0])
@@ -122,7 +124,7 @@ def rotary_write(
         jax.ShapeDtypeStruct(kv.k.shape, kv.k.dtype),
         jax.ShapeDtypeStruct(kv.v.shape, kv.v.dtype),
     )
-    call = jax.ffi.ffi_call("jaxserve_rotary_write", results, input_output_aliases={3: 1, 4: 2})
+    call = _ffi("jaxserve_rotary_write", results, input_output_aliases={3: 1, 4: 2})
     count = _count(num_rows, qkv.shape[0])
     norms = (_or_none(q_norm), _or_none(k_norm))
     q, k, v = call(qkv, cos, sin, kv.k, kv.v, kv.page_ids, slot, position, count, *norms, eps=np.float32(norm_eps))
@@ -141,7 +143,7 @@ def paged_attention(
     num_rows: Int32[Array, ""] | None = None,
 ) -> Float32[Array, "B H D"]:
     """`paged_attention.reference.paged_attention`; adjacent rows of one slot share their reads."""
-    call = jax.ffi.ffi_call("jaxserve_paged_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32))
+    call = _ffi("jaxserve_paged_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32))
     count = _count(num_rows, q.shape[0])
     options = {"window": np.int64(window or 0), "softcap": np.float32(softcap or 0)}
     return call(q.astype(jnp.float32), kv.k, kv.v, kv.page_ids, slot, position, count, _or_none(sinks), **options)
@@ -159,7 +161,7 @@ def choose(
 ) -> tuple[Int32[Array, " R"], Bool[Array, " R"]]:
     """A token per wanted row, most likely or drawn, and whether the largest logit is not finite; 0 and False elsewhere."""
     results = (jax.ShapeDtypeStruct(wanted.shape, jnp.int32), jax.ShapeDtypeStruct(wanted.shape, jnp.bool_))
-    call = jax.ffi.ffi_call("jaxserve_choose", results)
+    call = _ffi("jaxserve_choose", results)
     token, failed = call(logits, wanted, random, temperature, top_k, top_p, min_p, uniforms)
     return token, failed
 
@@ -183,8 +185,19 @@ def report(
         jax.ShapeDtypeStruct((num_rows, max_logprobs), jnp.int32),
         jax.ShapeDtypeStruct((num_rows, max_logprobs), jnp.float32),
     )
-    logprob, rank, ids, values = jax.ffi.ffi_call("jaxserve_report", results)(logits, active, token, asked)
+    logprob, rank, ids, values = _ffi("jaxserve_report", results)(logits, active, token, asked)
     return logprob, rank, ids, values
+
+
+def _ffi(name: str, results: Any, **options: Any) -> Callable[..., Any]:
+    """A kernel of the library, which is loaded by now.
+
+    Raises:
+      ValueError: if there is none, saying why.
+    """
+    if (reason := library.why_not()) is not None:
+        raise ValueError(f"the native kernels cannot run here: {reason}; or use the backend 'reference'")
+    return jax.ffi.ffi_call(name, results, **options)
 
 
 def _count(num_rows: Int32[Array, ""] | None, every: int) -> Int32[Array, ""]:

@@ -1,10 +1,14 @@
 // Work shared by the calling thread and those of XLA's own pool.
 #pragma once
 
+#include <immintrin.h>
+
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -33,13 +37,14 @@ class Job {
         progress.done.fetch_add(1, std::memory_order_release);
       }
       for (int spins = 0; progress.done.load(std::memory_order_acquire) < count; ++spins) {
+        _mm_pause();
         if (spins > kSpins) std::this_thread::yield();
       }
     }
   }
 
  private:
-  static constexpr int kSpins = 20000;  // then the thread that is waited for may lack a core
+  static constexpr int kSpins = 10000;  // then the thread that is waited for may lack a core
 
   struct alignas(64) Progress {
     std::atomic<int64_t> next{0};
@@ -50,12 +55,66 @@ class Job {
   std::vector<Progress> progress_;
 };
 
-// Runs the phases on up to `threads` threads, the caller's among them; returns when all is done. Nobody waits for a thread to
-// start: the caller alone would finish too.
+// Helpers for the caller of the moment. A helper stays for a while after its work, looking out for more: the next kernel of a
+// model comes within microseconds, while waking a thread takes some twenty. Nobody waits for a helper to start: a caller
+// alone finishes too. Of two callers at once the latter has the helpers.
+class Team {
+ public:
+  static Team& Get() {
+    static Team* team = new Team;  // never freed: helpers may outlive the program's end
+    return *team;
+  }
+
+  void Run(xla::ffi::ThreadPool& pool, int64_t threads, std::vector<Phase> phases) {
+    auto job = std::make_shared<Job>(std::move(phases));
+    if (threads > 1) {
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        current_ = job;
+      }
+      posted_.fetch_add(1, std::memory_order_release);
+      while (helpers_.load(std::memory_order_relaxed) < threads - 1) {
+        helpers_.fetch_add(1, std::memory_order_relaxed);
+        pool.Schedule([this] { Help(); });
+      }
+    }
+    job->Work();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr auto kStay = std::chrono::microseconds(200);
+
+  void Help() {
+    uint64_t seen = 0;
+    for (auto since = Clock::now();;) {
+      const uint64_t posted = posted_.load(std::memory_order_acquire);
+      if (posted != seen) {
+        seen = posted;
+        std::shared_ptr<Job> job;
+        {
+          std::lock_guard<std::mutex> lock(mutex_);
+          job = current_;
+        }
+        job->Work();
+        since = Clock::now();
+      } else if (Clock::now() - since > kStay) {
+        break;
+      }
+      _mm_pause();
+    }
+    helpers_.fetch_sub(1, std::memory_order_relaxed);
+  }
+
+  std::mutex mutex_;
+  std::shared_ptr<Job> current_;
+  std::atomic<uint64_t> posted_{0};
+  std::atomic<int64_t> helpers_{0};
+};
+
+// Runs the phases on up to `threads` threads, the caller's among them; returns when all is done.
 inline void Run(xla::ffi::ThreadPool& pool, int64_t threads, std::vector<Phase> phases) {
-  auto job = std::make_shared<Job>(std::move(phases));
-  for (int64_t i = 1; i < threads; ++i) pool.Schedule([job] { job->Work(); });
-  job->Work();
+  Team::Get().Run(pool, threads, std::move(phases));
 }
 
 }  // namespace jaxserve

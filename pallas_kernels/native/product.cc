@@ -34,7 +34,10 @@ struct Bfloat16Weight {
   static int64_t Place(int64_t column, int64_t row) { return 2 * column + row; }  // among the 32 of a pair of rows
 #if defined(__AVX512BF16__)
   using Pair = uint32_t;  // two bfloat16
-  static Pair MakePair(float even, float odd) { return Bfloat16(even) | static_cast<uint32_t>(Bfloat16(odd)) << 16; }
+  static void StoreX(Pair* row, int64_t i, Vec x) {
+    const HalfVec bits = Bfloat16(x);
+    std::memcpy(row + i / 2, &bits, sizeof(bits));
+  }
   struct X {
     __m512bh v;
   };
@@ -45,7 +48,7 @@ struct Bfloat16Weight {
   struct Pair {
     float even, odd;
   };
-  static Pair MakePair(float even, float odd) { return {Float(Bfloat16(even)), Float(Bfloat16(odd))}; }
+  static void StoreX(Pair* row, int64_t i, Vec x) { Store(&row[i / 2].even, Float(Bfloat16(x))); }
   struct X {
     Vec even, odd;
   };
@@ -62,7 +65,7 @@ struct Float32Weight {
   struct Pair {
     float even, odd;
   };
-  static Pair MakePair(float even, float odd) { return {even, odd}; }
+  static void StoreX(Pair* row, int64_t i, Vec x) { Store(&row[i / 2].even, x); }
   struct X {
     Vec even, odd;
   };
@@ -83,6 +86,9 @@ struct Operands {
   bool gated;  // columns of w alternate between 16 of the gate and 16 of what it is applied to
 };
 
+// From a row of x to the next, in pairs: whole vectors.
+inline int64_t RowStride(int64_t k) { return (k + kLanes - 1) / kLanes * (kLanes / 2); }
+
 // What of the next tile's weights to fetch while this one is worked on: every `blocks`-th pair of rows, from `first` on.
 struct Ahead {
   const char* next;  // null: there is none
@@ -91,7 +97,7 @@ struct Ahead {
 
 // R rows by C vectors of columns.
 template <typename W, int R, int C>
-void Tile(const typename W::Pair* x, const typename W::Element* w, int64_t pairs, Ahead ahead, float* sums) {
+void Tile(const typename W::Pair* x, int64_t x_stride, const typename W::Element* w, int64_t pairs, Ahead ahead, float* sums) {
   Vec sum[R][C] = {};
   const int64_t stride = pairs * 2 * kLanes;
   int64_t fetch = ahead.next ? ahead.first : pairs;
@@ -108,7 +114,7 @@ void Tile(const typename W::Pair* x, const typename W::Element* w, int64_t pairs
     for (int c = 0; c < C; ++c) column[c] = W::Read(w + c * stride + p * 2 * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const auto spread = W::Spread(x[r * pairs + p]);
+      const auto spread = W::Spread(x[r * x_stride + p]);
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) sum[r][c] = W::Add(sum[r][c], spread, column[c]);
     }
@@ -118,13 +124,14 @@ void Tile(const typename W::Pair* x, const typename W::Element* w, int64_t pairs
 }
 
 template <typename W, int C, int R = kMaxRows>
-void TileOf(int rows, const typename W::Pair* x, const typename W::Element* w, int64_t pairs, Ahead ahead, float* sums) {
+void TileOf(int rows, const typename W::Pair* x, int64_t x_stride, const typename W::Element* w, int64_t pairs, Ahead ahead,
+            float* sums) {
   if constexpr (R == 1) {
-    Tile<W, 1, C>(x, w, pairs, ahead, sums);
+    Tile<W, 1, C>(x, x_stride, w, pairs, ahead, sums);
   } else if (rows == R) {
-    Tile<W, R, C>(x, w, pairs, ahead, sums);
+    Tile<W, R, C>(x, x_stride, w, pairs, ahead, sums);
   } else {
-    TileOf<W, C, R - 1>(rows, x, w, pairs, ahead, sums);
+    TileOf<W, C, R - 1>(rows, x, x_stride, w, pairs, ahead, sums);
   }
 }
 
@@ -151,7 +158,7 @@ void Finish(const Operands& o, const float* sums, int64_t row, int rows, int64_t
       const int n = std::min<int64_t>(kLanes, o.n - column);
       const int64_t at = (row + r) * o.n + column;
       if (o.residual) v += LoadSome(o.residual + at, n, 0);
-      std::memcpy(o.y + at, &v, sizeof(float) * n);
+      StoreSome(o.y + at, v, n);
     }
   }
 }
@@ -159,58 +166,60 @@ void Finish(const Operands& o, const float* sums, int64_t row, int rows, int64_t
 template <typename W>
 void Columns(const Operands& o, const typename W::Pair* x, int64_t first, int64_t last) {
   const int64_t pairs = (o.k + 1) / 2, blocks = (o.num_rows + kMaxRows - 1) / kMaxRows;
+  const int64_t x_stride = RowStride(o.k);
   alignas(64) float sums[kMaxRows * std::max(kMaxVectors, 2) * kLanes];
-  const int most = o.gated ? std::max(kMaxVectors, 2) : kMaxVectors;
-  for (int64_t vector = first; vector < last;) {
-    const int vectors = std::min<int64_t>(most, last - vector);
+  const int64_t unit = 1 + o.gated, most = std::max<int64_t>(kMaxVectors, unit), units = (last - first) / unit;
+  const int64_t tiles = (units * unit + most - 1) / most;  // of about the same width
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t vector = first + tile * units / tiles * unit;
+    const int vectors = first + (tile + 1) * units / tiles * unit - vector;
     const auto* w = static_cast<const typename W::Element*>(o.w) + vector * pairs * 2 * kLanes;
-    const auto* next = vector + vectors < last ? reinterpret_cast<const char*>(w + vectors * pairs * 2 * kLanes) : nullptr;
+    const auto* next = tile + 1 < tiles ? reinterpret_cast<const char*>(w + vectors * pairs * 2 * kLanes) : nullptr;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t row = b * o.num_rows / blocks;
       const int rows = (b + 1) * o.num_rows / blocks - row;
-      const auto* from = x + row * pairs;
+      const auto* from = x + row * x_stride;
       const Ahead ahead{next, b, blocks};
       if constexpr (kMaxVectors == 1) {
-        if (vectors == 1) TileOf<W, 1>(rows, from, w, pairs, ahead, sums);
-        else TileOf<W, 2>(rows, from, w, pairs, ahead, sums);
+        if (vectors == 1) TileOf<W, 1>(rows, from, x_stride, w, pairs, ahead, sums);
+        else TileOf<W, 2>(rows, from, x_stride, w, pairs, ahead, sums);
       } else {
         switch (vectors) {
-          case 1: TileOf<W, 1>(rows, from, w, pairs, ahead, sums); break;
-          case 2: TileOf<W, 2>(rows, from, w, pairs, ahead, sums); break;
-          case 3: TileOf<W, 3>(rows, from, w, pairs, ahead, sums); break;
-          default: TileOf<W, 4>(rows, from, w, pairs, ahead, sums);
+          case 1: TileOf<W, 1>(rows, from, x_stride, w, pairs, ahead, sums); break;
+          case 2: TileOf<W, 2>(rows, from, x_stride, w, pairs, ahead, sums); break;
+          case 3: TileOf<W, 3>(rows, from, x_stride, w, pairs, ahead, sums); break;
+          default: TileOf<W, 4>(rows, from, x_stride, w, pairs, ahead, sums);
         }
       }
       Finish(o, sums, row, rows, vector, vectors);
     }
-    vector += vectors;
   }
 }
 
-// A row of x, normalised if asked for, in the form that tiles read.
+// A row of x, normalised if asked for, in the form that tiles read; zeros up to a whole vector.
 template <typename W>
 void Prepare(const Operands& o, int64_t row, typename W::Pair* to) {
   const float* x = o.x + row * o.k;
-  float factor = 1;
+  const auto part = [&](const float* from, int64_t i) { return LoadSome(from + i, std::min<int64_t>(kLanes, o.k - i), 0); };
+  Vec factor = Splat(1);
   if (o.scale) {
     Vec squares = {};
-    int64_t i = 0;
-    for (; i + kLanes <= o.k; i += kLanes) squares += Load(x + i) * Load(x + i);
-    if (i < o.k) {
-      const Vec rest = LoadSome(x + i, o.k - i, 0);
-      squares += rest * rest;
-    }
-    factor = 1 / std::sqrt(Sum(squares) / o.k + o.eps);
+    for (int64_t i = 0; i < o.k; i += kLanes) squares += part(x, i) * part(x, i);
+    factor = Splat(1 / std::sqrt(Sum(squares) / o.k + o.eps));
   }
-  const auto at = [&](int64_t i) { return i >= o.k ? 0.0f : o.scale ? x[i] * factor * o.scale[i] : x[i]; };
-  for (int64_t p = 0; p < (o.k + 1) / 2; ++p) to[p] = W::MakePair(at(2 * p), at(2 * p + 1));
+  for (int64_t i = 0; i < o.k; i += kLanes) {
+    Vec v = part(x, i);
+    if (o.scale) v = v * factor * part(o.scale, i);
+    W::StoreX(to, i, v);
+  }
 }
 
 template <typename W>
 void Multiply(ffi::ThreadPool& pool, const Operands& o, int64_t vectors) {
   static thread_local std::vector<typename W::Pair> kept;
-  const int64_t pairs = (o.k + 1) / 2, unit = 1 + o.gated;
-  kept.resize(o.num_rows * pairs);
+  const int64_t unit = 1 + o.gated;
+  const int64_t stride = RowStride(o.k);
+  kept.resize(o.num_rows * stride);
   typename W::Pair* x = kept.data();
   const int64_t threads = std::min<int64_t>(pool.num_threads(), vectors / unit);
   const int64_t units = vectors / unit;
@@ -219,7 +228,7 @@ void Multiply(ffi::ThreadPool& pool, const Operands& o, int64_t vectors) {
   Run(pool, threads,
       {{row_blocks,
         [&](int64_t b) {
-          for (int64_t r = 8 * b; r < std::min(o.num_rows, 8 * b + 8); ++r) Prepare<W>(o, r, x + r * pairs);
+          for (int64_t r = 8 * b; r < std::min(o.num_rows, 8 * b + 8); ++r) Prepare<W>(o, r, x + r * stride);
         }},
        {items, [&](int64_t i) { Columns<W>(o, x, i * units / items * unit, (i + 1) * units / items * unit); }}});
 }

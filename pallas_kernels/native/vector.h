@@ -23,10 +23,17 @@ inline V Load(const void* from) {
 
 inline void Store(float* to, Vec v) { std::memcpy(to, &v, sizeof(v)); }
 
+// Stores the first n floats.
+inline void StoreSome(float* to, Vec v, int n) {
+  if (n == kLanes) Store(to, v);
+  else std::memcpy(to, &v, sizeof(float) * n);
+}
+
 inline Vec Splat(float x) { return Vec{} + x; }  // -0.0 becomes 0.0
 
 // Loads the first n floats of up to a vector; the others are `rest`.
 inline Vec LoadSome(const float* from, int n, float rest) {
+  if (n == kLanes) return Load(from);
   Vec v = Splat(rest);
   std::memcpy(&v, from, sizeof(float) * n);
   return v;
@@ -46,6 +53,16 @@ inline uint16_t Bfloat16(float x) {
   if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 64);  // NaN stays one
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+
+typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
+
+inline HalfVec Bfloat16(Vec x) {
+  const UintVec bits = (UintVec)x;
+  const UintVec rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return __builtin_convertvector((x == x ? rounded : bits | 0x400000u) >> 16, HalfVec);
+}
+
+inline Vec Float(HalfVec bits) { return (Vec)(__builtin_convertvector(bits, UintVec) << 16); }
 
 // Sixteen adjacent bfloat16 as the even and the odd eight of sixteen pairs: 32 numbers.
 struct Pairs {
