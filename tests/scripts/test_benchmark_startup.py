@@ -48,7 +48,8 @@ def test_phases_follow_each_other_and_medians_are_taken_of_each():
 
 
 @pytest.mark.slow
-def test_every_kind_of_start_is_measured_and_finds_the_caches_that_it_should(tmp_path, capsys):
+def test_starts_are_measured_and_find_the_caches_that_they_should(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_startup, "STARTS", ("cold", "cached"))  # "first" is "cold" for the plain backend
     out = tmp_path / "out.jsonl"
     model = tmp_path / "config.json"
     model.write_text(json.dumps(TINY))
@@ -61,14 +62,23 @@ def test_every_kind_of_start_is_measured_and_finds_the_caches_that_it_should(tmp
     ]
     assert run(*small, "--repeats=1", "--prompt_len=3", f"--json={out}") == 0, capsys.readouterr().err
     records = {record["start"]: record for record in map(json.loads, out.read_text().splitlines())}
-    assert list(records) == ["first", "cold", "cached"]
+    assert list(records) == ["cold", "cached"]
     for record in records.values():
         phases = [record[f"{phase}_s"] for phase in PHASES]
         assert min(phases) >= 0 and sum(phases) == pytest.approx(record["total_s"], rel=1e-2)
         assert record["config"]["max_slots"] == 2 and record["backend"] == "reference" and record["programs"] > 2
-    assert records["first"]["programs_from_cache"] == records["cold"]["programs_from_cache"] == 0
+    assert records["cold"]["programs_from_cache"] == 0
     assert records["cached"]["programs_from_cache"] > 0
     assert "total" in capsys.readouterr().out
+
+
+def test_each_kind_of_start_has_the_caches_that_its_name_says(monkeypatch):
+    seen = []
+    monkeypatch.setattr(benchmark_startup, "spawn", lambda _, environment, cache: seen.append((environment, cache)))
+    assert [start for start, _ in benchmark_startup.starts(None)] == ["first", "cold", "cached"]  # type: ignore[arg-type]
+    (first, programs), (cold, others), (cached, kept) = seen
+    assert first == cold == cached  # native kernels: the first start builds them for all
+    assert programs != others == kept  # compiled programs: the third start finds those of the second
 
 
 def test_a_start_that_fails_or_hangs_is_an_error_that_says_why(monkeypatch, tmp_path):
