@@ -35,6 +35,8 @@ from throughput_rounds import Measured, measure
 from workloads import Workload
 
 from jaxserve import DEMO_MODEL, ModelConfig
+from jaxserve.cli import define_timeline_flag
+from jaxserve.timeline import check_path
 
 PEERS = {  # module and arguments of the driver
     "transformers": ("peers.transformers_driver", ("static",)),
@@ -56,6 +58,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """All flags of the benchmark."""
     workloads.define_flags(values)
     define_engine_flags(values)
+    define_timeline_flag(values)
     to: dict[str, Any] = {"flag_values": values, "module_name": BENCHMARK}
     flags.DEFINE_list("compare", [], f"Peers to run in turns with: {', '.join(PEERS)}.", **to)
     flags.DEFINE_integer("repeats", 5, "Timed rounds of each engine.", lower_bound=1, **to)
@@ -81,6 +84,7 @@ class Options:
     repeats: int
     timeout_s: int
     json: str | None
+    timeline: str | None
 
 
 def parse_options(values: flags.FlagValues) -> Options:
@@ -95,6 +99,8 @@ def parse_options(values: flags.FlagValues) -> Options:
     for flag, names in _FLAGS_OF.items():
         if values[flag].present and not set(names) & set(values.compare):
             raise ValueError(f"--{flag} has no effect without --compare={names[0]}: leave it out")
+    if values.timeline is not None:
+        check_path(values.timeline)
     model, tokenizer = load_model(fitted_options(values))
     workload = workloads.workload_from_flags(values, model.vocab_size, tokenizer)
     if workload.longest > model.max_position:
@@ -119,6 +125,7 @@ def parse_options(values: flags.FlagValues) -> Options:
         repeats=values.repeats,
         timeout_s=values.timeout_s,
         json=values.json,
+        timeline=values.timeline,
     )
 
 
@@ -282,6 +289,7 @@ def own_options(name: str, options: Options) -> dict[str, Any]:
             "config": dataclasses.asdict(engine.config),
             "seed": engine.seed,
             "compilation_cache_dir": engine.compilation_cache_dir,
+            "timeline": options.timeline,
         }
     if name == "llama_cpp":
         server = options.llama_cpp_server

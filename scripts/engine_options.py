@@ -16,6 +16,7 @@ from jaxserve import DEMO_MODEL, Engine, ModelConfig
 from jaxserve.cli import (
     ENGINE,
     MODEL,
+    PROMPTS,
     EngineOptions,
     define_engine_flags,
     describe_flags,
@@ -81,7 +82,7 @@ def make_warm_engine(options: EngineOptions) -> Engine:
 
 def run_app(main: Callable[[Sequence[str]], int], description: str, values: flags.FlagValues = flags.FLAGS) -> None:
     """Runs a benchmark whose flags are defined: --help shows them, a flag that is not valid gets a sentence and status 1."""
-    groups = (BENCHMARK, WORKLOAD, MODEL, ENGINE)
+    groups = (BENCHMARK, WORKLOAD, PROMPTS, MODEL, ENGINE)
     app.run(
         main,
         flags_parser=lambda argv: parse_flags(argv, values, lambda: f"{description}\n{describe_flags(values, groups)}"),

@@ -56,8 +56,9 @@ class Jaxserve:
     """`Engine.generate`."""
 
     def load(self, settings: Settings) -> dict[str, Any]:
-        """`settings.options` has the fields of EngineConfig, a seed, and where compiled programs are kept."""
+        """`settings.options` has the fields of EngineConfig, a seed, and files for compiled programs and for the timeline."""
         options = settings.options
+        self._timeline_path = options.get("timeline")
         if options.get("compilation_cache_dir"):
             jax.config.update(
                 "jax_compilation_cache_dir", str(pathlib.Path(options["compilation_cache_dir"]).expanduser())
@@ -103,6 +104,8 @@ class Jaxserve:
         results = engine.generate(prompts, params)
         seconds = time.perf_counter() - start
         engine.observer = None
+        if self._timeline_path is not None:
+            clock.timeline.save(self._timeline_path)  # that of the last round stays
         stats, steps = engine.stats, clock.timeline.steps()
         work = work_of(steps, self._model, self._dtype)
         rows = steps.num_new.sum(axis=1)

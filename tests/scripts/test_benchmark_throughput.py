@@ -201,6 +201,7 @@ def test_a_comparison_of_a_tiny_shape_is_recorded_and_told(shape, tmp_path, monk
     monkeypatch.setattr(benchmark_throughput, "make_peer", make_peer)
     out = tmp_path / "out.jsonl"
     flags_given = [f"--model={shape}", "--compare=vllm,llama_cpp", f"--json={out}", "--compilation_cache_dir="]
+    flags_given.append(f"--timeline={tmp_path / 'out.html'}")
     values = values_of(*TINY, *SMALL, *flags_given)
     assert benchmark_throughput.main(["x"], values) == 0
     records = [json.loads(line) for line in out.read_text().splitlines()]
@@ -217,6 +218,7 @@ def test_a_comparison_of_a_tiny_shape_is_recorded_and_told(shape, tmp_path, monk
     assert told["vllm"]["pool_bytes"] == engine["pool_bytes"] > 0 == told["jaxserve"]["pool_bytes"]
     assert engine["num_preemptions"] == 0 and 0 < engine["share_of_roofline"] < 1
     assert all(peer.closed for peer in made.values())
+    assert "<svg" in (tmp_path / "out.html").read_text()
     printed = capsys.readouterr().out
     assert "Throughput: " in printed and "Total num output tokens: " in printed and "Roofline: " in printed
     assert "llama_cpp is not installed: /no/python: No such file or directory" in printed
@@ -232,6 +234,7 @@ def test_a_comparison_of_a_tiny_shape_is_recorded_and_told(shape, tmp_path, monk
         (["--max_model_len=100"], "max_model_len=100 is shorter than the longest sequence, "),
         (["--longest_output=9999"], "the longest sequence has "),
         (["--model=no.json"], "no.json"),
+        (["--timeline=out.gif"], "must be a file that ends in .png or .html"),
     ],
 )
 def test_bad_flags_are_refused_in_one_sentence(arguments, message, capsys):
