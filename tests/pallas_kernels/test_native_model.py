@@ -1,0 +1,221 @@
+"""Models on native kernels: parameters prepared for them, and logits that are those of plain JAX with dense attention."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxserve import Engine, EngineConfig, ModelConfig, SamplingParams, prepare, run
+from jaxserve.cache.attention import Rows, paged_attend
+from jaxserve.models import causal_attend, graphdef_of
+from jaxserve.models.params import abstract_params, leaves_with_paths
+from jaxserve.models.prepare import prepare_and_free, unprepared
+from pallas_kernels.native import library, ops
+from tests import small_model, workload
+
+pytestmark = pytest.mark.skipif(not library.available(), reason=f"native kernels: {library.why_not()}")
+
+# Every family with each of its parts: biases, windows, norms of heads, tied and untied; sizes that fill no vector.
+MODELS = {
+    "llama": ModelConfig("llama", 131, 48, 80, 2, num_heads=4, num_kv_heads=4, head_dim=12),
+    "llama, biases, tied": ModelConfig(
+        *("llama", 50, 31, 37, 2, 7, 1, 6), qkv_bias=True, out_bias=True, ffw_bias=True, tied_embeddings=True
+    ),
+    "mistral, window": ModelConfig("mistral", 131, 48, 80, 2, 8, 2, 20, windows=(7, 7)),
+    "qwen2, biases, tied": ModelConfig("qwen2", 131, 48, 80, 2, 4, 2, 12, qkv_bias=True, tied_embeddings=True),
+    "qwen3, norms, window": ModelConfig("qwen3", 131, 48, 80, 2, 4, 1, 16, qk_norm=True, windows=(None, 6)),
+}
+models = pytest.mark.parametrize("name", MODELS)
+dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+@functools.cache
+def make_params(name: str, dtype: str) -> nnx.State:
+    """Random in every leaf, of sizes that make attention far from uniform."""
+    rng = np.random.default_rng(0)
+
+    def random(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        noise = rng.standard_normal(leaf.shape)
+        kind = path[-1]
+        if leaf.ndim > 1 and "bias" not in kind:
+            noise *= 0.3 if kind == "embedding" else 1.5 * leaf.shape[-1 if kind == "lm_head" else 0] ** -0.5
+        else:
+            noise = 0.3 * noise + (kind == "scale")
+        return jnp.asarray(noise, jnp.float32).astype(dtype)
+
+    shapes = abstract_params(MODELS[name], dtype)
+    return jax.tree.unflatten(jax.tree.structure(shapes), [random(*leaf) for leaf in leaves_with_paths(shapes)])
+
+
+def assert_equal(actual: nnx.State, expected: nnx.State) -> None:
+    for (path, a), (_, b) in zip(leaves_with_paths(actual), leaves_with_paths(expected), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), path
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
+
+
+@dtypes
+@models
+def test_preparing_packs_weights_widens_the_rest_and_loses_nothing(name, dtype):
+    raw, model = make_params(name, dtype), MODELS[name]
+    prepared = prepare(raw, model, "native")
+    assert jax.tree.structure(prepared) == jax.tree.structure(raw)
+    num_packed = 0
+    for (path, new), (_, old) in zip(leaves_with_paths(prepared), leaves_with_paths(raw), strict=True):
+        kind = path[-1]
+        if kind in ("qkv", "out", "down"):
+            expected = ops.pack(old)
+        elif kind == "gate_up":
+            expected = ops.pack_gated(old)
+        elif kind == "lm_head" or (kind == "embedding" and model.tied_embeddings):
+            expected = ops.pack(old.T)
+        else:
+            expected = old if kind == "embedding" else old.astype(jnp.float32)
+        assert (new.dtype, new.shape) == (expected.dtype, expected.shape), path
+        np.testing.assert_array_equal(np.asarray(new), np.asarray(expected))
+        num_packed += new.ndim == 4
+    assert num_packed == 4 * model.num_layers + 1
+
+
+@dtypes
+@models
+def test_preparing_again_changes_nothing_and_shapes_before_it_are_known(name, dtype):
+    raw, model = make_params(name, dtype), MODELS[name]
+    prepared = prepare(raw, model, "native")
+    again = prepare(prepared, model, "native")
+    assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(prepared), strict=True))
+    assert_equal(jax.jit(lambda params: prepare(params, model, "native"))(raw), prepared)
+    for given in (raw, prepared):
+        shapes = unprepared(given, model)
+        assert jax.tree.structure(shapes) == jax.tree.structure(raw)
+        assert [(x.shape, x.dtype) for x in jax.tree.leaves(shapes)] == [
+            (x.shape, x.dtype) for x in jax.tree.leaves(raw)
+        ]
+
+
+def test_other_backends_and_float16_keep_their_parameters():
+    raw, model = make_params("llama", "float32"), MODELS["llama"]
+    for backend in ("reference", "triton", "tpu"):
+        assert prepare(raw, model, backend) is raw
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), raw)
+    for new, old in zip(jax.tree.leaves(prepare(half, model, "native")), jax.tree.leaves(half), strict=True):
+        assert new is old
+
+
+@dtypes
+@pytest.mark.parametrize("name", ["llama", "llama, biases, tied"])
+def test_preparing_and_freeing_gives_the_same_and_deletes_what_it_packed(name, dtype):
+    model, expected = MODELS[name], prepare(make_params(name, dtype), MODELS[name], "native")
+    mine = jax.tree.map(jnp.copy, make_params(name, dtype))
+    old = jax.tree.leaves(mine)
+    prepared = prepare_and_free(mine, model, "native")
+    assert_equal(prepared, expected)
+    new = jax.tree.leaves(prepared)
+    assert [leaf.is_deleted() for leaf in old] == [a is not b for a, b in zip(old, new, strict=True)]
+    assert sum(leaf.is_deleted() for leaf in old) >= 4 * model.num_layers + 1
+
+
+@functools.partial(jax.jit, static_argnames=("model", "backend"))
+def paged_logits(params, kv, tokens, slot, position, num_rows, *, model: ModelConfig, backend: str):
+    """Logits of rows of two slots, as `step` computes them, and the pages with these rows in them."""
+    page_ids = jnp.asarray(np.random.default_rng(3).permutation(10).reshape(2, 5), jnp.int32)
+    attend = paged_attend(
+        page_ids, slot, position, Rows.SINGLE, group_size=model.group_size, backend=backend, num_rows=num_rows
+    )
+    transformer = nnx.merge(graphdef_of(model), params)
+    hidden, kv = transformer(tokens, position, attend=attend, kv=kv, num_rows=num_rows)
+    return transformer.logits(hidden, num_rows), kv
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def dense_logits(params, tokens, *, model: ModelConfig):
+    transformer = nnx.merge(graphdef_of(model), params)
+    positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    hidden, _ = transformer(tokens, positions, attend=causal_attend(1, tokens.shape[0]), kv=None)
+    return transformer.logits(hidden)
+
+
+LENGTHS, NUM_NEW, NUM_ROWS = (13, 9), 20, 24
+
+
+def generate(params: nnx.State, model: ModelConfig, kv_dtype: str) -> tuple[list[list[int]], list[list[np.ndarray]]]:
+    """Greedy tokens of two sequences, prompts in one batch and then a row each, and the logits of all rows."""
+    rng = np.random.default_rng(1)
+    sequences = [rng.integers(0, model.vocab_size, length).tolist() for length in LENGTHS]
+    pages = jnp.zeros((10, model.num_kv_heads, 8, model.head_dim), kv_dtype)
+    kv = tuple((pages, pages) for _ in range(model.num_layers))
+    logits, done = [[], []], [0, 0]
+    for _ in range(NUM_NEW):
+        rows = [(slot, place) for slot in range(2) for place in range(done[slot], len(sequences[slot]))]
+        slot, position = np.array(rows + [(2, 0)] * (NUM_ROWS - len(rows)), np.int32).T
+        tokens = np.zeros(NUM_ROWS, np.int32)
+        tokens[: len(rows)] = [sequences[slot][place] for slot, place in rows]
+        out, kv = paged_logits(params, kv, tokens, slot, position, np.int32(len(rows)), model=model, backend="native")
+        for row, (index, _) in enumerate(rows):
+            logits[index].append(np.asarray(out[row]))
+        done = [len(sequence) for sequence in sequences]
+        for index in range(2):
+            sequences[index].append(int(np.argmax(logits[index][-1])))
+    return sequences, logits
+
+
+@models
+def test_greedy_tokens_and_logits_are_those_of_plain_jax_and_dense_attention(name):
+    model, raw = MODELS[name], make_params(name, "float32")
+    sequences, logits = generate(prepare(raw, model, "native"), model, "float32")
+    for sequence, length, found in zip(sequences, LENGTHS, logits, strict=True):
+        assert len(sequence) == length + NUM_NEW and len(set(sequence[length:])) > 3
+        padded = np.pad(np.array(sequence[:-1], np.int32), (0, 40 - len(sequence)))
+        expected = np.asarray(dense_logits(raw, padded, model=model))[: len(found)]
+        scale = np.abs(expected).max(axis=1)
+        assert np.all(np.abs(np.array(found) - expected).max(axis=1) <= 1e-5 * scale)
+        chosen = expected[np.arange(length - 1, len(found)), sequence[length:]]
+        assert np.all(chosen >= expected.max(axis=1)[length - 1 :] - 1e-5 * scale[length - 1 :])
+
+
+@pytest.mark.parametrize("name", ["llama, biases, tied", "qwen3, norms, window"])
+def test_in_bfloat16_logits_are_those_of_plain_jax_but_for_rounding(name):
+    """A number on the edge between two of bfloat16 may go either way, in each of some dozen products in a row."""
+    model, raw = MODELS[name], make_params(name, "bfloat16")
+    sequences, logits = generate(prepare(raw, model, "native"), model, "float32")
+    for sequence, found in zip(sequences, logits, strict=True):
+        padded = np.pad(np.array(sequence[:-1], np.int32), (0, 40 - len(sequence)))
+        expected = np.asarray(dense_logits(raw, padded, model=model))[: len(found)]
+        error = np.abs(np.array(found) - expected).max(axis=1) / np.abs(expected).max(axis=1)
+        assert np.median(error) < 0.01 and error.max() < 0.04
+
+
+def test_the_loop_gives_the_same_bits_with_prepared_parameters():
+    config = dataclasses.replace(workload.CONFIG, attention_backend="native")
+    raw = workload.make_params()
+    state = workload.start(workload.crowd(3, 8), config)
+    loop = functools.partial(run, model=workload.MODEL, config=config, max_new_tokens=workload.MAX_NEW)
+    program = jax.jit(loop, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
+    expected = jax.device_get(program(raw, state))
+    found = jax.device_get(program(prepare(raw, workload.MODEL, "native"), state))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_engine_takes_raw_or_prepared_parameters_and_new_ones_in_between():
+    config = EngineConfig(**small_model.CAPACITIES, attention_backend="native")
+    model, (old, new) = small_model.MODEL, (small_model.make_params(seed) for seed in (0, 1))
+    engine, of_new = Engine(old, model, config), Engine(prepare(new, model, "native"), model, config)
+    prompts = [list(range(1, 30)), [5, 6]]
+
+    def generate(engine: Engine) -> list:
+        wanted = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1)
+        results = [result.outputs[0] for result in engine.generate(prompts, wanted)]
+        return [(result.token_ids, result.cumulative_logprob) for result in results]
+
+    before = generate(engine)
+    engine.set_params(new)
+    assert generate(engine) == generate(of_new) != before
+    engine.set_params(old)
+    assert generate(engine) == before
+    of_new.set_params(old)
+    assert generate(of_new) == before
+    assert not any(leaf.is_deleted() for params in (old, new) for leaf in jax.tree.leaves(params))
