@@ -1,5 +1,7 @@
 """What steps had to do at least, against sums over every row, layer and position."""
 
+import importlib.util
+
 import machine_peaks
 import numpy as np
 import roofline
@@ -66,8 +68,9 @@ def test_the_machines_peaks_are_the_best_of_all_ways(monkeypatch):
     products, reads = found["all_matmul_flops_per_s"], found["all_read_bytes_per_s"]
     assert found["matmul"] == {"way": max(products, key=products.get), "flops_per_s": max(products.values())}
     assert found["read"] == {"way": max(reads, key=reads.get), "bytes_per_s": max(reads.values())}
-    assert {"XLA float32", "torch float32 64"} <= products.keys()
-    assert {"XLA sum", "XLA copy", "torch sum", "numpy sum"} == reads.keys()
+    torch = importlib.util.find_spec("torch") is not None
+    assert products.keys() == {"XLA float32", *["torch float32 64"] * torch}
+    assert reads.keys() == {"XLA sum", "XLA copy", "numpy sum", *["torch sum"] * torch}
     assert found["provenance"]["platform"] == "cpu"
 
 
