@@ -82,13 +82,18 @@ def test_jax_triton_is_not_interpreted():
         check_runs_here("jax_triton", interpret=True)
 
 
-def test_the_default_on_cpu_is_the_plain_backend(caplog):
-    assert resolve_backend(None) == CONFIG.backend == "reference"
+@pytest.mark.parametrize(("reason", "backend"), [(None, "native"), ("no C++ compiler found", "reference")])
+def test_the_default_on_cpu_is_native_code_where_it_can_be_built(caplog, monkeypatch, reason, backend):
+    monkeypatch.setattr("pallas_kernels.native.library.why_not", lambda: reason)
+    assert resolve_backend(None) == CONFIG.backend == backend
     check_runs_here("reference", interpret=False)
     with caplog.at_level("INFO", logger="jaxserve"):
         engine = Engine(small_model.make_params(), small_model.MODEL, CONFIG)
-    assert engine.config.attention_backend == "reference"
-    assert "attention: reference" in caplog.text
+    assert engine.config.attention_backend == backend
+    assert f"attention: {backend}" in caplog.text
+    if reason:
+        with pytest.raises(ValueError, match="'native' cannot run here: no C\\+\\+ compiler found; or use 'reference'"):
+            check_runs_here("native", interpret=False)
 
 
 @pytest.mark.parametrize(("head_dim", "backend"), [(128, "tpu"), (256, "tpu"), (64, "reference"), (8, "reference")])
@@ -99,7 +104,7 @@ def test_on_tpus_narrow_heads_are_left_to_the_plain_backend(monkeypatch, head_di
 
 
 def test_an_unknown_backend_is_refused_by_name():
-    with pytest.raises(ValueError, match="backend 'cuda' is unknown: use one of reference, triton"):
+    with pytest.raises(ValueError, match="backend 'cuda' is unknown: use one of reference, native, triton"):
         resolve_backend("cuda")
 
 

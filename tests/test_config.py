@@ -51,7 +51,7 @@ def test_config_is_hashable_by_value():
         ({"max_logprobs": -1}, "max_logprobs=-1"),
         ({"max_stop_token_ids": 0}, "max_stop_token_ids=0"),
         ({"tile_rows": 0}, "tile_rows=0"),
-        ({"attention_backend": "cuda"}, "attention_backend='cuda' must be one of reference, triton"),
+        ({"attention_backend": "cuda"}, "attention_backend='cuda' must be one of reference, native, triton"),
         ({"interpret_kernels": 1}, "interpret_kernels=1 must be true or false"),
         ({"max_steps_per_call": "8"}, "max_steps_per_call='8'"),
         ({"max_model_len": 2**31}, "max_model_len="),

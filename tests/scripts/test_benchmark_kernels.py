@@ -131,7 +131,7 @@ def test_a_wrong_kernel_is_reported_as_failed_and_not_timed(wrong, tmp_path, mon
     monkeypatch.setattr(kernel_contenders, "decode_attention", wrong)
     monkeypatch.setattr(benchmark_kernels, "Timer", None)  # making one would fail the case with another reason
     path = tmp_path / "a.jsonl"
-    assert run("--op=decode", *TINY, "--baselines=none", f"--json={path}") == 1
+    assert run("--op=decode", *TINY, "--backend=reference", "--baselines=none", f"--json={path}") == 1
     (record,) = read(path)
     assert record["status"] == "failed" and record["median_us"] is None and record["bytes_per_s"] is None
     assert record["reason"].startswith("wrong: its relative error" if wrong is not _raises else "out of registers")
@@ -183,7 +183,8 @@ def test_bad_flags_get_one_sentence_and_status_1(arguments, sentence, capsys):
 @pytest.mark.usefixtures("known_peaks")
 def test_tuning_prints_the_best_page_size(capsys, tmp_path):
     path = tmp_path / "a.jsonl"
-    assert run("--op=decode", "--tune", *TINY, "--context=150", "--repeats=1", f"--json={path}") == 0
+    arguments = ["--backend=reference", "--context=150", "--repeats=1", f"--json={path}"]
+    assert run("--op=decode", "--tune", *TINY, *arguments) == 0
     records = read(path)
     assert [(r["page_size"], r["num_splits"]) for r in records] == [(16, None), (64, None), (128, None)]
     best = min(records, key=lambda record: record["median_us"])
@@ -197,7 +198,7 @@ def test_a_case_that_a_backend_refuses_is_left_out_with_its_words(tmp_path, monk
 
     monkeypatch.setattr(kernel_contenders, "chunk_attention", refuses)
     path = tmp_path / "a.jsonl"
-    assert run("--op=chunk", *TINY, "--batch=3,99", "--baselines=none", f"--json={path}") == 0
+    assert run("--op=chunk", *TINY, "--backend=reference", "--batch=3,99", "--baselines=none", f"--json={path}") == 0
     refused, too_many = read(path)
     assert (refused["status"], refused["reason"]) == ("left out", "head_dim=64 is odd here: use 65")
     assert too_many["reason"] == "99 rows are more than the 40 tokens of the context"
@@ -219,7 +220,7 @@ def test_the_step_is_timed_with_all_slots_decoding(tmp_path, capsys):
     arguments = ["--slots=2", "--context=64", "--steps=2", "--repeats=2", "--cache_mb=0", "--dtype=float32"]
     assert run("--op=step", f"--model={model}", *arguments, f"--json={path}") == 0, capsys.readouterr()
     (record,) = read(path)
-    assert record["status"] == "timed" and record["backend"] == "reference"
+    assert record["status"] == "timed" and record["backend"] == "native"
     assert (record["slots"], record["page_size"], record["kv_dtype"]) == (2, 64, "float32")
     assert record["mean_tokens"] == pytest.approx(64, abs=3)
     config = json.loads((MODEL / "config.json").read_text())
