@@ -80,9 +80,17 @@ def save_plot(path: str | None, panels: Sequence[Panel], *, title: str) -> None:
             axes.set_xscale("log" if positive else "symlog")
         if panel.log_y:
             axes.set_yscale("log")
+            axes.set_ylim(*_decade([value for line in panel.lines for value in line.y]))
         else:
             axes.set_ylim(bottom=0)
         axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
         axes.grid(visible=True, alpha=0.3)
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
+
+
+def _decade(values: Sequence[float]) -> tuple[float, float]:
+    """Limits with room for all values and at least a factor of ten between them, so that what is flat looks flat."""
+    low, high = min(values) / 1.3, max(values) * 1.3
+    widen = max(10 / (high / low), 1) ** 0.5
+    return low / widen, high * widen
