@@ -25,7 +25,7 @@ def prepare(params: nnx.State, model: ModelConfig, backend: str) -> nnx.State:
       model: of the parameters.
       backend: as in `EngineConfig.attention_backend`, not None.
     """
-    return _prepare(params, model, backend, lambda relayout, leaf: relayout(leaf))
+    return _prepare(params, model, backend, lambda relayout, leaf: _jitted(relayout)(leaf))
 
 
 def prepare_and_free(params: nnx.State, model: ModelConfig, backend: str) -> nnx.State:
