@@ -81,6 +81,7 @@ def parse_options(values: flags.FlagValues) -> Options:
     rates += (float("inf"),) * (len(finite) < len(values.rates))
     if not 0.01 <= values.burstiness <= 1000:
         raise ValueError(f"--burstiness={values.burstiness} must lie in [0.01, 1000]: 1 is a Poisson process")
+    slos = parse_slos(values.slo)
     if values.timeline is not None:
         if len(rates) > 1:
             raise ValueError(f"--timeline is of one run, but there are {len(rates)} --rates: give one")
@@ -100,7 +101,7 @@ def parse_options(values: flags.FlagValues) -> Options:
         workload_flags=workloads.describe_workload(values),
         rates=rates,
         burstiness=values.burstiness,
-        slos=parse_slos(values.slo),
+        slos=slos,
         steps_per_call=values.steps_per_call,
         seed=values.seed,
         json=values.json,
