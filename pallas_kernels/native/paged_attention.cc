@@ -168,13 +168,25 @@ void AttendRows(const Attention& o, const T* k, const T* v, int64_t first, int64
     total[i] = 0;
   }
   const int64_t newest = o.position[last - 1];
-  for (int64_t start = oldest(o.position[first]) / kLanes * kLanes; start <= newest; start += kLanes) {
+  int64_t next_rows[kLanes];  // of the block after the one that is worked on, on their way to the cache
+  const auto fetch = [&](int64_t start) {
+    for (int j = 0; j < std::min<int64_t>(kLanes, newest - start + 1); ++j) {
+      const bool same_page = j && (start + j) % t.page_size;
+      const int64_t row = same_page ? next_rows[j - 1] + (next_rows[j - 1] < 0 ? 0 : dim) : t.Row(slot, start + j, kv_head);
+      next_rows[j] = row;
+      for (int64_t d = 0; row >= 0 && d < dim; d += 64 / sizeof(T)) {
+        __builtin_prefetch(k + row + d);
+        __builtin_prefetch(v + row + d);
+      }
+    }
+  };
+  const int64_t begin = oldest(o.position[first]) / kLanes * kLanes;
+  fetch(begin);
+  for (int64_t start = begin; start <= newest; start += kLanes) {
     const int count = std::min<int64_t>(kLanes, newest - start + 1);
     int64_t rows[kLanes];
-    for (int j = 0; j < count; ++j) {
-      const bool same_page = j && (start + j) % t.page_size;
-      rows[j] = same_page ? rows[j - 1] + (rows[j - 1] < 0 ? 0 : dim) : t.Row(slot, start + j, kv_head);
-    }
+    std::copy_n(next_rows, count, rows);
+    fetch(start + kLanes);
     Vec partial[kMaxQueries][kLanes];
     if (count < kLanes || *std::min_element(rows, rows + count) < 0)
       for (int i = 0; i < num_queries; ++i) std::fill_n(partial[i], kLanes, Vec{});
