@@ -52,6 +52,7 @@ _FLAGS_OF = {
 }
 _PYTHON_OF = {name: flag for flag, names in _FLAGS_OF.items() if flag.endswith("_python") for name in names}
 _LOAD_SECONDS = 1800
+_QUIET_LOAD = 0.5  # processes that wanted to run in the last minute
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -137,13 +138,16 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
 def _main(options: Options) -> int:
     common: dict[str, Any] = {}
     with benchmark_report.outputs(None, options.json, lambda: common) as write:
+        load = os.getloadavg()[0]
+        if load > _QUIET_LOAD:
+            print(f"the machine is not quiet (load average {load:.1f}): engines whose threads spin lose the most by it")
         peaks = find_peaks(options.engine.dtype)
         name = options.engine.model or "the demo model"
         print(
             f"{name}, {options.engine.dtype}, {len(options.workload)} requests, {peaks['provenance']['device']}",
             flush=True,
         )
-        common |= report.about(peaks, options.workload_flags, options.engine.dtype, name)
+        common |= report.about(peaks, options.workload_flags, options.engine.dtype, name) | {"load_average": load}
         for record in run(options, peaks):
             write(record)
     return 0

@@ -199,6 +199,7 @@ def test_a_comparison_of_a_tiny_shape_is_recorded_and_told(shape, tmp_path, monk
 
     monkeypatch.setattr(benchmark_throughput, "find_peaks", lambda dtype: PEAKS)
     monkeypatch.setattr(benchmark_throughput, "make_peer", make_peer)
+    monkeypatch.setattr("os.getloadavg", lambda: (2.5, 0.0, 0.0))
     out = tmp_path / "out.jsonl"
     flags_given = [f"--model={shape}", "--compare=vllm,llama_cpp", f"--json={out}", "--compilation_cache_dir="]
     flags_given.append(f"--timeline={tmp_path / 'out.html'}")
@@ -211,6 +212,7 @@ def test_a_comparison_of_a_tiny_shape_is_recorded_and_told(shape, tmp_path, monk
     ]
     for record in records:
         assert (record["device"], record["commit"], record["dtype"]) == ("a machine", "c", "float32")
+        assert record["load_average"] == 2.5
         assert record["workload"]["longest_output"] == 18 and "in turns" in record["method"]
     told = {name: next(m for m in peer.log if m["do"] == "load")["settings"] for name, peer in made.items()}
     assert told["jaxserve"]["model"] == told["vllm"]["model"] != shape  # the same weights, from a directory
@@ -220,6 +222,7 @@ def test_a_comparison_of_a_tiny_shape_is_recorded_and_told(shape, tmp_path, monk
     assert all(peer.closed for peer in made.values())
     assert "<svg" in (tmp_path / "out.html").read_text()
     printed = capsys.readouterr().out
+    assert printed.startswith("the machine is not quiet (load average 2.5)")
     assert "Throughput: " in printed and "Total num output tokens: " in printed and "Roofline: " in printed
     assert "llama_cpp is not installed: /no/python: No such file or directory" in printed
     row = next(line.split() for line in printed.splitlines() if line.strip().startswith("vllm "))
