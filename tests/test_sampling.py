@@ -211,6 +211,7 @@ def test_ties_at_the_top_p_boundary_are_dropped_lowest_index_first():
     assert tokens_drawn([0.0] * 8, top_p=0.49) == {4, 5, 6, 7}
     assert tokens_drawn([0.0] * 8, top_p=0.51) == {3, 4, 5, 6, 7}
     assert tokens_drawn([0.0] * 8, top_p=1e-6) == {7}
+    assert tokens_drawn([0.0] * 8, top_p=1e-12) == {7}  # 1 - top_p is 1
     assert tokens_drawn([0.0, -np.inf, 0.0, -np.inf, 0.0, 0.0], top_p=0.5) == {4, 5}
 
 

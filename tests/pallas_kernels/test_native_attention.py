@@ -105,6 +105,29 @@ def test_writes_stop_at_the_rows_in_use_and_take_narrow_norms(dtype):
             np.testing.assert_array_equal(pages, expected)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "uint16"])
+def test_values_are_rounded_to_the_nearest_bfloat16_halves_to_even(dtype):
+    halves = ((np.arange(0x7F7F, dtype=np.uint32) << 16) + 0x8000).view(np.float32)  # also between subnormal numbers
+    values = np.concatenate(
+        [halves, np.nextafter(halves, np.float32(0)), np.nextafter(halves, np.float32(np.inf)), -halves]
+    )
+    largest = float(jnp.finfo(jnp.bfloat16).max)
+    values = np.append(values, np.float32([0, -0.0, largest, 3.4e38, -3.4e38, np.inf, -np.inf])).astype(np.float32)
+    values = np.resize(values, (-(-values.size // 64), 1, 1, 64))
+    num_rows = len(values)
+    qkv = np.concatenate([np.zeros((num_rows, 1, 2, 64), np.float32), values], axis=2)
+    pages = np.zeros((-(-num_rows // 8), 1, 8, 64), jnp.dtype(dtype))
+    kv = PagedKV(pages, pages, np.arange(len(pages), dtype=np.int32)[None])
+    angles = np.zeros((num_rows, 32), np.float32)
+    write = jax.jit(lambda qkv: ops.rotary_write(qkv, angles, angles, kv, *where))
+    where = np.zeros(num_rows, np.int32), np.arange(num_rows, dtype=np.int32)
+    stored = np.asarray(write(qkv)[2]).view(np.uint16).reshape(-1, 64)[:num_rows]
+    np.testing.assert_array_equal(stored, values[:, 0, 0].astype(jnp.bfloat16).view(np.uint16))
+    broken = np.full_like(qkv, np.nan)
+    broken.view(np.uint32)[:] += np.uint32(1) << np.arange(64, dtype=np.uint32) % 22  # not only the usual NaN
+    assert np.isnan(np.asarray(write(broken)[2]).view(jnp.bfloat16).reshape(-1, 64)[:num_rows].astype(np.float32)).all()
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.uint16])
 def test_pages_are_written_in_place_in_a_loop_that_attends(dtype):
     shape = (4099, 2, 8, 16)  # a prime: no other array has this length

@@ -166,6 +166,15 @@ def test_the_bound_tells_wrong_operands(dtype):
             assert_close(out, case.replace(w=case.w.astype(np.float32)))
 
 
+def test_rows_are_rounded_to_the_nearest_bfloat16_halves_to_even():
+    numbers = np.arange(0x0080, 0x7F7F, 7, np.uint32)  # bits of normal ones
+    halves = ((numbers << 16) + 0x8000).view(np.float32)
+    x = np.concatenate([halves, np.nextafter(halves, np.float32(0)), np.nextafter(halves, np.float32(np.inf)), -halves])
+    x = np.resize(x, (-(-x.size // 64), 64))
+    case = Case(x, np.eye(64, dtype=jnp.bfloat16), None, None, None)
+    np.testing.assert_array_equal(run(case, len(x)), x.astype(jnp.bfloat16).astype(np.float32))
+
+
 @dtypes
 def test_numbers_at_the_ends_of_the_range(dtype):
     case = make_case(31, 40, PLAIN, dtype)
