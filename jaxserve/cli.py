@@ -240,6 +240,7 @@ def make_engine(options: EngineOptions) -> Any:
     if options.compilation_cache_dir:
         cache = pathlib.Path(options.compilation_cache_dir).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # dozens of small programs add up
     path = options.model or DEMO_MODEL
     if options.load_format == "auto":
         path = str(checkpoint.resolve_model(path))

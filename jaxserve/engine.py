@@ -30,6 +30,7 @@ from jaxserve.capacity import resolve_capacities
 from jaxserve.config import EngineConfig
 from jaxserve.intake import Intake
 from jaxserve.logits_fn import LogitsFn
+from jaxserve.memory import trim
 from jaxserve.models import ModelConfig
 from jaxserve.models.prepare import prepare, prepare_and_free, unprepared
 from jaxserve.readback import Observer, readable, take_prompt_logprobs, take_tokens
@@ -510,6 +511,7 @@ class Engine:
             self._state, handles = self._programs["update"](self._state, changes)
             self._state, outputs = self._programs["run_steps"](self._params, self._state, np.int32(0))
             jax.device_get((handles, self._readable(outputs)))
+        trim()
         self._warm = True
         self.stats.compile_seconds = time.monotonic() - start
 

@@ -249,12 +249,9 @@ void Attend(ffi::ThreadPool& pool, const Attention& o, const void* k, const void
       const int parts = (t.head_dim + kLanes - 1) / kLanes;
       const auto attend = t.head_dim == 64    ? AttendRows<T, 4, 64>
                           : t.head_dim == 128 ? AttendRows<T, 8, 128>
-                          : parts <= 1   ? AttendRows<T, 1>
-                          : parts <= 2 ? AttendRows<T, 2>
-                          : parts <= 4 ? AttendRows<T, 4>
-                          : parts <= 6 ? AttendRows<T, 6>
-                          : parts <= 8 ? AttendRows<T, 8>
-                                       : AttendRows<T, 16>;
+                          : parts <= 4        ? AttendRows<T, 4>
+                          : parts <= 8        ? AttendRows<T, 8>
+                                              : AttendRows<T, 16>;
       attend(o, static_cast<const T*>(k), static_cast<const T*>(v), first, last, head);
     } else {
       const int64_t width = o.group * t.head_dim;
