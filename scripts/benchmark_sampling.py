@@ -27,12 +27,16 @@ from jaxserve.rows import empty_submission, fill_row
 from jaxserve.sampling import sample
 from jaxserve.scheduler import EngineState
 from jaxserve.scheduler.token_counts import count_tokens
+from pallas_kernels.backend import resolve_backend
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("rows", 32, "Sequences that draw a token in a step.", lower_bound=1)
 flags.DEFINE_integer("vocab_size", 151_936, "Tokens in the vocabulary.", lower_bound=300)
 flags.DEFINE_integer("sequence_length", 512, "Tokens of each sequence.", lower_bound=16)
 flags.DEFINE_integer("repeats", 15, "Timed calls per feature.", lower_bound=1)
+flags.DEFINE_enum(
+    "sampler", None, ["native", "plain"], "C++ kernels or plain JAX; by default what an engine uses here."
+)
 flags.DEFINE_string("json", None, "Also write the results as JSON lines to this file.")
 
 FEATURES: dict[str, dict[str, Any]] = {
@@ -93,15 +97,22 @@ def make_setting(model: ModelConfig, config: EngineConfig, **wanted: Any) -> Set
     )
 
 
-def one_step(logits: jax.Array, setting_state: EngineState, context: Context, *, max_logprobs: int) -> Any:
+def one_step(
+    logits: jax.Array, setting_state: EngineState, context: Context, *, max_logprobs: int, native: bool
+) -> Any:
     """What a step does after the output projection, but for the retiring; the state goes back to whoever donated it."""
     rows = jnp.ones(context.num_tokens.shape, bool)
     state = count_tokens(setting_state, rows)
     queue = state.queue
-    drawn = sample(
-        logits, queue.sampling, queue.rules, context.replace(seen=state.seen), rows, max_logprobs=max_logprobs
-    )
+    context = context.replace(seen=state.seen)
+    options: dict[str, Any] = {"max_logprobs": max_logprobs, "native": native}
+    drawn = sample(logits, queue.sampling, queue.rules, context, rows, **options)
     return drawn, state
+
+
+def sampler() -> str:
+    """What samples."""
+    return FLAGS.sampler or ("native" if resolve_backend(None) == "native" else "plain")
 
 
 def least(logits: jax.Array) -> Any:
@@ -120,7 +131,8 @@ def measure() -> list[dict[str, Any]]:
         kv_dtype="float32",
     )
     logits = 3 * jax.random.normal(jax.random.key(0), (FLAGS.rows, FLAGS.vocab_size))
-    program = jax.jit(functools.partial(one_step, max_logprobs=config.max_logprobs), donate_argnums=1)
+    options: dict[str, Any] = {"max_logprobs": config.max_logprobs, "native": sampler() == "native"}
+    program = jax.jit(functools.partial(one_step, **options), donate_argnums=1)
     argmax_and_sum = jax.jit(least)
     calls: dict[str, Callable[[], float]] = {"argmax and log-sum-exp": lambda: _timed(argmax_and_sum, logits)}
     for name, wanted in {"nothing asked": {}, **FEATURES}.items():
@@ -162,7 +174,9 @@ def main(argv: Sequence[str]) -> int:
         return 1
     records = measure()
     device = jax.devices()[0].device_kind
-    print(f"{FLAGS.rows} rows, vocabulary {FLAGS.vocab_size}, {device}, jax {jax.__version__}; milliseconds per step")
+    print(
+        f"{FLAGS.rows} rows, vocabulary {FLAGS.vocab_size}, {device}, jax {jax.__version__}, {sampler()} sampler; ms per step"
+    )
     for record in records:
         print(f"{record['feature']:24} {record['median_ms']:9.2f}  added {record['added_ms']:8.2f}")
     if FLAGS.json is not None:
@@ -170,6 +184,7 @@ def main(argv: Sequence[str]) -> int:
             "rows": FLAGS.rows,
             "vocab_size": FLAGS.vocab_size,
             "repeats": FLAGS.repeats,
+            "sampler": sampler(),
             "device": device,
             "jax": jax.__version__,
             "python": platform.python_version(),
