@@ -15,6 +15,7 @@ from jaxserve.compile_guard import forbid_compilation
 from jaxserve.models import Transformer, causal_attend, graphdef_of
 from jaxserve.scheduler import EngineState, Status, abort
 from jaxserve.step import programs
+from pallas_kernels.native import library
 from tests import workload
 from tests.workload import BF16, CONFIG, MAX_NEW, MODEL, Asked, Traced, assert_same, greedy
 
@@ -59,12 +60,16 @@ def short(prompt_length: int, max_tokens: int) -> Asked:
     return Asked(tuple(range(prompt_length)), greedy(max_tokens=max_tokens))
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "bfloat16-triton"])
+SETUPS = ["float32-native", "bfloat16-native", "float32-reference", "bfloat16-reference", "bfloat16-triton"]
+
+
+@pytest.fixture(scope="module", params=SETUPS)
 def setup(request: pytest.FixtureRequest) -> Setup:
     dtype, _, backend = request.param.partition("-")
+    if backend == "native" and not library.available():
+        pytest.skip(f"native kernels: {library.why_not()}")
     config = CONFIG if dtype == "float32" else BF16
-    if backend:
-        config = dataclasses.replace(config, attention_backend=backend, interpret_kernels=True)
+    config = dataclasses.replace(config, attention_backend=backend, interpret_kernels=backend == "triton")
     params, targets = workload.make_params(jnp.dtype(dtype)), make_targets()
     return Setup(params, config, targets, [workload.trace([target], params, config)[0] for target in targets])
 
