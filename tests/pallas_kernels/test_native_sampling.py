@@ -133,6 +133,12 @@ def test_the_first_uniform_picks_the_block_and_the_second_the_token_in_it_by_inv
     assert np.isfinite(logits[token]).all()
 
 
+def test_of_equal_tokens_each_has_a_half_open_interval_of_its_own():
+    below = 0.5 - 2**-23
+    assert drawn_with(np.zeros(2, np.float32), np.float32([[0, below], [0, 0.5]])).tolist() == [0, 1]
+    assert drawn_with(np.zeros(256, np.float32), np.float32([[below, 0], [0.5, 0]])).tolist() == [0, 128]
+
+
 def inverse(weights: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Per row the first place at which the cumulative weight exceeds uniform * total, and whether that is a close thing."""
     cumulative = np.cumsum(weights, axis=1)
@@ -151,7 +157,7 @@ def test_the_only_possible_token_is_drawn_whatever_the_uniforms(size):
 
 @pytest.mark.parametrize("random", [True, False])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("size", [5, 48, 300])
+@pytest.mark.parametrize("size", [5, 48, 300, 2100])
 def test_rows_that_are_not_finite_fail_and_others_do_not(size, value, random):
     logits = np.random.default_rng(size).standard_normal((size + 3, size)).astype(np.float32)
     logits[np.arange(size), np.arange(size)] = value  # in every place
@@ -168,12 +174,24 @@ def test_rows_that_are_not_finite_fail_and_others_do_not(size, value, random):
         assert token[-1] == np.argmax(logits[-1])
 
 
+@pytest.mark.parametrize("size", [1, 16, 1000, 1024, 1025, 2100])
+def test_greedy_rows_take_the_first_of_the_largest(size):
+    rng = np.random.default_rng(size)
+    logits = rng.integers(-4, 5, (60, size)).astype(np.float32) - rng.integers(0, 9, (60, 1)).astype(np.float32)
+    logits[:20, : size // 2], logits[20:40, size // 2 + 1 :] = -np.inf, -np.inf
+    logits[59] = -3e38
+    nothing = np.zeros(60, bool)
+    token, failed = map(np.asarray, choose(logits, ~nothing, nothing, np.zeros((60, 2), np.float32)))
+    np.testing.assert_array_equal(token, np.argmax(logits, axis=1))
+    assert not failed.any()
+
+
 @functools.partial(jax.jit, static_argnames="max_logprobs")
 def report(logits, active, token, asked, *, max_logprobs):
     return ops.report(logits, active, token, asked, max_logprobs=max_logprobs)
 
 
-@pytest.mark.parametrize("size", [1, 7, 16, 50, 1000])
+@pytest.mark.parametrize("size", [1, 7, 16, 50, 1000, 2100])
 def test_top_lists_are_those_of_a_stable_sort(size):
     rng = np.random.default_rng(size)
     logits = rng.integers(-4, 5, (60, size)).astype(np.float32)  # many ties
