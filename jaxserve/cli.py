@@ -48,7 +48,7 @@ _ENGINE_FIELDS = {
     "deterministic": "Bitwise independence of a request from its neighbours.",
     "debug_checks": "Check the invariants of the state after every call; slow.",
     "kv_dtype": "Of keys and values; by default that of the weights.",
-    "attention_backend": "What attends to pages; by default triton on NVIDIA GPUs, tpu on TPUs.",
+    "attention_backend": "What attends to pages; by default triton on NVIDIA GPUs, tpu on TPUs, native on CPUs.",
     "interpret_kernels": "Run the kernels of triton or tpu in an interpreter, on any device; very slow.",
 }
 
