@@ -221,8 +221,8 @@ void Multiply(ffi::ThreadPool& pool, const Operands& o, int64_t vectors) {
   const int64_t stride = RowStride(o.k);
   kept.resize(o.num_rows * stride);
   typename W::Pair* x = kept.data();
-  const int64_t threads = std::min<int64_t>(pool.num_threads(), vectors / unit);
   const int64_t units = vectors / unit;
+  const int64_t threads = std::clamp<int64_t>(pool.num_threads(), 1, units);  // without a pool it says 0
   const int64_t items = threads * std::max<int64_t>(1, units / (threads * kUnitsPerItem));
   const int64_t row_blocks = (o.num_rows + 7) / 8;
   Run(pool, threads,
