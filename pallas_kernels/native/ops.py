@@ -61,7 +61,7 @@ def embed(
 
     Args:
       w: the table or packed weight.
-      ids: in [0, V); others count as the nearest one.
+      ids: in [0, V); what others get is meaningless, but nothing outside of the table is read.
       size: K.
       num_rows: ids that count, as rows in `product`.
     """
