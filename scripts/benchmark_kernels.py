@@ -14,7 +14,6 @@ timed, and the exit status is 1. Times leave dispatch out (`kernel_timing.py`), 
 import dataclasses
 import itertools
 import pathlib
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ import benchmark_options
 import benchmark_report as report
 import jax
 from absl import app, flags
+from benchmark_command import first_line, run_command
 from benchmark_options import Options, define_flags, parse_options
 from benchmark_report import Record, Write
 from kernel_cases import OPS, Case, Data, errors, make_data
@@ -52,28 +52,19 @@ _STEP_MEASURED = (
 
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     """Runs the benchmark; returns its exit status, 1 after an error or if a result was wrong."""
-    try:
-        if argv[1:]:
-            raise ValueError(f"unexpected argument {argv[1]!r}: this script takes flags only")
-        options = parse_options(values)
-        common: Record = {}
-        with report.outputs(options.csv, options.json, lambda: common) as write:
-            print(f"{report.device_name()}, jax {jax.__version__}")
-            peaks = _measure_peaks(options)
-            step = options.op == "step"
-            common |= report.environment(peaks, "step" if step else "kernel", options.seed)
-            report.print_header(step=step)
-            statuses = (_run_step if step else _run_kernels)(options, peaks, write)
-        return 1 if "failed" in statuses else 0
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (OSError, MemoryError, RuntimeError) as error:
-        print(f"error: {_first_line(error)} (if memory ran out: lower --batch, --slots or --context)", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_command(argv, lambda: _run(parse_options(values)))
+
+
+def _run(options: Options) -> int:
+    common: Record = {}
+    with report.outputs(options.csv, options.json, lambda: common) as write:
+        print(f"{report.device_name()}, jax {jax.__version__}")
+        peaks = _measure_peaks(options)
+        step = options.op == "step"
+        common |= report.environment(peaks, "step" if step else "kernel", options.seed)
+        report.print_header(step=step)
+        statuses = (_run_step if step else _run_kernels)(options, peaks, write)
+    return 1 if "failed" in statuses else 0
 
 
 def _measure_peaks(options: Options) -> Peaks:
@@ -150,7 +141,7 @@ def _measure_case(case: Case, options: Options, peaks: Peaks) -> list[Record]:
             record |= {"reason": str(error)}
         except Exception as error:  # whatever a compiler or a library says: the others are measured all the same
             failed = name in BACKENDS
-            record |= {"status": "failed" if failed else "left out", "reason": _first_line(error)}
+            record |= {"status": "failed" if failed else "left out", "reason": first_line(error)}
     for name, timing in measure(timers, options.repeats).items():
         seconds, dtype = timing.quantile(0.5), _product_dtype(case.dtype)
         records[name] |= {"status": "timed"} | report.times(timing)
@@ -243,7 +234,7 @@ def _measure_step(case: StepCase, params: Any, dtype: str, options: Options, pea
     except ValueError as error:
         return record | {"reason": str(error)}
     except Exception as error:  # whatever a compiler says: other slots are measured all the same
-        return record | {"status": "failed", "reason": _first_line(error)}
+        return record | {"status": "failed", "reason": first_line(error)}
     seconds = timing.quantile(0.5)
     num_bytes, flops = decode_work(case, params)
     prefill_flops_per_s = prefill_flops(case, params) / prefill_s
@@ -262,10 +253,6 @@ def _measure_step(case: StepCase, params: Any, dtype: str, options: Options, pea
             "prefill_share_of_matmul_rate": report.rounded(prefill_flops_per_s / peaks.matmul_flops_per_s[dtype]),
         }
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 if __name__ == "__main__":

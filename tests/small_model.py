@@ -35,6 +35,19 @@ CAPACITIES: dict[str, Any] = {
     "max_logprobs": 3,
     "max_steps_per_call": 8,
 }
+TINY_CONFIG: dict[str, Any] = {  # of a config.json, for random weights
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
 EOS = 0
 CHAT_TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}<assistant>"
 

@@ -17,6 +17,14 @@ from pallas_kernels.native import library
 from tests.pallas_kernels import native_bits
 
 available = pytest.mark.skipif(not library.available(), reason=f"native kernels: {library.why_not()}")
+
+
+def test_only_a_missing_compiler_or_another_processor_excuses_missing_kernels():
+    """The other tests of native code are skipped where there is none: code that does not compile must not look like that."""
+    reason = library.why_not()
+    assert reason is None or reason.startswith(("no C++ compiler found", "the processor lacks ")), reason
+
+
 ROOT = pathlib.Path(__file__).parents[2]
 # The library's file, before any test loads another one.
 LOADED = set(re.findall(r"/\S*/native-[0-9a-f]{20}\.so", pathlib.Path("/proc/self/maps").read_text()))

@@ -14,6 +14,7 @@ from scaling_timing import Bench, Program, make_stub, stub_model
 
 from jaxserve import EngineConfig, ModelConfig, Status, check_invariants
 from jaxserve.cache import init_kv_pool
+from tests.small_model import TINY_CONFIG
 
 MODEL = ModelConfig("llama", 64, 8, 8, 1, 1, 1, 2)
 BASE = Base(slots=4, context=20, vocab_size=64, num_steps=6, page_size=8)
@@ -28,19 +29,6 @@ POINTS = {
     "queue": (0, 9),
     "vocabulary": (64, 70),
     "turnover": (0, 2, 4),
-}
-TINY = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
 }
 
 
@@ -149,7 +137,7 @@ def test_constants_are_given_per_unit_and_long_sequences_against_even_ones():
 
 
 def test_the_command_measures_scheduler_and_step_and_fits_lines(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG))
     (tmp_path / "engine.json").write_text('{"page_size": 8, "attention_backend": "reference"}')
     out, plot = tmp_path / "out.jsonl", tmp_path / "out.png"
     assert (

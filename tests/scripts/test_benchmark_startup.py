@@ -8,19 +8,7 @@ import pytest
 from absl import flags
 from benchmark_startup import PHASES, parse_options, spawn, summarize
 
-TINY = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
+from tests.small_model import TINY_CONFIG
 
 
 def values_of(*arguments: str) -> flags.FlagValues:
@@ -52,7 +40,7 @@ def test_starts_are_measured_and_find_the_caches_that_they_should(tmp_path, caps
     monkeypatch.setattr(benchmark_startup, "STARTS", ("cold", "cached"))  # "first" is "cold" for the plain backend
     out = tmp_path / "out.jsonl"
     model = tmp_path / "config.json"
-    model.write_text(json.dumps(TINY))
+    model.write_text(json.dumps(TINY_CONFIG))
     small = [
         f"--model={model}",
         "--max_slots=2",
