@@ -134,7 +134,7 @@ def _all_rows(
         num_rows=plan.num_rows,
     )
     kv = tuple(zip(pool.k, pool.v, strict=True))
-    out, pages = forward(tokens, plan.position, attend=attend, kv=kv, num_rows=plan.num_rows)
+    out, pages = forward(tokens, plan.position, attend=attend, kv=kv)
     k, v = zip(*pages, strict=True)
     last = plan.position + 1 == queue.num_tokens.at[row].get(mode="fill", fill_value=0)
     hidden = jnp.zeros((num_slots, model.embed_dim), jnp.float32)

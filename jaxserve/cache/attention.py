@@ -42,6 +42,8 @@ def paged_attend(
       backend, interpret: as in `pallas_kernels`.
       num_rows: rows that count, the others' results may be undefined; None: all. Only "native" saves work by it.
     """
+    if backend == "native":
+        return native.PagedRows(page_ids, slot, position, num_rows)
     run: dict[str, Any] = {"backend": backend, "interpret": interpret}
     blocks = None
     if rows is Rows.CHUNKS:  # the same for all layers
@@ -55,11 +57,6 @@ def paged_attend(
         pages = PagedKV(k_pages, v_pages, page_ids)
         qkv, cos, sin, q_norm, k_norm, norm_eps = projection
         norms = {"q_norm": q_norm, "k_norm": k_norm, "norm_eps": norm_eps}
-        if backend == "native":
-            rest = (slot, position)
-            q, k_pages, v_pages = native.rotary_write(qkv, cos, sin, pages, *rest, **norms, num_rows=num_rows)
-            pages = pages._replace(k=k_pages, v=v_pages)
-            return native.paged_attention(q, pages, *rest, window=window, num_rows=num_rows), (k_pages, v_pages)
         q, k_pages, v_pages = rotary_write(qkv, cos, sin, pages, slot, position, **norms, **run)
         pages = pages._replace(k=k_pages, v=v_pages)
         if rows is Rows.SINGLE:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32
 
 from jaxserve.models.config import ModelConfig
 from pallas_kernels.native import ops as native
@@ -68,47 +68,6 @@ def _precision(w: Float[Array, "..."]) -> lax.Precision | None:
     return lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
 
 
-def project(
-    x: Float32[Array, "B I"],
-    w: Float[Array, "..."],
-    *,
-    num_columns: int,
-    norm: "RMSNorm | None" = None,
-    bias: nnx.Param | None = None,
-    residual: Float32[Array, "B O"] | None = None,
-    gated: bool = False,
-    num_rows: Int32[Array, ""] | None = None,
-) -> Float32[Array, "B O"]:
-    """residual + act(norm(x) @ w + bias): all that happens around a product, so that one kernel can do it.
-
-    Args:
-      x: rows.
-      w: [I, O]; [I, 2, O] if gated; or what `prepare` made of it, which a native kernel multiplies.
-      num_columns: O.
-      norm: of x; None: x stays.
-      bias: of all columns of w.
-      residual: added at last.
-      gated: SwiGLU (Shazeer, 2020): silu(first half) * second half.
-      num_rows: rows that count, the others may come back undefined; None: all. Only native kernels save work by it.
-    """
-    if is_prepared(w):
-        return native.product(
-            x,
-            w,
-            num_columns=num_columns,
-            num_rows=num_rows,
-            scale=None if norm is None else norm.scale[...],
-            eps=1e-6 if norm is None else norm.eps,
-            bias=None if bias is None else bias[...].reshape(-1),
-            residual=residual,
-            gated=gated,
-        )
-    y = _add(matmul(x if norm is None else norm(x), w.reshape(x.shape[1], -1)), bias)
-    if gated:
-        y = nnx.silu(y[:, :num_columns]) * y[:, num_columns:]
-    return y if residual is None else residual + y
-
-
 def is_prepared(w: Float[Array, "..."]) -> bool:
     """Whether a weight is packed for native kernels; no other has four axes."""
     return w.ndim == 4
@@ -157,23 +116,18 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, dtype) if config.qk_norm else None
         self.norm_eps = config.norm_eps
 
-    def __call__(
-        self, x, norm: RMSNorm, rotation, kv, attend: Attend, *, layer: int, window: int | None, num_rows=None
-    ):
-        """x plus what attention makes of norm(x)."""
-        width = self.num_kv_heads * (self.group_size + 2) * self.head_dim
-        y = project(x, self.qkv[...], num_columns=width, norm=norm, bias=self.qkv_bias, num_rows=num_rows)
+    def __call__(self, x, rotation, kv, attend: Attend, *, layer: int, window: int | None):
+        """Attention of normalised rows."""
+        qkv = _add(matmul(x, self.qkv[...]), self.qkv_bias)
         projection = Projection(
-            y.reshape(x.shape[0], self.num_kv_heads, self.group_size + 2, self.head_dim),
+            qkv.reshape(x.shape[0], self.num_kv_heads, self.group_size + 2, self.head_dim),
             *rotation,
             q_norm=None if self.q_norm is None else self.q_norm.scale[...],
             k_norm=None if self.k_norm is None else self.k_norm.scale[...],
             norm_eps=self.norm_eps,
         )
         out, kv = attend(projection, kv, layer=layer, window=window)
-        out = out.reshape(x.shape[0], -1)
-        options: dict[str, Any] = {"bias": self.out_bias, "residual": x, "num_rows": num_rows}
-        return project(out, self.out[...], num_columns=x.shape[1], **options), kv
+        return _add(matmul(out.reshape(x.shape[0], -1), self.out[...]), self.out_bias), kv
 
 
 class FeedForward(nnx.Module):
@@ -186,12 +140,11 @@ class FeedForward(nnx.Module):
         self.down_bias = _bias(config.ffw_bias, (config.embed_dim,), dtype)
         self.ffw_dim = config.ffw_dim
 
-    def __call__(self, x: Float32[Array, "B E"], norm: RMSNorm, *, num_rows=None) -> Float32[Array, "B E"]:
-        """x plus what the network makes of norm(x)."""
-        options: dict[str, Any] = {"bias": self.gate_up_bias, "gated": True, "num_rows": num_rows}
-        y = project(x, self.gate_up[...], num_columns=self.ffw_dim, norm=norm, **options)
-        options = {"bias": self.down_bias, "residual": x, "num_rows": num_rows}
-        return project(y, self.down[...], num_columns=x.shape[1], **options)
+    def __call__(self, x: Float32[Array, "B E"]) -> Float32[Array, "B E"]:
+        """The network on normalised rows."""
+        y = _add(matmul(x, self.gate_up[...].reshape(x.shape[1], -1)), self.gate_up_bias)
+        gate, up = y[:, : self.ffw_dim], y[:, self.ffw_dim :]
+        return _add(matmul(nnx.silu(gate) * up, self.down[...]), self.down_bias)
 
 
 class Block(nnx.Module):
@@ -203,7 +156,32 @@ class Block(nnx.Module):
         self.ffw_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype)
         self.ffw = FeedForward(config, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x, rotation, kv, attend: Attend, *, layer: int, window: int | None, num_rows=None):
-        options: dict[str, Any] = {"layer": layer, "window": window, "num_rows": num_rows}
-        x, kv = self.attention(x, self.attention_norm, rotation, kv, attend, **options)
-        return self.ffw(x, self.ffw_norm, num_rows=num_rows), kv
+    def __call__(self, x, rotation, kv, attend: Attend, *, layer: int, window: int | None):
+        out, kv = self.attention(self.attention_norm(x), rotation, kv, attend, layer=layer, window=window)
+        x = x + out
+        return x + self.ffw(self.ffw_norm(x)), kv
+
+    def weights(self) -> native.BlockWeights:
+        """Of a block that `prepare` packed, as native kernels take them."""
+
+        def value(param: nnx.Param | None) -> Array | None:
+            return None if param is None else param[...]
+
+        def scale(norm: RMSNorm | None) -> Array | None:
+            return None if norm is None else norm.scale[...]
+
+        attention, ffw = self.attention, self.ffw
+        return native.BlockWeights(
+            qkv=attention.qkv[...],
+            qkv_bias=value(attention.qkv_bias),
+            out=attention.out[...],
+            out_bias=value(attention.out_bias),
+            gate_up=ffw.gate_up[...],
+            gate_up_bias=value(ffw.gate_up_bias),
+            down=ffw.down[...],
+            down_bias=value(ffw.down_bias),
+            attention_norm=self.attention_norm.scale[...],
+            ffw_norm=self.ffw_norm.scale[...],
+            q_norm=scale(attention.q_norm),
+            k_norm=scale(attention.k_norm),
+        )

@@ -34,34 +34,35 @@ class Transformer(nnx.Module):
         *,
         attend: Attend,
         kv: Any,
-        num_rows: Int32[Array, ""] | None = None,
     ) -> tuple[Float32[Array, "B E"], Any]:
         """Final hidden states of the rows, and what the layers made of `kv`.
 
         Args:
           tokens: token id per row, in [0, V).
           positions: position of each row in its sequence, counted from 0.
-          attend: see `Attend`.
+          attend: see `Attend`. With parameters that `prepare` packed it must be `native.PagedRows`: one kernel does all blocks.
           kv: one entry per layer, or None for an `attend` that carries nothing.
-          num_rows: rows that count, as in `project`.
         """
-        layers = [None] * self.config.num_layers if kv is None else list(kv)
-        x = self._embed(tokens, num_rows)
-        rotation = rotations(self.config.rope, self.config.head_dim, positions)
+        config = self.config
+        rotation = rotations(config.rope, config.head_dim, positions)
+        if isinstance(attend, native.PagedRows) and is_prepared(self.blocks[0].attention.qkv[...]):
+            x = native.embed(self.embedding[...], tokens, config.embed_dim, attend.num_rows)
+            weights = [block.weights() for block in self.blocks]
+            options: dict[str, Any] = {
+                "group_size": config.group_size,
+                "eps": config.norm_eps,
+                "windows": config.windows,
+            }
+            x, layers = native.blocks(x, *rotation, weights, kv, attend, ffw_dim=config.ffw_dim, **options)
+            return self.final_norm(x), tuple(layers)
+        x = self.embedding[...][tokens].astype(jnp.float32)
+        layers = [None] * config.num_layers if kv is None else list(kv)
         for layer, block in enumerate(self.blocks):
-            window = self.config.windows[layer]
-            options: dict[str, Any] = {"layer": layer, "window": window, "num_rows": num_rows}
-            x, layers[layer] = block(x, rotation, layers[layer], attend, **options)
+            x, layers[layer] = block(x, rotation, layers[layer], attend, layer=layer, window=config.windows[layer])
         return self.final_norm(x), tuple(layers)
 
-    def _embed(self, tokens: Int32[Array, " B"], num_rows: Int32[Array, ""] | None) -> Float32[Array, "B E"]:
-        embedding = self.embedding[...]
-        if is_prepared(self.blocks[0].attention.qkv[...]):
-            return native.embed(embedding, tokens, self.config.embed_dim, num_rows)
-        return embedding[tokens].astype(jnp.float32)
-
     def logits(self, hidden: Float32[Array, "B E"], num_rows: Int32[Array, ""] | None = None) -> Float32[Array, "B V"]:
-        """Next-token logits of final hidden states; `num_rows` as in `project`."""
+        """Next-token logits of final hidden states; `num_rows` as in `native.product`."""
         weight = (self.embedding if self.lm_head is None else self.lm_head)[...]
         if is_prepared(weight):
             return native.product(hidden, weight, num_columns=self.config.vocab_size, num_rows=num_rows)

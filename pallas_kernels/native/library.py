@@ -25,13 +25,14 @@ _log = logging.getLogger(__name__)
 TARGETS = (
     "jaxserve_embed",
     "jaxserve_product",
+    "jaxserve_blocks",
     "jaxserve_rotary_write",
     "jaxserve_paged_attention",
     "jaxserve_choose",
     "jaxserve_report",
 )
-_SOURCES = ("product.cc", "paged_attention.cc", "sampling.cc")
-_HEADERS = ("parallel.h", "vector.h")
+_SOURCES = ("blocks.cc", "product.cc", "paged_attention.cc", "sampling.cc")
+_HEADERS = ("attention.h", "parallel.h", "product.h", "vector.h")
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"),
     *("-fPIC", "-shared", "-pthread", "-Wno-psabi"),

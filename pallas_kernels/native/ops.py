@@ -3,8 +3,8 @@
 Rows from `num_rows` on cost nothing and come back undefined. All run on CPU only, and have no derivatives.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from pallas_kernels.native import library
 from pallas_kernels.paged_attention.pages import PagedKV
 
 _LANES = 16
+_PANEL = 64  # columns
 _MAX_HEAD_DIM = 256
 _MAX_GROUP = 16
 
@@ -34,14 +35,14 @@ def serves_heads(head_dim: int, group_size: int) -> bool:
     return head_dim % 2 == 0 and head_dim <= _MAX_HEAD_DIM and group_size <= _MAX_GROUP
 
 
-def pack(w: Float[Array, "K N"]) -> Float[Array, "N/16 K/2 _ _"]:
+def pack(w: Float[Array, "K N"]) -> Float[Array, "N/64 K/2 _ _"]:
     """A weight as `product` reads it, zero columns and rows filling it up.
 
-    For each 16 columns all pairs of rows lie together: [N/16, K/2, 16, 2] in bfloat16, [N/16, K/2, 2, 16] in float32.
+    For each 64 columns all pairs of rows lie together: [N/64, K/2, 64, 2] in bfloat16, [N/64, K/2, 2, 64] in float32.
     """
     num_rows, num_columns = w.shape
-    w = jnp.pad(w, ((0, num_rows % 2), (0, -num_columns % _LANES)))
-    w = w.reshape(w.shape[0] // 2, 2, -1, _LANES)
+    w = jnp.pad(w, ((0, num_rows % 2), (0, -num_columns % _PANEL)))
+    w = w.reshape(w.shape[0] // 2, 2, -1, _PANEL)
     return w.transpose((2, 0, 3, 1) if w.dtype == jnp.bfloat16 else (2, 0, 1, 3))
 
 
@@ -71,7 +72,7 @@ def embed(
 
 def product(
     x: Float32[Array, "B K"],
-    w: Float[Array, "N/16 K/2 _ _"],
+    w: Float[Array, "N/64 K/2 _ _"],
     *,
     num_columns: int,
     num_rows: Int32[Array, ""] | None = None,
@@ -102,6 +103,101 @@ def product(
         residual = jnp.zeros((0, 0), jnp.float32)
     count = _count(num_rows, x.shape[0])
     return call(x, w, count, _or_none(scale), _or_none(bias), residual, eps=np.float32(eps), gated=gated)
+
+
+class PagedRows(NamedTuple):
+    """Rows of sequences whose keys and values lie in pages. Called, it is a `jaxserve.models.Attend`."""
+
+    page_ids: Int32[Array, "S P"]  # the page table
+    slot: Int32[Array, " B"]  # S: none, the row's keys and values go nowhere
+    position: Int32[Array, " B"]
+    num_rows: Int32[Array, ""] | None = None  # that count; None: all
+
+    def __call__(
+        self, projection: Any, kv: tuple[Array, Array], *, layer: int, window: int | None
+    ) -> tuple[Float32[Array, "B H D"], tuple[Array, Array]]:
+        """Writes the rows' keys and values and attends, for weights that are not packed."""
+        del layer
+        qkv, cos, sin, q_norm, k_norm, norm_eps = projection
+        norms = {"q_norm": q_norm, "k_norm": k_norm, "norm_eps": norm_eps}
+        pages, rows = PagedKV(*kv, self.page_ids), (self.slot, self.position)
+        q, k, v = rotary_write(qkv, cos, sin, pages, *rows, **norms, num_rows=self.num_rows)
+        out = paged_attention(q, pages._replace(k=k, v=v), *rows, window=window, num_rows=self.num_rows)
+        return out, (k, v)
+
+
+class BlockWeights(NamedTuple):
+    """What a pre-norm block with SwiGLU is made of, as `jaxserve.models.layers` names it; None: there is none."""
+
+    qkv: Float[Array, "N/64 E/2 _ _"]  # for each kv head its G query heads, its key, its value
+    qkv_bias: Float[Array, " N"] | None
+    out: Float[Array, "E/64 H*D/2 _ _"]
+    out_bias: Float[Array, " E"] | None
+    gate_up: Float[Array, "2F/64 E/2 _ _"]
+    gate_up_bias: Float[Array, "2 F"] | None
+    down: Float[Array, "E/64 F/2 _ _"]
+    down_bias: Float[Array, " E"] | None
+    attention_norm: Float[Array, " E"]  # scales
+    ffw_norm: Float[Array, " E"]
+    q_norm: Float[Array, " D"] | None
+    k_norm: Float[Array, " D"] | None
+
+
+def blocks(
+    x: Float32[Array, "B E"],
+    cos: Float32[Array, "B D/2"],
+    sin: Float32[Array, "B D/2"],
+    weights: Sequence[BlockWeights],
+    pages: Sequence[tuple[Shaped[Array, "P K T D"], Shaped[Array, "P K T D"]]],
+    rows: PagedRows,
+    *,
+    ffw_dim: int,
+    group_size: int,
+    eps: float,
+    windows: Sequence[int | None],
+) -> tuple[Float32[Array, "B E"], list[tuple[Array, Array]]]:
+    """All blocks of a transformer, bit for bit as `product`, `rotary_write` and `paged_attention` would do one after the other.
+
+    In one call, because with few rows the way from one kernel to the next costs as much as what they do.
+
+    Args:
+      x: embedded rows.
+      cos, sin: of each row's rotary angles.
+      weights: per layer.
+      pages: keys and values per layer, written in place.
+      rows: where they are.
+      ffw_dim: F.
+      group_size: G.
+      eps: of all norms.
+      windows: per layer; None: none.
+
+    Raises:
+      ValueError: if a weight is not packed.
+    """
+    layers = []
+    for layer, (k, v) in zip(weights, pages, strict=True):
+        for name, w in layer._asdict().items():
+            is_weight = name in ("qkv", "out", "gate_up", "down")
+            if is_weight and w.ndim != 4:
+                raise ValueError(
+                    f"{name} is not packed: its shape is {w.shape}; `pack` it, or `prepare` all parameters"
+                )
+            layers.append(w if is_weight else _or_none(w))
+        layers += [k, v]
+    head = (x, cos, sin, rows.page_ids, rows.slot, rows.position, _count(rows.num_rows, x.shape[0]))
+    stride, first = len(BlockWeights._fields) + 2, len(head) + len(BlockWeights._fields)
+    results = [jax.ShapeDtypeStruct(x.shape, jnp.float32)]
+    results += [jax.ShapeDtypeStruct(array.shape, array.dtype) for pair in pages for array in pair]
+    aliases = {first + stride * (i // 2) + i % 2: 1 + i for i in range(2 * len(pages))}
+    y, *pages = _ffi("jaxserve_blocks", results, input_output_aliases=aliases)(
+        *head,
+        *layers,
+        ffw_dim=np.int64(ffw_dim),
+        group_size=np.int64(group_size),
+        eps=np.float32(eps),
+        windows=np.array([window or 0 for window in windows], np.int64),
+    )
+    return y, list(zip(pages[::2], pages[1::2], strict=True))
 
 
 def rotary_write(
@@ -205,4 +301,4 @@ def _count(num_rows: Int32[Array, ""] | None, every: int) -> Int32[Array, ""]:
 
 
 def _or_none(vector: Any) -> Float32[Array, " _"]:
-    return jnp.zeros((0,), jnp.float32) if vector is None else vector.astype(jnp.float32)
+    return jnp.zeros((0,), jnp.float32) if vector is None else vector.astype(jnp.float32).reshape(-1)

@@ -17,10 +17,17 @@
 
 namespace jaxserve {
 
+// The item that a thread will most likely work on next; none if it is not below the phase's count.
+struct Upcoming {
+  const std::atomic<int64_t>& next;
+  int64_t operator()() const { return next.load(std::memory_order_relaxed); }
+};
+
 // `count` independent items; items of a later phase start when all of the earlier ones are done.
 struct Phase {
   int64_t count;
-  std::function<void(int64_t)> body;
+  std::function<void(int64_t, Upcoming)> body;
+  std::function<void(int64_t)> fetch = nullptr;  // brings to the cache what an item will read and no earlier phase writes
 };
 
 class Job {
@@ -29,12 +36,17 @@ class Job {
 
   // Takes items until none is left. Whoever comes late finds no item, and so touches nothing of a caller that has gone on.
   void Work() {
+    int64_t item = Take(0);
     for (size_t p = 0; p < phases_.size(); ++p) {
       Progress& progress = progress_[p];
       const int64_t count = phases_[p].count;
-      for (int64_t item; (item = progress.next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-        phases_[p].body(item);
+      for (; item < count; item = Take(p)) {
+        phases_[p].body(item, Upcoming{progress.next});
         progress.done.fetch_add(1, std::memory_order_release);
+      }
+      if (p + 1 < phases_.size()) {
+        item = Take(p + 1);
+        if (phases_[p + 1].fetch && item < phases_[p + 1].count) phases_[p + 1].fetch(item);
       }
       for (int spins = 0; progress.done.load(std::memory_order_acquire) < count; ++spins) {
         _mm_pause();
@@ -50,6 +62,8 @@ class Job {
     std::atomic<int64_t> next{0};
     alignas(64) std::atomic<int64_t> done{0};
   };
+
+  int64_t Take(size_t phase) { return progress_[phase].next.fetch_add(1, std::memory_order_relaxed); }
 
   std::vector<Phase> phases_;
   std::vector<Progress> progress_;

@@ -180,7 +180,7 @@ using IntMatrix = ffi::Buffer<ffi::S32, 2>;
 ffi::Error Choose(ffi::ThreadPool pool, Matrix logits, Bools wanted, Bools random, Row temperature, Ints top_k, Row top_p,
                   Row min_p, Matrix uniforms, ffi::Result<Ints> token, ffi::Result<Bools> failed) {
   const int64_t rows = logits.dimensions()[0], size = logits.dimensions()[1];
-  const auto item = [&](int64_t r) {
+  const auto item = [&](int64_t r, Upcoming) {
     token->typed_data()[r] = 0;
     failed->typed_data()[r] = false;
     if (!wanted.typed_data()[r]) return;
@@ -224,7 +224,7 @@ int64_t Top(const float* row, int64_t size, int64_t count, std::vector<std::pair
 ffi::Error Report(ffi::ThreadPool pool, Matrix logits, Bools active, Ints token, Bools asked, ffi::Result<Row> logprob,
                   ffi::Result<Ints> rank, ffi::Result<IntMatrix> top_ids, ffi::Result<Matrix> top_logprobs) {
   const int64_t rows = logits.dimensions()[0], size = logits.dimensions()[1], count = top_ids->dimensions()[1];
-  const auto item = [&](int64_t r) {
+  const auto item = [&](int64_t r, Upcoming) {
     int32_t* ids = top_ids->typed_data() + r * count;
     float* values = top_logprobs->typed_data() + r * count;
     std::fill_n(ids, count, -1);

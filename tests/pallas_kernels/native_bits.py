@@ -3,6 +3,7 @@
 As a program it prints the digest and the number of XLA's threads.
 """
 
+import functools
 import hashlib
 import pathlib
 from collections.abc import Callable
@@ -14,12 +15,13 @@ import numpy as np
 
 from pallas_kernels.native import ops
 from pallas_kernels.paged_attention import PagedKV
+from tests.pallas_kernels import test_native_blocks
 
 NUM_ROWS = 37
 
 
 def digest() -> str:
-    """Of products (with numbers below the smallest normal one among them), attention over pages, choices and reports."""
+    """Of products (with numbers below the smallest normal one among them), attention over pages, blocks, and sampling."""
     rng = np.random.default_rng(0)
     found = hashlib.sha256()
 
@@ -52,6 +54,10 @@ def digest() -> str:
     k, v = (random(30, 3, 16, 40).astype(jnp.bfloat16).view(np.uint16) for _ in range(2))
     page_ids = rng.permutation(30).reshape(5, 6).astype(np.int32)
     add(attend, random(NUM_ROWS, 3, 5, 40), random(NUM_ROWS, 20), random(NUM_ROWS, 20), k, v, page_ids, slot, position)
+
+    for dtype in ("float32", "bfloat16"):
+        blocks = functools.partial(test_native_blocks.one_call, shape="many panels")
+        add(blocks, *test_native_blocks.make("many panels", dtype, dtype), np.int32(test_native_blocks.NUM_ROWS))
 
     def sample(logits, token, random, temperature, top_k, top_p, min_p, uniforms):
         everywhere = jnp.ones(NUM_ROWS, bool)

@@ -1,0 +1,292 @@
+// y = act(x @ w + bias) + residual for rows of which the number is known at run time only.
+//
+// w is packed in panels of 64 columns: all pairs of its rows, [ceil(N / 64), ceil(K / 2), 64, 2] in bfloat16 (what AVX-512 BF16
+// and AMX read) or [ceil(N / 64), ceil(K / 2), 2, 64] in float32. So a thread reads one stream. A row's sum over K goes in one
+// order, whatever is computed beside it: so neither the number of rows nor the place among them changes a bit.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "parallel.h"
+#include "vector.h"
+
+namespace jaxserve {
+
+constexpr int kPanel = 64;                   // columns of a panel
+constexpr int kPanelVectors = kPanel / kLanes;
+constexpr int kChunk = 32;                   // columns of packed rows that lie together
+#if defined(__AVX512F__)
+constexpr int kTileVectors = kPanelVectors;  // with 6 rows: 24 sums and a vector of each operand fill 32 registers
+constexpr int kMaxRows = 6;
+#else
+constexpr int kTileVectors = 1;              // 16 registers of half a vector
+constexpr int kMaxRows = 5;
+#endif
+
+struct Bfloat16Weight {
+  using Element = uint16_t;
+  static float AsFloat(Element x) { return Float(x); }
+  static int64_t Place(int64_t column, int64_t row) { return 2 * column + row; }  // in a panel's pair of rows
+#if defined(__AVX512BF16__)
+  using Pair = uint32_t;  // two bfloat16
+  static void StoreX(Pair* to, Vec x) {
+    const __m256bh bits = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(to, &bits, sizeof(bits));
+  }
+  static void StoreOne(Pair* to, int odd, float x) { reinterpret_cast<Element*>(to)[odd] = Bfloat16(x); }
+  struct X {
+    __m512bh v;
+  };
+  static X Spread(Pair x) { return {(__m512bh)_mm512_set1_epi32(x)}; }
+  static __m512bh Read(const Element* w, int c) { return (__m512bh)_mm512_loadu_si512(w + 2 * kLanes * c); }
+  static Vec Add(Vec sum, X x, __m512bh w) { return (Vec)_mm512_dpbf16_ps((__m512)sum, x.v, w); }
+#else
+  struct Pair {
+    float even, odd;
+  };
+  static void StoreX(Pair* to, Vec x) { Store(&to->even, Float(Bfloat16(x))); }
+  static void StoreOne(Pair* to, int odd, float x) { (odd ? to->odd : to->even) = Float(Bfloat16(x)); }
+  struct X {
+    Vec even, odd;
+  };
+  static X Spread(Pair x) { return {Splat(x.even), Splat(x.odd)}; }
+  static Pairs Read(const Element* w, int c) { return LoadPairs(w + 2 * kLanes * c); }
+  static Vec Add(Vec sum, X x, Pairs w) { return x.odd * w.odd + (x.even * w.even + sum); }
+#endif
+};
+
+struct Float32Weight {
+  using Element = float;
+  static float AsFloat(Element x) { return x; }
+  static int64_t Place(int64_t column, int64_t row) { return kPanel * row + column; }
+  struct Pair {
+    float even, odd;
+  };
+  static void StoreX(Pair* to, Vec x) { Store(&to->even, x); }
+  static void StoreOne(Pair* to, int odd, float x) { (odd ? to->odd : to->even) = x; }
+  struct X {
+    Vec even, odd;
+  };
+  static X Spread(Pair x) { return {Splat(x.even), Splat(x.odd)}; }
+  static Pairs Read(const Element* w, int c) { return {Load(w + kLanes * c), Load(w + kPanel + kLanes * c)}; }
+  static Vec Add(Vec sum, X x, Pairs w) { return x.odd * w.odd + (x.even * w.even + sum); }
+};
+
+// Rows as tiles read them: blocks of up to kMaxRows rows, of a block 32 columns of each row, then the next 32.
+template <typename W>
+struct PackedRows {
+  using Pair = typename W::Pair;
+  Pair* at;
+  int64_t num_rows, num_columns;
+
+  static int64_t Size(int64_t num_rows, int64_t num_columns) {  // in pairs
+    return num_rows * ((num_columns + kChunk - 1) / kChunk) * (kChunk / 2);
+  }
+  int64_t NumBlocks() const { return (num_rows + kMaxRows - 1) / kMaxRows; }
+  int64_t First(int64_t block) const { return block * num_rows / NumBlocks(); }
+  const Pair* Block(int64_t block) const { return at + Size(First(block), num_columns); }
+
+  // A row, to be written.
+  struct Row {
+    Pair* at;
+    int64_t stride;  // from 32 columns to the next
+
+    Pair* Place(int64_t column) const { return at + column / kChunk * stride + column % kChunk / 2; }
+
+    // Columns [column, column + 16), of which those behind the last one are zero; column is a multiple of 16.
+    void Write(int64_t column, Vec x) const { W::StoreX(Place(column), x); }
+
+    // Any n columns.
+    void WriteSome(int64_t column, Vec x, int n) const {
+      if (n == kLanes && column % kLanes == 0) return Write(column, x);
+      for (int i = 0; i < n; ++i) W::StoreOne(Place(column + i), (column + i) % 2, x[i]);
+    }
+  };
+  Row At(int64_t row) const {
+    const int64_t block = ((row + 1) * NumBlocks() - 1) / num_rows, first = First(block), rows = First(block + 1) - first;
+    return {at + Size(first, num_columns) + (row - first) * (kChunk / 2), rows * (kChunk / 2)};
+  }
+};
+
+// A row of x, normalised by RMSNorm unless scale is null.
+template <typename W>
+void PackRow(const float* x, const float* scale, float eps, const PackedRows<W>& to, int64_t row) {
+  const int64_t k = to.num_columns, whole = k / kLanes * kLanes;
+  const int rest = k - whole;
+  const auto packed = to.At(row);
+  if (!scale) {
+    for (int64_t i = 0; i < whole; i += kLanes) packed.Write(i, Load(x + i));
+    if (rest) packed.Write(whole, LoadSome(x + whole, rest, 0));
+    return;
+  }
+  Vec squares = {};
+  for (int64_t i = 0; i < whole; i += kLanes) squares += Load(x + i) * Load(x + i);
+  const Vec last = LoadSome(x + whole, rest, 0);
+  const Vec factor = Splat(1 / std::sqrt(Sum(squares + last * last) / k + eps));
+  for (int64_t i = 0; i < whole; i += kLanes) packed.Write(i, Load(x + i) * factor * Load(scale + i));
+  if (rest) packed.Write(whole, last * factor * LoadSome(scale + whole, rest, 0));
+}
+
+// x @ w and what follows. Of a gated product 16 columns of the gate alternate with 16 of what it is applied to.
+template <typename W>
+struct Product {
+  PackedRows<W> x;
+  const void* w;
+  const float* bias;      // null: none
+  const float* residual;  // null: none; may be y
+  int64_t n;              // columns of the result
+  bool gated;
+  float* y;             // null: rows go to `packed`, which takes no residual
+  PackedRows<W> packed;
+
+  int64_t NumPairs() const { return (x.num_columns + 1) / 2; }
+  int64_t NumPanels() const { return ((gated ? (n + kLanes - 1) / kLanes * kLanes * 2 : n) + kPanel - 1) / kPanel; }
+  const typename W::Element* Panel(int64_t panel) const {
+    return static_cast<const typename W::Element*>(w) + panel * NumPairs() * 2 * kPanel;
+  }
+};
+
+// What of the next panel to fetch while this one is worked on: every `blocks`-th pair of rows, from `first` on.
+struct Ahead {
+  const char* next;  // null: there is none
+  int64_t first, blocks;
+};
+
+// R rows by C vectors of columns.
+template <typename W, int R, int C>
+void Tile(const typename W::Pair* x, const typename W::Element* w, int64_t pairs, Ahead ahead, float* sums) {
+  constexpr int64_t kStep = 2 * kPanel, kBytes = sizeof(typename W::Element) * kStep;
+  Vec sum[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) sum[r][c] = Vec{};
+  int64_t fetch = ahead.next ? ahead.first : pairs;
+  for (int64_t chunk = 0; chunk < pairs; chunk += kChunk / 2, x += R * (kChunk / 2)) {
+    const int64_t end = std::min<int64_t>(pairs - chunk, kChunk / 2);
+    for (int64_t p = 0; p < end; ++p, w += kStep) {
+      if (chunk + p == fetch) {
+        for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead.next + fetch * kBytes + line, 0, 2);
+        fetch += ahead.blocks;
+      }
+      decltype(W::Read(w, 0)) column[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) column[c] = W::Read(w, c);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const auto spread = W::Spread(x[r * (kChunk / 2) + p]);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) sum[r][c] = W::Add(sum[r][c], spread, column[c]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) Store(sums + (r * kPanelVectors + c) * kLanes, sum[r][c]);
+}
+
+template <typename W, int C, int R = kMaxRows>
+void TileOf(int rows, const typename W::Pair* x, const typename W::Element* w, int64_t pairs, Ahead ahead, float* sums) {
+  if constexpr (R > 1) {
+    if (rows < R) return TileOf<W, C, R - 1>(rows, x, w, pairs, ahead, sums);
+  }
+  Tile<W, R, C>(x, w, pairs, ahead, sums);
+}
+
+// Sums of rows by vectors of columns, from vector `vector` of w on, to where they go.
+template <typename W>
+void Finish(const Product<W>& o, const float* sums, int64_t row, int rows, int64_t vector, int vectors) {
+  for (int r = 0; r < rows; ++r) {
+    const auto packed = o.y ? typename PackedRows<W>::Row{} : o.packed.At(row + r);
+    for (int c = 0; c < vectors; c += 1 + o.gated) {
+      const float* from = sums + (r * kPanelVectors + c) * kLanes;
+      Vec v = Load(from);
+      int64_t column = (vector + c) * kLanes;
+      if (o.gated) column /= 2;
+      if (column >= o.n) continue;  // fills the panel up
+      const int n = std::min<int64_t>(kLanes, o.n - column);
+      if (o.bias) v += LoadSome(o.bias + column, n, 0);
+      if (o.gated) {
+        Vec up = Load(from + kLanes);
+        if (o.bias) up += LoadSome(o.bias + o.n + column, n, 0);
+        const Vec e = Exp(v < 0 ? v : -v);  // no overflow
+        v = v * (v < 0 ? e : Splat(1)) / (1 + e) * up;
+      }
+      if (!o.y) {
+        packed.Write(column, v);
+        continue;
+      }
+      const int64_t at = (row + r) * o.n + column;
+      if (o.residual) v += LoadSome(o.residual + at, n, 0);
+      StoreSome(o.y + at, v, n);
+    }
+  }
+}
+
+// Half panels, of each panel those of all blocks of rows together: units [first, last). `after` is the first unit to come next.
+template <typename W, typename After>
+void Multiply(const Product<W>& o, int64_t first, int64_t last, const After& after) {
+  const int64_t pairs = o.NumPairs(), blocks = o.x.NumBlocks();
+  alignas(64) float sums[kMaxRows * kPanel];
+  int64_t next = 0;  // panel to fetch
+  for (int64_t unit = first; unit < last;) {
+    const int64_t panel = unit / (2 * blocks), block = unit / 2 % blocks, half = unit % 2;
+    const int vectors = half || unit + 1 == last ? kPanelVectors / 2 : kPanelVectors;
+    const int64_t row = o.x.First(block);
+    const int rows = o.x.First(block + 1) - row;
+    const auto* x = o.x.Block(block);
+    const auto* w = o.Panel(panel) + half * W::Place(kPanel / 2, 0);
+    if (block == 0 || unit == first) next = 2 * blocks * (panel + 1) < last ? panel + 1 : after() / (2 * blocks);
+    const bool fetches = blocks > 1 && next < o.NumPanels();  // with one block the hardware sees to it
+    const Ahead ahead{fetches ? reinterpret_cast<const char*>(o.Panel(next)) : nullptr, block, blocks};
+    if constexpr (kTileVectors == kPanelVectors) {
+      if (vectors == kPanelVectors) TileOf<W, kPanelVectors>(rows, x, w, pairs, ahead, sums);
+      else TileOf<W, kPanelVectors / 2>(rows, x, w, pairs, ahead, sums);
+    } else {
+      for (int c = 0; c < vectors; ++c)
+        TileOf<W, 1>(rows, x, w + W::Place(c * kLanes, 0), pairs, c ? Ahead{} : ahead, sums + c * kLanes);
+    }
+    Finish(o, sums, row, rows, panel * kPanelVectors + half * (kPanelVectors / 2), vectors);
+    unit += vectors / (kPanelVectors / 2);
+  }
+}
+
+// The product as a phase of a job. Many panels are dealt out whole, some at a time; few in equal parts.
+template <typename W>
+Phase PhaseOf(const Product<W>& o, int64_t threads) {
+  constexpr int64_t kTilesPerItem = 12, kFetchBytes = 64 << 10;
+  const int64_t panels = o.NumPanels(), blocks = o.x.NumBlocks();
+  const bool whole = panels >= 8 * threads;
+  const int64_t per_item = (kTilesPerItem + blocks - 1) / blocks;  // panels
+  const int64_t items = whole ? threads * std::max<int64_t>(1, panels / (threads * per_item)) : threads;
+  const auto start = [=](int64_t item) {
+    return whole ? item * panels / items * 2 * blocks : item * panels * 2 * blocks / items;
+  };
+  const auto body = [=](int64_t item, Upcoming upcoming) {
+    const auto after = [&] { return start(std::min(upcoming(), items)); };
+    Multiply(o, start(item), start(item + 1), after);
+  };
+  const auto fetch = [=](int64_t item) {
+    const char* from = reinterpret_cast<const char*>(o.Panel(start(item) / (2 * blocks)));
+    const char* end = std::min(from + kFetchBytes, reinterpret_cast<const char*>(o.Panel(panels)));
+    for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
+    asm volatile("");  // else GCC takes this for a function without effect
+  };
+  return {items, body, fetch};
+}
+
+// The packing of x as a phase.
+template <typename W>
+Phase PackingOf(const float* x, const float* scale, float eps, const PackedRows<W>& to) {
+  return {to.NumBlocks(), [=](int64_t block, Upcoming) {
+            for (int64_t row = to.First(block); row < to.First(block + 1); ++row)
+              PackRow(x + row * to.num_columns, scale, eps, to, row);
+          }};
+}
+
+}  // namespace jaxserve

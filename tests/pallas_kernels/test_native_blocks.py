@@ -1,0 +1,159 @@
+"""All blocks in one native call: bit for bit what the kernels do one by one, which have tests of their own."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.native import library, ops
+from pallas_kernels.paged_attention import PagedKV
+
+pytestmark = pytest.mark.skipif(not library.available(), reason=f"native kernels: {library.why_not()}")
+
+EPS, NUM_ROWS, NUM_SLOTS, PAGE_SIZE, PAGES_PER_SLOT = 1e-5, 23, 5, 8, 6
+# (embed_dim, num_kv_heads, group_size, head_dim, ffw_dim, windows): heads and sizes that fill vectors, and that do not.
+SHAPES = {
+    "whole vectors": (64, 2, 3, 64, 160, (None, None)),
+    "odd sizes": (31, 1, 7, 6, 37, (None, 9)),
+    "many panels": (48, 3, 1, 20, 800, (5, None, 11)),
+    "wide heads": (96, 1, 4, 128, 64, (None,)),
+}
+shapes = pytest.mark.parametrize("shape", SHAPES)
+weight_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+page_dtypes = pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+
+
+@functools.cache
+def make(shape: str, dtype: str, kv_dtype: str, *, parts: bool = True) -> tuple[Any, ...]:
+    """Arguments of `one_call`; `parts`: biases and norms of heads are there."""
+    embed_dim, num_kv_heads, group_size, head_dim, ffw_dim, windows = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    width, heads = num_kv_heads * (group_size + 2) * head_dim, num_kv_heads * group_size * head_dim
+
+    def random(*sizes: int, scale: float = 1.0) -> jax.Array:
+        return jnp.asarray(scale * rng.standard_normal(sizes), jnp.float32)
+
+    def weight(*sizes: int) -> jax.Array:
+        return random(*sizes, scale=sizes[0] ** -0.5).astype(dtype)
+
+    def maybe(*sizes: int) -> jax.Array | None:
+        return 1 + random(*sizes, scale=0.3) if parts else None
+
+    layers = [
+        ops.BlockWeights(
+            qkv=ops.pack(weight(embed_dim, width)),
+            qkv_bias=maybe(width),
+            out=ops.pack(weight(heads, embed_dim)),
+            out_bias=maybe(embed_dim),
+            gate_up=ops.pack_gated(weight(embed_dim, 2, ffw_dim)),
+            gate_up_bias=maybe(2, ffw_dim),
+            down=ops.pack(weight(ffw_dim, embed_dim)),
+            down_bias=maybe(embed_dim),
+            attention_norm=1 + random(embed_dim, scale=0.3),
+            ffw_norm=1 + random(embed_dim, scale=0.3),
+            q_norm=maybe(head_dim),
+            k_norm=maybe(head_dim),
+        )
+        for _ in windows
+    ]
+    num_pages = NUM_SLOTS * PAGES_PER_SLOT
+    pages = [
+        tuple(random(num_pages, num_kv_heads, PAGE_SIZE, head_dim).astype(kv_dtype) for _ in range(2)) for _ in windows
+    ]
+    angles = rng.uniform(-3, 3, (NUM_ROWS, head_dim // 2))
+    # A prompt in the middle of which a vector of keys ends, single rows, and one of no slot.
+    slot = np.array([0] * 11 + [1, 2, 4, NUM_SLOTS] + [3] * 8, np.int32)
+    position = np.array([*range(9, 20), 0, 47, 15, 3, *range(8)], np.int32)
+    page_ids = rng.permutation(num_pages).reshape(NUM_SLOTS, PAGES_PER_SLOT).astype(np.int32)
+    cos, sin = (jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
+    return random(NUM_ROWS, embed_dim), cos, sin, layers, pages, page_ids, slot, position
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def one_call(x, cos, sin, layers, pages, page_ids, slot, position, num_rows, *, shape: str):
+    *_, group_size, _, ffw_dim, windows = SHAPES[shape]
+    rows = ops.PagedRows(page_ids, slot, position, num_rows)
+    options: dict[str, Any] = {"group_size": group_size, "ffw_dim": ffw_dim, "windows": windows}
+    return ops.blocks(x, cos, sin, layers, pages, rows, eps=EPS, **options)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def one_by_one(x, cos, sin, layers, pages, page_ids, slot, position, num_rows, *, shape: str):
+    embed_dim, num_kv_heads, group_size, head_dim, ffw_dim, windows = SHAPES[shape]
+    counted: dict[str, Any] = {"num_rows": num_rows}
+    new_pages = []
+    for w, (k, v), window in zip(layers, pages, windows, strict=True):
+        width = num_kv_heads * (group_size + 2) * head_dim
+        norm = {"scale": w.attention_norm, "eps": EPS, **counted}
+        qkv = ops.product(x, w.qkv, num_columns=width, bias=w.qkv_bias, **norm)
+        qkv = qkv.reshape(-1, num_kv_heads, group_size + 2, head_dim)
+        kv = PagedKV(k, v, page_ids)
+        norms = {"q_norm": w.q_norm, "k_norm": w.k_norm, "norm_eps": EPS}
+        q, k, v = ops.rotary_write(qkv, cos, sin, kv, slot, position, **norms, **counted)
+        out = ops.paged_attention(q, kv._replace(k=k, v=v), slot, position, window=window, **counted)
+        out = out.reshape(x.shape[0], -1)
+        x = ops.product(out, w.out, num_columns=embed_dim, bias=w.out_bias, residual=x, **counted)
+        norm = {"scale": w.ffw_norm, "eps": EPS, **counted}
+        bias = None if w.gate_up_bias is None else w.gate_up_bias.reshape(-1)
+        y = ops.product(x, w.gate_up, num_columns=ffw_dim, bias=bias, gated=True, **norm)
+        x = ops.product(y, w.down, num_columns=embed_dim, bias=w.down_bias, residual=x, **counted)
+        new_pages.append((k, v))
+    return x, new_pages
+
+
+def assert_same(actual: Any, expected: Any, num_rows: int = NUM_ROWS) -> None:
+    assert np.isfinite(np.asarray(expected[0])[:num_rows]).all()
+    np.testing.assert_array_equal(np.asarray(actual[0])[:num_rows], np.asarray(expected[0])[:num_rows])
+    for new, old in zip(jax.tree.leaves(actual[1]), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
+
+
+@page_dtypes
+@weight_dtypes
+@shapes
+def test_one_call_is_the_kernels_one_by_one(shape, dtype, kv_dtype):
+    for parts in (True, False):
+        arguments = make(shape, dtype, kv_dtype, parts=parts)
+        for num_rows in (NUM_ROWS, 12, 1):
+            count = np.int32(num_rows)
+            expected = one_by_one(*arguments, count, shape=shape)
+            assert_same(one_call(*arguments, count, shape=shape), expected, num_rows)
+    first, last = (jax.tree.leaves(pages)[0] for pages in (arguments[4], expected[1]))
+    assert (np.asarray(first) != np.asarray(last)).any()  # something was written
+
+
+@weight_dtypes
+def test_a_row_is_the_same_whatever_is_beside_it(dtype):
+    *head, slot, position = make("whole vectors", dtype, "bfloat16")
+    x, cos, sin, *rest = head
+    whole = np.asarray(one_call(*head, slot, position, np.int32(NUM_ROWS), shape="whole vectors")[0])
+    for row in (11, 12, 13, 14):  # each reads pages of its own
+        order = np.r_[row, np.delete(np.arange(NUM_ROWS), row)]
+        moved = (x[order], cos[order], sin[order], *rest, slot[order], position[order])
+        for num_rows in (1, 7, NUM_ROWS):
+            out = np.asarray(one_call(*moved, np.int32(num_rows), shape="whole vectors")[0])
+            np.testing.assert_array_equal(out[0], whole[row])
+
+
+def test_no_rows_leave_the_pages_alone():
+    arguments = make("odd sizes", "bfloat16", "bfloat16")
+    for count in (0, -3):
+        _, pages = one_call(*arguments, np.int32(count), shape="odd sizes")
+        for new, old in zip(jax.tree.leaves(pages), jax.tree.leaves(arguments[4]), strict=True):
+            np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
+
+
+def test_layers_that_do_not_fit_their_windows_are_refused():
+    x, cos, sin, layers, pages, page_ids, slot, position = make("odd sizes", "float32", "float32")
+    rows = ops.PagedRows(page_ids, slot, position)
+    options: dict[str, Any] = {"group_size": 7, "ffw_dim": 37, "eps": EPS}
+    with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit the number of layers"):
+        jax.block_until_ready(ops.blocks(x, cos, sin, layers, pages, rows, windows=(None,), **options))
+    raw = [layers[0], layers[1]._replace(out=jnp.ones((42, 31)))]
+    with pytest.raises(ValueError, match=r"out is not packed: its shape is \(42, 31\); `pack` it"):
+        ops.blocks(x, cos, sin, raw, pages, rows, windows=(None, None), **options)
+    with pytest.raises(ValueError, match="shorter"):
+        ops.blocks(x, cos, sin, layers, pages[:1], rows, windows=(None, None), **options)
