@@ -1,7 +1,7 @@
 // Rotary embedding with the write of keys and values to pages, and attention over pages, for rows of any sequences.
 //
 // What is computed is said in ../rotary_write/reference.py and ../paged_attention/reference.py. Keys are folded into a running
-// softmax sixteen at a time, from absolute multiples of sixteen: so a row's bits depend on its own sequence and position only.
+// softmax 64 at a time, from absolute multiples of 64: so a row's bits depend on its own sequence and position only.
 
 #pragma once
 
@@ -16,22 +16,64 @@ namespace jaxserve {
 
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxQueries = 16;  // worked on together: they share one read of keys and values
+constexpr int kFold = 64;        // positions folded into the softmax at once
+constexpr int kFoldVectors = kFold / kLanes;
 constexpr int kRowsPerItem = 8;
 
 // The d-th sixteen of `dim` numbers, zeros behind them.
 inline Vec LoadPart(const float* from, int d, int dim) {
-  const int n = std::clamp(dim - d * kLanes, 0, kLanes);
-  return n == kLanes ? Load(from + d * kLanes) : LoadSome(from + d * kLanes, n, 0);
+  return LoadSome(from + d * kLanes, std::clamp(dim - d * kLanes, 0, kLanes), 0);
 }
 
 inline Vec LoadPart(const uint16_t* from, int d, int dim) {
-  typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));
-  Half bits = {};
+  HalfVec bits = {};
   const int n = std::clamp(dim - d * kLanes, 0, kLanes);
-  if (n == kLanes) bits = Load<Half>(from + d * kLanes);
+  if (n == kLanes) bits = Load<HalfVec>(from + d * kLanes);
   else std::memcpy(&bits, from + d * kLanes, sizeof(uint16_t) * n);
-  return (Vec)(__builtin_convertvector(bits, UintVec) << 16);
+  return Float(bits);
 }
+
+// A row of `dim` numbers as PARTS vectors. Of bfloat16, 32 numbers become the even and the odd ones if DIM, known when compiled,
+// allows: that is half the work. `Part` and `Join` take queries and results there and back.
+template <typename T, int PARTS, int DIM>
+struct Vectors {
+  static constexpr bool kByPairs = sizeof(T) == 2 && DIM && DIM % (2 * kLanes) == 0;
+
+  static void Read(const T* row, int dim, Vec* to) {
+    if constexpr (kByPairs) {
+      for (int d = 0; d < PARTS; d += 2) {
+        const Pairs pairs = LoadPairs(row + d * kLanes);
+        to[d] = pairs.even;
+        to[d + 1] = pairs.odd;
+      }
+    } else {
+      for (int d = 0; d < PARTS; ++d) to[d] = LoadPart(row, d, DIM ? DIM : dim);
+    }
+  }
+
+  static void Part(const float* from, int dim, Vec* to) {
+    for (int d = 0; d < PARTS; ++d) to[d] = LoadPart(from, d, DIM ? DIM : dim);
+    if constexpr (kByPairs) {
+      const IntVec even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+      for (int d = 0; d < PARTS; d += 2) {
+        const Vec low = to[d], high = to[d + 1];
+        to[d] = __builtin_shuffle(low, high, even);
+        to[d + 1] = __builtin_shuffle(low, high, even + 1);
+      }
+    }
+  }
+
+  static void Join(Vec* parts) {
+    if constexpr (kByPairs) {
+      const IntVec low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+      for (int d = 0; d < PARTS; d += 2) {
+        const Vec even = parts[d], odd = parts[d + 1];
+        parts[d] = __builtin_shuffle(even, odd, low);
+        parts[d + 1] = __builtin_shuffle(even, odd, low + 8);
+      }
+    }
+  }
+};
 
 inline void StoreRow(float* to, const float* from, int n) { std::memcpy(to, from, sizeof(float) * n); }
 
@@ -115,58 +157,61 @@ struct Block {
 
 // Q queries of PARTS vectors: what they hold is in registers, while the block goes by.
 template <typename T, int PARTS, int DIM, int Q>
-void Multiply(const Block<T>& keys, const Vec* queries, int stride, Vec (*partial)[kLanes]) {
-  Vec q[Q][PARTS];
+void Multiply(const Block<T>& keys, const Vec* queries, Vec (*partial)[kLanes]) {
+  Vec q[Q][PARTS], key[PARTS];
   for (int i = 0; i < Q; ++i)
-    for (int d = 0; d < PARTS; ++d) q[i][d] = queries[i * stride + d];
+    for (int d = 0; d < PARTS; ++d) q[i][d] = queries[i * PARTS + d];
   for (int j = 0; j < keys.count; ++j) {
     if (keys.rows[j] < 0) continue;
-    const T* row = keys.pages + keys.rows[j];
-    Vec sum[Q];
-    for (int d = 0; d < PARTS; ++d) {
-      const Vec key = LoadPart(row, d, DIM ? DIM : keys.dim);
-      for (int i = 0; i < Q; ++i) sum[i] = d ? sum[i] + q[i][d] * key : q[i][d] * key;
+    Vectors<T, PARTS, DIM>::Read(keys.pages + keys.rows[j], keys.dim, key);
+    for (int i = 0; i < Q; ++i) {
+      Vec sum = q[i][0] * key[0];
+      for (int d = 1; d < PARTS; ++d) sum += q[i][d] * key[d];
+      partial[i][j] = sum;
     }
-    for (int i = 0; i < Q; ++i) partial[i][j] = sum[i];
   }
 }
 
-// WHOLE: all queries see all of the block.
+// What a query weighs each position of a fold with, and which ones it sees.
+struct Weights {
+  Vec at[kFoldVectors];
+  int first, last;
+};
+
+// From position `start` of the fold on. WHOLE: all queries see all of the block.
 template <typename T, int PARTS, int DIM, int Q, bool WHOLE>
-void Accumulate(const Block<T>& values, const Vec* weights, const int* first, const int* last, Vec* out, int stride) {
-  Vec sum[Q][PARTS];
+void Accumulate(const Block<T>& values, const Weights* weights, int start, Vec* out) {
+  Vec sum[Q][PARTS], value[PARTS];
   for (int i = 0; i < Q; ++i)
-    for (int d = 0; d < PARTS; ++d) sum[i][d] = out[i * stride + d];
+    for (int d = 0; d < PARTS; ++d) sum[i][d] = out[i * PARTS + d];
   for (int j = 0; j < values.count; ++j) {
     if (!WHOLE && values.rows[j] < 0) continue;
-    const T* row = values.pages + values.rows[j];
-    Vec value[PARTS];
-    for (int d = 0; d < PARTS; ++d) value[d] = LoadPart(row, d, DIM ? DIM : values.dim);
+    Vectors<T, PARTS, DIM>::Read(values.pages + values.rows[j], values.dim, value);
     for (int i = 0; i < Q; ++i) {
-      if (!WHOLE && (j < first[i] || j >= last[i])) continue;  // what a row does not see may be NaN
-      for (int d = 0; d < PARTS; ++d) sum[i][d] += weights[i][j] * value[d];
+      const int at = start + j;
+      if (!WHOLE && (at < weights[i].first || at >= weights[i].last)) continue;  // what a row does not see may be NaN
+      const float weight = reinterpret_cast<const float*>(weights[i].at)[at];
+      for (int d = 0; d < PARTS; ++d) sum[i][d] += weight * value[d];
     }
   }
   for (int i = 0; i < Q; ++i)
-    for (int d = 0; d < PARTS; ++d) out[i * stride + d] = sum[i][d];
+    for (int d = 0; d < PARTS; ++d) out[i * PARTS + d] = sum[i][d];
 }
 
 // The same for any number of queries, some at a time: as many as registers hold.
 template <typename T, int PARTS, int DIM, int Q = (PARTS <= 4 ? 4 : PARTS <= 8 ? 2 : 1)>
 struct Queries {
-  static void Multiply(int num, const Block<T>& keys, const Vec* queries, int stride, Vec (*partial)[kLanes]) {
-    for (; num >= Q; num -= Q, queries += Q * stride, partial += Q)
-      jaxserve::Multiply<T, PARTS, DIM, Q>(keys, queries, stride, partial);
-    if constexpr (Q > 1) Queries<T, PARTS, DIM, Q - 1>::Multiply(num, keys, queries, stride, partial);
+  static void Multiply(int num, const Block<T>& keys, const Vec* queries, Vec (*partial)[kLanes]) {
+    for (; num >= Q; num -= Q, queries += Q * PARTS, partial += Q)
+      jaxserve::Multiply<T, PARTS, DIM, Q>(keys, queries, partial);
+    if constexpr (Q > 1) Queries<T, PARTS, DIM, Q - 1>::Multiply(num, keys, queries, partial);
   }
 
   template <bool WHOLE>
-  static void Accumulate(int num, const Block<T>& values, const Vec* weights, const int* first, const int* last, Vec* out,
-                         int stride) {
-    for (; num >= Q; num -= Q, weights += Q, first += Q, last += Q, out += Q * stride)
-      jaxserve::Accumulate<T, PARTS, DIM, Q, WHOLE>(values, weights, first, last, out, stride);
-    if constexpr (Q > 1)
-      Queries<T, PARTS, DIM, Q - 1>::template Accumulate<WHOLE>(num, values, weights, first, last, out, stride);
+  static void Accumulate(int num, const Block<T>& values, const Weights* weights, int start, Vec* out) {
+    for (; num >= Q; num -= Q, weights += Q, out += Q * PARTS)
+      jaxserve::Accumulate<T, PARTS, DIM, Q, WHOLE>(values, weights, start, out);
+    if constexpr (Q > 1) Queries<T, PARTS, DIM, Q - 1>::template Accumulate<WHOLE>(num, values, weights, start, out);
   }
 };
 
@@ -174,22 +219,6 @@ struct Queries {
 struct Work {
   int64_t first, last, kv_head;
 };
-
-// Where keys and values of sixteen positions are, some of which may have no page: -1.
-template <typename T>
-void Locate(const Attention& o, const T* k, const T* v, const Work& work, int64_t start, int64_t* rows) {
-  const Table& t = o.table;
-  const int64_t count = std::min<int64_t>(kLanes, o.position[work.last - 1] - start + 1);
-  for (int j = 0; j < count; ++j) {
-    const bool same_page = j && (start + j) % t.page_size;
-    const int64_t row = same_page ? rows[j - 1] + (rows[j - 1] < 0 ? 0 : t.head_dim) : t.Row(o.slot[work.first], start + j, work.kv_head);
-    rows[j] = row;
-    for (int64_t d = 0; row >= 0 && d < t.head_dim; d += 64 / sizeof(T)) {  // on their way to the cache
-      __builtin_prefetch(k + row + d);
-      __builtin_prefetch(v + row + d);
-    }
-  }
-}
 
 inline int64_t Oldest(const Attention& o, int64_t position) {
   return o.window ? std::max<int64_t>(position - o.window + 1, 0) : 0;
@@ -199,6 +228,34 @@ inline int64_t FirstBlock(const Attention& o, const Work& work) {
   return Oldest(o, o.position[work.first]) / kLanes * kLanes;
 }
 
+inline int64_t Newest(const Attention& o, const Work& work) { return o.position[work.last - 1]; }
+
+// Where keys and values of up to sixteen positions from `start` on are, some of which may have no page: negative.
+inline int Locate(const Attention& o, const Work& work, int64_t start, int64_t* rows) {
+  const Table& t = o.table;
+  const int64_t count = std::clamp<int64_t>(Newest(o, work) - start + 1, 0, kLanes);
+  for (int64_t j = 0; j < count;) {
+    const int64_t end = std::min(count, j + t.page_size - (start + j) % t.page_size);  // of the page
+    const int64_t row = t.Row(o.slot[work.first], start + j, work.kv_head);
+    for (int64_t i = 0; j < end; ++j, ++i) rows[j] = row < 0 ? row : row + i * t.head_dim;
+  }
+  return count;
+}
+
+// Brings keys or values to the cache.
+template <typename T>
+void Fetch(const T* pages, const int64_t* rows, int count, int dim) {
+  constexpr int kLine = 64 / sizeof(T);
+  if (count == kLanes && rows[0] >= 0 && rows[kLanes - 1] - rows[0] == (kLanes - 1) * dim) {  // of one page
+    const T* from = pages + rows[0];
+#pragma GCC unroll 4
+    for (int d = 0; d < kLanes * dim; d += kLine) Fetch1(from + d);
+    return;
+  }
+  for (int j = 0; j < count; ++j)
+    for (int d = 0; rows[j] >= 0 && d < dim; d += kLine) Fetch1(pages + rows[j] + d);
+}
+
 // All queries of the work, of PARTS vectors each. DIM: the head dim; 0: known at run time. `after` tells what work comes next.
 template <typename T, int PARTS, int DIM = 0, typename After>
 void AttendRows(const Attention& o, const T* k, const T* v, const Work& work, const After& after) {
@@ -206,60 +263,80 @@ void AttendRows(const Attention& o, const T* k, const T* v, const Work& work, co
   const auto [first, last, kv_head] = work;
   const int dim = t.head_dim, group = o.group, num_queries = (last - first) * group;
   const int64_t num_heads = t.num_kv_heads * group;
-  Vec q[kMaxQueries * PARTS], out[kMaxQueries * PARTS], weights[kMaxQueries];
+  Vec q[kMaxQueries * PARTS], out[kMaxQueries * PARTS];
   float largest[kMaxQueries], total[kMaxQueries];
   for (int i = 0; i < num_queries; ++i) {
-    const float* from = o.q + ((first + i / group) * num_heads + kv_head * group + i % group) * dim;
-    for (int d = 0; d < PARTS; ++d) {
-      q[i * PARTS + d] = LoadPart(from, d, dim);
-      out[i * PARTS + d] = Vec{};
-    }
+    const int64_t head = kv_head * group + i % group;
+    Vectors<T, PARTS, DIM>::Part(o.q + ((first + i / group) * num_heads + head) * dim, dim, q + i * PARTS);
+    std::fill_n(out + i * PARTS, PARTS, Vec{});
     largest[i] = -kInfinity;
     total[i] = 0;
   }
-  const int64_t newest = o.position[last - 1];
-  int64_t rows[kLanes], next_rows[kLanes];
-  const int64_t begin = FirstBlock(o, work);
-  Locate(o, k, v, work, begin, next_rows);
-  for (int64_t start = begin; start <= newest; start += kLanes) {
-    const int count = std::min<int64_t>(kLanes, newest - start + 1);
-    std::copy_n(next_rows, count, rows);
-    if (start + kLanes <= newest) {
-      Locate(o, k, v, work, start + kLanes, next_rows);
-    } else if (const Work next = after(); next.last) {
-      Locate(o, k, v, next, FirstBlock(o, next), next_rows);
+  const int64_t newest = Newest(o, work), begin = FirstBlock(o, work);
+  int64_t rows[kFold], next_rows[kFold];
+  int next_count[kFoldVectors];
+  Vec partial[kMaxQueries][kLanes];
+  Weights weights[kMaxQueries];
+  for (int b = 0; b < kFoldVectors; ++b) Locate(o, work, begin / kFold * kFold + b * kLanes, next_rows + b * kLanes);
+  for (int64_t fold = begin / kFold * kFold; fold <= newest; fold += kFold) {
+    // Blocks of sixteen positions [from, to) of the fold.
+    const int from = std::max<int64_t>(begin - fold, 0) / kLanes, to = std::min<int64_t>(newest - fold, kFold - 1) / kLanes + 1;
+    const auto block = [&](const T* pages, int b) {
+      const int count = std::min<int64_t>(kLanes, newest + 1 - fold - b * kLanes);
+      return Block<T>{pages, rows + b * kLanes, count, dim};
+    };
+    std::copy_n(next_rows, kFold, rows);
+    const bool ends = fold + kFold > newest;
+    const Work next = ends ? after() : work;
+    const int64_t next_fold = ends ? FirstBlock(o, next) / kFold * kFold : fold + kFold;
+    bool pages_missing = false;
+    for (int b = 0; b < kFoldVectors; ++b) {
+      int64_t* const following = next_rows + b * kLanes;
+      next_count[b] = next.last ? Locate(o, next, next_fold + b * kLanes, following) : 0;
+      Fetch(k, following, next_count[b], dim);
+      if (b < from || b >= to) continue;
+      const Block<T> keys = block(k, b);
+      const bool missing = *std::min_element(keys.rows, keys.rows + keys.count) < 0;
+      pages_missing |= missing;
+      if (missing || keys.count < kLanes)
+        for (int i = 0; i < num_queries; ++i) std::fill_n(partial[i], kLanes, Vec{});
+      Queries<T, PARTS, DIM>::Multiply(num_queries, keys, q, partial);
+      for (int i = 0; i < num_queries; ++i) weights[i].at[b] = Sums(partial[i]);
     }
-    bool whole = count == kLanes && *std::min_element(rows, rows + count) >= 0;
-    Vec partial[kMaxQueries][kLanes];
-    if (!whole)
-      for (int i = 0; i < num_queries; ++i) std::fill_n(partial[i], kLanes, Vec{});
-    Queries<T, PARTS, DIM>::Multiply(num_queries, Block<T>{k, rows, count, dim}, q, PARTS, partial);
-    int sees_from[kMaxQueries], sees_to[kMaxQueries];  // of the block
+    bool all_seen = !pages_missing;
     for (int i = 0; i < num_queries; ++i) {
+      Weights& w = weights[i];
       const int64_t position = o.position[first + i / group];
-      sees_from[i] = std::clamp<int64_t>(Oldest(o, position) - start, 0, kLanes);
-      sees_to[i] = std::clamp<int64_t>(position + 1 - start, 0, kLanes);
-      whole &= sees_from[i] == 0 && sees_to[i] == kLanes;
-      Vec score = Sums(partial[i]);
-      if (o.softcap) {
-        for (int j = 0; j < kLanes; ++j) score[j] = o.softcap * std::tanh(score[j] / o.softcap);
+      w.first = std::clamp<int64_t>(Oldest(o, position) - fold, 0, kFold);
+      w.last = std::clamp<int64_t>(position + 1 - fold, 0, kFold);
+      all_seen &= w.first <= from * kLanes && w.last >= std::min<int64_t>(to * kLanes, newest + 1 - fold);
+      Vec most_of = Splat(-kInfinity);
+      for (int b = from; b < to; ++b) {
+        if (o.softcap) {
+          for (int j = 0; j < kLanes; ++j) w.at[b][j] = o.softcap * std::tanh(w.at[b][j] / o.softcap);
+        }
+        const IntVec at = IntVec{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + b * kLanes;
+        w.at[b] = (at >= w.first) & (at < w.last) ? w.at[b] : Splat(-kInfinity);
+        most_of = Max(most_of, w.at[b]);
       }
-      const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-      score = (lane >= sees_from[i]) & (lane < sees_to[i]) ? score : Splat(-kInfinity);
-      const float most = std::max(largest[i], Largest(score));
+      const float most = std::max(largest[i], Largest(most_of));
       const float base = most == -kInfinity ? 0 : most;
-      weights[i] = Exp(score - base);
+      Vec sum = {};
+      for (int b = from; b < to; ++b) sum += w.at[b] = Exp(w.at[b] - base);
       if (most != largest[i]) {
         const float correction = Exp(Splat(largest[i] - base))[0];
         total[i] *= correction;
         for (int d = 0; d < PARTS; ++d) out[i * PARTS + d] *= correction;
       }
-      total[i] += Sum(weights[i]);
+      total[i] += Sum(sum);
       largest[i] = most;
     }
     using Some = Queries<T, PARTS, DIM>;
-    const auto accumulate = whole ? Some::template Accumulate<true> : Some::template Accumulate<false>;
-    accumulate(num_queries, Block<T>{v, rows, count, dim}, weights, sees_from, sees_to, out, PARTS);
+    const auto accumulate = all_seen ? Some::template Accumulate<true> : Some::template Accumulate<false>;
+    for (int b = 0; b < kFoldVectors; ++b) {
+      Fetch(v, next_rows + b * kLanes, next_count[b], dim);
+      if (b >= from && b < to) accumulate(num_queries, block(v, b), weights, b * kLanes, out);
+    }
   }
   for (int i = 0; i < num_queries; ++i) {
     const int64_t head = kv_head * group + i % group;
@@ -269,6 +346,7 @@ void AttendRows(const Attention& o, const T* k, const T* v, const Work& work, co
       scale = Exp(Splat(largest[i] - base))[0];
       total[i] = total[i] * scale + Exp(Splat(o.sinks[head] - base))[0];
     }
+    Vectors<T, PARTS, DIM>::Join(out + i * PARTS);
     for (int d = 0; d < PARTS && d * kLanes < dim; ++d) {
       const Vec result = total[i] == 0 ? Vec{} : out[i * PARTS + d] * scale / total[i];
       o.write(o.to, first + i / group, head * dim + d * kLanes, result, std::min(kLanes, dim - d * kLanes));
@@ -276,40 +354,50 @@ void AttendRows(const Attention& o, const T* k, const T* v, const Work& work, co
   }
 }
 
-// Attention as a phase of a job: an item is a run and a kv head, and runs at the end, which are the longest, go first.
+// Attention as a phase of a job. Runs at the end, which are the longest, go first.
 template <typename T>
-Phase PhaseOf(const Attention& o, const T* k, const T* v, const Runs& runs) {
-  const int64_t heads = o.table.num_kv_heads, items = runs.Count() * heads;
-  const auto work_of = [=, &runs](int64_t item) {
-    const int64_t run = runs.Count() - 1 - item / heads;
-    return Work{runs.starts[run], runs.starts[run + 1], item % heads};
+Phase PhaseOf(const Attention& o, const T* k, const T* v, const Runs& runs, int64_t threads) {
+  constexpr int64_t kItemsPerThread = 8;  // taking an item costs about as much as attending to a few keys
+  const int64_t heads = o.table.num_kv_heads, works = runs.Count() * heads, items = std::min(works, threads * kItemsPerThread);
+  const auto work_of = [=, &runs](int64_t work) {
+    const int64_t run = runs.Count() - 1 - work / heads;
+    return Work{runs.starts[run], runs.starts[run + 1], work % heads};
   };
-  const auto body = [=](int64_t item, Upcoming upcoming) {
-    const Work work = work_of(item);
+  const auto attend = [=](const Work& work, const auto& after) {
     const int dim = o.table.head_dim, parts = (dim + kLanes - 1) / kLanes;
     if (!o.table.HasSlot(o.slot[work.first])) {
       const int64_t width = o.group * dim;
       for (int64_t row = work.first; row < work.last; ++row)
         for (int64_t i = 0; i < width; i += kLanes)
           o.write(o.to, row, work.kv_head * width + i, Vec{}, std::min<int64_t>(kLanes, width - i));
-      return;
+    } else if (dim == 64) {
+      AttendRows<T, 4, 64>(o, k, v, work, after);
+    } else if (dim == 128) {
+      AttendRows<T, 8, 128>(o, k, v, work, after);
+    } else if (parts <= 4) {
+      AttendRows<T, 4>(o, k, v, work, after);
+    } else if (parts <= 8) {
+      AttendRows<T, 8>(o, k, v, work, after);
+    } else {
+      AttendRows<T, 16>(o, k, v, work, after);
     }
-    const auto after = [&] {
-      const int64_t next = upcoming();
-      const Work none{0, 0, 0}, work = next < items ? work_of(next) : none;
-      return work.last && o.table.HasSlot(o.slot[work.first]) ? work : none;
-    };
-    if (dim == 64) AttendRows<T, 4, 64>(o, k, v, work, after);
-    else if (dim == 128) AttendRows<T, 8, 128>(o, k, v, work, after);
-    else if (parts <= 4) AttendRows<T, 4>(o, k, v, work, after);
-    else if (parts <= 8) AttendRows<T, 8>(o, k, v, work, after);
-    else AttendRows<T, 16>(o, k, v, work, after);
+  };
+  const auto body = [=](int64_t item, Upcoming upcoming) {
+    const int64_t end = (item + 1) * works / items;
+    for (int64_t i = item * works / items; i < end; ++i) {
+      attend(work_of(i), [&] {
+        const int64_t next = i + 1 < end ? i + 1 : std::min(upcoming(), items) * works / items;
+        const Work none{0, 0, 0}, work = next < works ? work_of(next) : none;
+        return work.last && o.table.HasSlot(o.slot[work.first]) ? work : none;
+      });
+    }
   };
   const auto fetch = [=](int64_t item) {
-    const Work work = work_of(item);
+    const Work work = work_of(item * works / items);
     int64_t rows[kLanes];
-    if (o.table.HasSlot(o.slot[work.first])) Locate(o, k, v, work, FirstBlock(o, work), rows);
-    asm volatile("");  // else GCC takes this for a function without effect
+    const int count = o.table.HasSlot(o.slot[work.first]) ? Locate(o, work, FirstBlock(o, work), rows) : 0;
+    Fetch(k, rows, count, o.table.head_dim);
+    Fetch(v, rows, count, o.table.head_dim);
   };
   return {items, body, fetch};
 }

@@ -35,8 +35,8 @@ using Layer = std::array<void*, kBuffers>;  // null: there is none
 // What a layer leaves to none but its own later phases.
 template <typename W>
 struct Scratch {
-  std::vector<float> qkv, q;
-  std::vector<typename W::Pair> x, heads, ffw;
+  Buffer<float> qkv, q;
+  Buffer<typename W::Pair> x, heads, ffw;
 };
 
 template <typename W, typename T>
@@ -45,12 +45,12 @@ void AddPhases(const Model& m, const Batch& b, const Layer& layer, int64_t windo
   const Table& t = b.table;
   const auto given = [&](int i) { return static_cast<const float*>(layer[i]); };
   const int64_t heads_dim = t.num_kv_heads * m.group * t.head_dim, qkv_dim = t.num_kv_heads * (m.group + 2) * t.head_dim;
-  const PackedRows<W> packed{scratch.x.data(), b.num_rows, m.embed_dim};
-  const PackedRows<W> ffw{scratch.ffw.data(), b.num_rows, m.ffw_dim};
-  kept.push_back({scratch.heads.data(), b.num_rows, heads_dim});
+  const PackedRows<W> packed{scratch.x.Data(), b.num_rows, m.embed_dim};
+  const PackedRows<W> ffw{scratch.ffw.Data(), b.num_rows, m.ffw_dim};
+  kept.push_back({scratch.heads.Data(), b.num_rows, heads_dim});
   const PackedRows<W>& heads = kept.back();
-  float* qkv = scratch.qkv.data();
-  float* q = scratch.q.data();
+  float* qkv = scratch.qkv.Data();
+  float* q = scratch.q.Data();
   T* k = static_cast<T*>(layer[kK]);
   T* v = static_cast<T*>(layer[kV]);
   const auto write = [](const void* to, int64_t row, int64_t column, Vec values, int n) {
@@ -61,7 +61,7 @@ void AddPhases(const Model& m, const Batch& b, const Layer& layer, int64_t windo
   phases.push_back(PackingOf(x, given(kNorm), m.eps, packed));
   phases.push_back(PhaseOf(Product<W>{packed, layer[kQkv], given(kQkvBias), nullptr, qkv_dim, false, qkv, {}}, threads));
   phases.push_back(PhaseOf(rotation, k, v));
-  phases.push_back(PhaseOf(attention, static_cast<const T*>(k), static_cast<const T*>(v), runs));
+  phases.push_back(PhaseOf(attention, static_cast<const T*>(k), static_cast<const T*>(v), runs, threads));
   phases.push_back(PhaseOf(Product<W>{heads, layer[kOut], given(kOutBias), x, m.embed_dim, false, b.y, {}}, threads));
   phases.push_back(PackingOf(b.y, given(kFfwNorm), m.eps, packed));
   phases.push_back(PhaseOf(Product<W>{packed, layer[kGateUp], given(kGateUpBias), nullptr, m.ffw_dim, true, nullptr, ffw}, threads));
@@ -73,11 +73,11 @@ void RunBlocks(ffi::ThreadPool& pool, const Model& m, const Batch& b, const std:
   static thread_local Scratch<W> scratch;
   const Table& t = b.table;
   const int64_t heads_dim = t.num_kv_heads * m.group * t.head_dim;
-  scratch.qkv.resize(b.num_rows * t.num_kv_heads * (m.group + 2) * t.head_dim);
-  scratch.q.resize(b.num_rows * heads_dim);
-  scratch.x.resize(PackedRows<W>::Size(b.num_rows, m.embed_dim));
-  scratch.heads.resize(PackedRows<W>::Size(b.num_rows, heads_dim));
-  scratch.ffw.resize(PackedRows<W>::Size(b.num_rows, m.ffw_dim));
+  scratch.qkv.Resize(b.num_rows * t.num_kv_heads * (m.group + 2) * t.head_dim);
+  scratch.q.Resize(b.num_rows * heads_dim);
+  scratch.x.Resize(PackedRows<W>::Size(b.num_rows, m.embed_dim));
+  scratch.heads.Resize(PackedRows<W>::Size(b.num_rows, heads_dim));
+  scratch.ffw.Resize(PackedRows<W>::Size(b.num_rows, m.ffw_dim));
   const Runs runs(b.slot, b.position, b.num_rows, m.group);
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);  // without a pool it says 0
   std::vector<Phase> phases;

@@ -46,8 +46,9 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, Heads q, ffi::AnyBuffer k, ffi::
   const Runs runs(o.slot, o.position, rows, group);
   const auto run = [&](auto* pages_of) {
     using T = std::remove_pointer_t<decltype(pages_of)>;
-    const Phase phase = PhaseOf(o, static_cast<const T*>(k.untyped_data()), static_cast<const T*>(v.untyped_data()), runs);
-    Run(pool, std::min<int64_t>(pool.num_threads(), phase.count), {phase});
+    const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);  // without a pool it says 0
+    const auto *keys = static_cast<const T*>(k.untyped_data()), *values = static_cast<const T*>(v.untyped_data());
+    Run(pool, threads, {PhaseOf(o, keys, values, runs, threads)});
   };
   if (k.element_type() == ffi::F32) run(static_cast<float*>(nullptr));
   else run(static_cast<uint16_t*>(nullptr));

@@ -9,9 +9,8 @@ namespace ffi = xla::ffi;
 
 template <typename W>
 void Run(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t k, const float* scale, float eps, Product<W> o) {
-  static thread_local std::vector<typename W::Pair> kept;
-  kept.resize(PackedRows<W>::Size(num_rows, k));
-  o.x = {kept.data(), num_rows, k};
+  static thread_local Buffer<typename W::Pair> kept;
+  o.x = {kept.Resize(PackedRows<W>::Size(num_rows, k)), num_rows, k};
   const int64_t threads = std::clamp<int64_t>(pool.num_threads(), 1, o.NumPanels());  // without a pool it says 0
   jaxserve::Run(pool, threads, {PackingOf(x, scale, eps, o.x), PhaseOf(o, threads)});
 }

@@ -170,7 +170,7 @@ void Tile(const typename W::Pair* x, const typename W::Element* w, int64_t pairs
     const int64_t end = std::min<int64_t>(pairs - chunk, kChunk / 2);
     for (int64_t p = 0; p < end; ++p, w += kStep) {
       if (chunk + p == fetch) {
-        for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead.next + fetch * kBytes + line, 0, 2);
+        for (int64_t line = 0; line < kBytes; line += 64) Fetch2(ahead.next + fetch * kBytes + line);
         fetch += ahead.blocks;
       }
       decltype(W::Read(w, 0)) column[C];
@@ -274,8 +274,7 @@ Phase PhaseOf(const Product<W>& o, int64_t threads) {
   const auto fetch = [=](int64_t item) {
     const char* from = reinterpret_cast<const char*>(o.Panel(start(item) / (2 * blocks)));
     const char* end = std::min(from + kFetchBytes, reinterpret_cast<const char*>(o.Panel(panels)));
-    for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
-    asm volatile("");  // else GCC takes this for a function without effect
+    for (; from < end; from += 64) Fetch2(from);
   };
   return {items, body, fetch};
 }

@@ -2,13 +2,43 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <new>
 
 namespace jaxserve {
 
 constexpr int kLanes = 16;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Brings a line to the second cache, or to the first. GCC takes functions that do nothing but __builtin_prefetch for functions
+// without effect, and leaves them out.
+inline void Fetch2(const void* from) { asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(from))); }
+inline void Fetch1(const void* from) { asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(from))); }
+
+// Room for numbers, from a whole line on: vectors that lie across two lines take twice as long to store.
+template <typename T>
+class Buffer {
+ public:
+  T* Resize(int64_t size) {  // what it held is lost
+    if (size > size_) {
+      data_.reset(static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64)));
+      if (!data_) throw std::bad_alloc();
+      size_ = size;
+    }
+    return data_.get();
+  }
+  T* Data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { std::free(data); }
+  };
+  std::unique_ptr<T, Free> data_;
+  int64_t size_ = 0;
+};
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
