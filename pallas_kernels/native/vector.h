@@ -1,6 +1,8 @@
 // Sixteen floats at once, in the compiler's vector extensions: one register with AVX-512, two with AVX2.
 #pragma once
 
+#include <immintrin.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -52,6 +54,15 @@ inline V Load(const void* from) {
 }
 
 inline void Store(float* to, Vec v) { std::memcpy(to, &v, sizeof(v)); }
+
+// Stores to a whole line, without reading it before: for what no cache will hold until it is read.
+inline void StorePastCaches(float* to, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)v);
+#else
+  Store(to, v);
+#endif
+}
 
 // Stores the first n floats.
 inline void StoreSome(float* to, Vec v, int n) {
