@@ -127,8 +127,8 @@ struct Attention {
   const float* sinks;  // null: none
   int64_t group, window;
   float softcap;
-  const void* to;  // the first n of x are columns [column, column + n) of a row of the result
-  void (*write)(const void* to, int64_t row, int64_t column, Vec x, int n);
+  const void* to;  // x, of n numbers, becomes columns [column, column + n) of a row of the result
+  void (*write)(const void* to, int64_t row, int64_t column, const Vec* x, int n);
 };
 
 // Rows of one slot at consecutive positions go together, so many of them at most.
@@ -347,10 +347,8 @@ void AttendRows(const Attention& o, const T* k, const T* v, const Work& work, co
       total[i] = total[i] * scale + Exp(Splat(o.sinks[head] - base))[0];
     }
     Vectors<T, PARTS, DIM>::Join(out + i * PARTS);
-    for (int d = 0; d < PARTS && d * kLanes < dim; ++d) {
-      const Vec result = total[i] == 0 ? Vec{} : out[i * PARTS + d] * scale / total[i];
-      o.write(o.to, first + i / group, head * dim + d * kLanes, result, std::min(kLanes, dim - d * kLanes));
-    }
+    for (int d = 0; d < PARTS; ++d) out[i * PARTS + d] = total[i] == 0 ? Vec{} : out[i * PARTS + d] * scale / total[i];
+    o.write(o.to, first + i / group, head * dim, out + i * PARTS, dim);
   }
 }
 
@@ -366,10 +364,9 @@ Phase PhaseOf(const Attention& o, const T* k, const T* v, const Runs& runs, int6
   const auto attend = [=](const Work& work, const auto& after) {
     const int dim = o.table.head_dim, parts = (dim + kLanes - 1) / kLanes;
     if (!o.table.HasSlot(o.slot[work.first])) {
-      const int64_t width = o.group * dim;
+      const Vec zeros[kMaxHeadDim / kLanes] = {};
       for (int64_t row = work.first; row < work.last; ++row)
-        for (int64_t i = 0; i < width; i += kLanes)
-          o.write(o.to, row, work.kv_head * width + i, Vec{}, std::min<int64_t>(kLanes, width - i));
+        for (int64_t i = 0; i < o.group; ++i) o.write(o.to, row, (work.kv_head * o.group + i) * dim, zeros, dim);
     } else if (dim == 64) {
       AttendRows<T, 4, 64>(o, k, v, work, after);
     } else if (dim == 128) {

@@ -53,8 +53,9 @@ void AddPhases(const Model& m, const Batch& b, const Layer& layer, int64_t windo
   float* q = scratch.q.Data();
   T* k = static_cast<T*>(layer[kK]);
   T* v = static_cast<T*>(layer[kV]);
-  const auto write = [](const void* to, int64_t row, int64_t column, Vec values, int n) {
-    static_cast<const PackedRows<W>*>(to)->At(row).WriteSome(column, values, n);
+  const auto write = [](const void* to, int64_t row, int64_t column, const Vec* values, int n) {
+    const auto packed = static_cast<const PackedRows<W>*>(to)->At(row);
+    for (int i = 0; i < n; i += kLanes) packed.WriteSome(column + i, values[i / kLanes], std::min(kLanes, n - i));
   };
   const Rotation rotation{qkv, b.cos, b.sin, given(kQNorm), given(kKNorm), q, t, b.slot, b.position, b.num_rows, m.group, m.eps};
   const Attention attention{q, t, b.slot, b.position, nullptr, m.group, window, 0, &heads, write};

@@ -28,9 +28,9 @@ struct Rows {
   float* at;
   int64_t width;
 
-  static void Write(const void* to, int64_t row, int64_t column, Vec x, int n) {
+  static void Write(const void* to, int64_t row, int64_t column, const Vec* x, int n) {
     const Rows& rows = *static_cast<const Rows*>(to);
-    StoreSome(rows.at + row * rows.width + column, x, n);
+    std::memcpy(rows.at + row * rows.width + column, x, sizeof(float) * n);
   }
 };
 

@@ -35,24 +35,29 @@ ffi::Error RunProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> x, ffi::Any
 
 // Rows of a table [V, K], or columns of a packed weight.
 template <typename W>
-void Lookup(const ffi::AnyBuffer& w, const int32_t* ids, int64_t rows, int64_t k, float* x) {
+void Lookup(ffi::ThreadPool& pool, const ffi::AnyBuffer& w, const int32_t* ids, int64_t rows, int64_t k, float* x) {
+  constexpr int64_t kRowsPerItem = 8;
   const auto* from = static_cast<const typename W::Element*>(w.untyped_data());
   const bool packed = w.dimensions().size() == 4;
   const int64_t pairs = (k + 1) / 2, size = packed ? w.dimensions()[0] * kPanel : w.dimensions()[0];
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t id = std::clamp<int64_t>(ids[r], 0, size - 1);
-    const auto* panel = from + id / kPanel * pairs * 2 * kPanel;
-    for (int64_t i = 0; i < k; ++i) {
-      x[r * k + i] = W::AsFloat(packed ? panel[i / 2 * 2 * kPanel + W::Place(id % kPanel, i % 2)] : from[id * k + i]);
+  const auto item = [&](int64_t i, Upcoming) {
+    for (int64_t r = i * kRowsPerItem; r < std::min(rows, (i + 1) * kRowsPerItem); ++r) {
+      const int64_t id = std::clamp<int64_t>(ids[r], 0, size - 1);
+      const auto* panel = from + id / kPanel * pairs * 2 * kPanel;
+      for (int64_t j = 0; j < k; ++j) {
+        x[r * k + j] = W::AsFloat(packed ? panel[j / 2 * 2 * kPanel + W::Place(id % kPanel, j % 2)] : from[id * k + j]);
+      }
     }
-  }
+  };
+  const int64_t items = (rows + kRowsPerItem - 1) / kRowsPerItem;
+  jaxserve::Run(pool, std::min<int64_t>(pool.num_threads(), items), {{items, item}});
 }
 
-ffi::Error Embed(ffi::AnyBuffer w, ffi::Buffer<ffi::S32, 1> ids, ffi::Buffer<ffi::S32, 0> num_rows,
+ffi::Error Embed(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::S32, 1> ids, ffi::Buffer<ffi::S32, 0> num_rows,
                  ffi::Result<ffi::Buffer<ffi::F32, 2>> x) {
   const int64_t k = x->dimensions()[1], rows = std::clamp<int64_t>(num_rows.typed_data()[0], 0, x->dimensions()[0]);
-  if (w.element_type() == ffi::BF16) Lookup<Bfloat16Weight>(w, ids.typed_data(), rows, k, x->typed_data());
-  else Lookup<Float32Weight>(w, ids.typed_data(), rows, k, x->typed_data());
+  const auto lookup = w.element_type() == ffi::BF16 ? Lookup<Bfloat16Weight> : Lookup<Float32Weight>;
+  lookup(pool, w, ids.typed_data(), rows, k, x->typed_data());
   return ffi::Error::Success();
 }
 
@@ -66,6 +71,7 @@ using Ids = xla::ffi::Buffer<xla::ffi::S32, 1>;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_embed, jaxserve::Embed,
                               xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>() // w
                                   .Arg<Ids>()                 // ids
                                   .Arg<Count>()               // num_rows
