@@ -30,7 +30,7 @@ from jaxserve.capacity import resolve_capacities
 from jaxserve.config import EngineConfig
 from jaxserve.intake import Intake
 from jaxserve.logits_fn import LogitsFn
-from jaxserve.memory import trim
+from jaxserve.memory import keep_buffers, trim
 from jaxserve.models import ModelConfig
 from jaxserve.models.prepare import prepare, prepare_and_free, unprepared
 from jaxserve.readback import Observer, readable, take_prompt_logprobs, take_tokens
@@ -512,6 +512,8 @@ class Engine:
             self._state, outputs = self._programs["run_steps"](self._params, self._state, np.int32(0))
             jax.device_get((handles, self._readable(outputs)))
         trim()
+        if next(iter(jax.tree.leaves(self._params)[0].devices())).platform == "cpu":
+            keep_buffers()
         self._warm = True
         self.stats.compile_seconds = time.monotonic() - start
 
