@@ -12,7 +12,7 @@ def keep_buffers() -> None:
 
     On CPU XLA allocates a program's temporary arrays anew on each call. By itself glibc returns those of over 32 MB to the
     system each time, which has to clear page after page when they are used again: up to a quarter of the time of a step, if
-    the host reads after each one. Arrays of over 64 MB in a thread of XLA's own (vocabularies of over 50,000) are out of its reach.
+    the host reads after each one. Out of its reach are arrays of over 64 MB (vocabularies of over 50,000) in XLA's own threads.
     """
     if (c_library := _c_library()) is not None and hasattr(c_library, "mallopt"):
         c_library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
