@@ -32,62 +32,76 @@ struct Batch {
 
 using Layer = std::array<void*, kBuffers>;  // null: there is none
 
-// What a layer leaves to none but its own later phases.
+// What layers leave to none but their own later phases.
 template <typename W>
 struct Scratch {
   Buffer<float> qkv, q;
   Buffer<typename W::Pair> x, heads, ffw;
 };
 
+// All phases of all layers: they refer to this object.
 template <typename W, typename T>
-void AddPhases(const Model& m, const Batch& b, const Layer& layer, int64_t window, const float* x, const Runs& runs,
-               Scratch<W>& scratch, int64_t threads, std::vector<Phase>& phases, std::vector<PackedRows<W>>& kept) {
-  const Table& t = b.table;
-  const auto given = [&](int i) { return static_cast<const float*>(layer[i]); };
-  const int64_t heads_dim = t.num_kv_heads * m.group * t.head_dim, qkv_dim = t.num_kv_heads * (m.group + 2) * t.head_dim;
-  const PackedRows<W> packed{scratch.x.Data(), b.num_rows, m.embed_dim};
-  const PackedRows<W> ffw{scratch.ffw.Data(), b.num_rows, m.ffw_dim};
-  kept.push_back({scratch.heads.Data(), b.num_rows, heads_dim});
-  const PackedRows<W>& heads = kept.back();
-  float* qkv = scratch.qkv.Data();
-  float* q = scratch.q.Data();
-  T* k = static_cast<T*>(layer[kK]);
-  T* v = static_cast<T*>(layer[kV]);
-  const auto write = [](const void* to, int64_t row, int64_t column, const Vec* values, int n) {
+class Phases {
+ public:
+  Phases(const Model& m, const Batch& b, const std::vector<Layer>& layers, int64_t threads)
+      : m_(m), b_(b), threads_(threads), runs_(b.slot, b.position, b.num_rows, m.group) {
+    static thread_local Scratch<W> scratch;
+    const int64_t rows = b.num_rows, heads = b.table.num_kv_heads, dim = b.table.head_dim;
+    qkv_dim_ = heads * (m.group + 2) * dim;
+    qkv_ = scratch.qkv.Resize(rows * qkv_dim_);
+    q_ = scratch.q.Resize(rows * heads * m.group * dim);
+    const auto packed = [&](auto& buffer, int64_t columns) {
+      return PackedRows<W>{buffer.Resize(PackedRows<W>::Size(rows, columns)), rows, columns};
+    };
+    x_ = packed(scratch.x, m.embed_dim);
+    heads_ = packed(scratch.heads, heads * m.group * dim);
+    ffw_ = packed(scratch.ffw, m.ffw_dim);
+    for (size_t i = 0; i < layers.size(); ++i) Add(layers[i], m.windows[i], i ? b.y : b.x);
+  }
+
+  std::vector<Phase> Get() const { return phases_; }
+
+ private:
+  void Add(const Layer& layer, int64_t window, const float* x) {
+    const auto given = [&](int i) { return static_cast<const float*>(layer[i]); };
+    T* const k = static_cast<T*>(layer[kK]);
+    T* const v = static_cast<T*>(layer[kV]);
+    float* const y = b_.y;
+    const Rotation rotation{qkv_, b_.cos, b_.sin, given(kQNorm), given(kKNorm), q_, b_.table,
+                            b_.slot, b_.position, b_.num_rows, m_.group, m_.eps};
+    const Attention attention{q_, b_.table, b_.slot, b_.position, nullptr, m_.group, window, 0, &heads_, Write};
+    const auto multiply = [&](Product<W> product) { phases_.push_back(PhaseOf(product, threads_)); };
+
+    phases_.push_back(PackingOf(x, given(kNorm), m_.eps, x_));
+    multiply({x_, layer[kQkv], given(kQkvBias), nullptr, qkv_dim_, false, qkv_, {}});
+    phases_.push_back(PhaseOf(rotation, k, v));
+    phases_.push_back(PhaseOf<T>(attention, k, v, runs_, threads_));
+    multiply({heads_, layer[kOut], given(kOutBias), x, m_.embed_dim, false, y, {}});
+    phases_.push_back(PackingOf(y, given(kFfwNorm), m_.eps, x_));
+    multiply({x_, layer[kGateUp], given(kGateUpBias), nullptr, m_.ffw_dim, true, nullptr, ffw_});
+    multiply({ffw_, layer[kDown], given(kDownBias), y, m_.embed_dim, false, y, {}});
+  }
+
+  static void Write(const void* to, int64_t row, int64_t column, const Vec* values, int n) {
     const auto packed = static_cast<const PackedRows<W>*>(to)->At(row);
     for (int i = 0; i < n; i += kLanes) packed.WriteSome(column + i, values[i / kLanes], std::min(kLanes, n - i));
-  };
-  const Rotation rotation{qkv, b.cos, b.sin, given(kQNorm), given(kKNorm), q, t, b.slot, b.position, b.num_rows, m.group, m.eps};
-  const Attention attention{q, t, b.slot, b.position, nullptr, m.group, window, 0, &heads, write};
-  phases.push_back(PackingOf(x, given(kNorm), m.eps, packed));
-  phases.push_back(PhaseOf(Product<W>{packed, layer[kQkv], given(kQkvBias), nullptr, qkv_dim, false, qkv, {}}, threads));
-  phases.push_back(PhaseOf(rotation, k, v));
-  phases.push_back(PhaseOf(attention, static_cast<const T*>(k), static_cast<const T*>(v), runs, threads));
-  phases.push_back(PhaseOf(Product<W>{heads, layer[kOut], given(kOutBias), x, m.embed_dim, false, b.y, {}}, threads));
-  phases.push_back(PackingOf(b.y, given(kFfwNorm), m.eps, packed));
-  phases.push_back(PhaseOf(Product<W>{packed, layer[kGateUp], given(kGateUpBias), nullptr, m.ffw_dim, true, nullptr, ffw}, threads));
-  phases.push_back(PhaseOf(Product<W>{ffw, layer[kDown], given(kDownBias), b.y, m.embed_dim, false, b.y, {}}, threads));
-}
+  }
+
+  const Model& m_;
+  const Batch& b_;
+  const int64_t threads_;
+  const Runs runs_;
+  int64_t qkv_dim_;
+  float *qkv_, *q_;
+  PackedRows<W> x_, heads_, ffw_;
+  std::vector<Phase> phases_;
+};
 
 template <typename W, typename T>
 void RunBlocks(ffi::ThreadPool& pool, const Model& m, const Batch& b, const std::vector<Layer>& layers) {
-  static thread_local Scratch<W> scratch;
-  const Table& t = b.table;
-  const int64_t heads_dim = t.num_kv_heads * m.group * t.head_dim;
-  scratch.qkv.Resize(b.num_rows * t.num_kv_heads * (m.group + 2) * t.head_dim);
-  scratch.q.Resize(b.num_rows * heads_dim);
-  scratch.x.Resize(PackedRows<W>::Size(b.num_rows, m.embed_dim));
-  scratch.heads.Resize(PackedRows<W>::Size(b.num_rows, heads_dim));
-  scratch.ffw.Resize(PackedRows<W>::Size(b.num_rows, m.ffw_dim));
-  const Runs runs(b.slot, b.position, b.num_rows, m.group);
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);  // without a pool it says 0
-  std::vector<Phase> phases;
-  std::vector<PackedRows<W>> kept;
-  kept.reserve(layers.size());
-  phases.reserve(8 * layers.size());
-  for (size_t i = 0; i < layers.size(); ++i)
-    AddPhases<W, T>(m, b, layers[i], m.windows[i], i ? b.y : b.x, runs, scratch, threads, phases, kept);
-  Run(pool, threads, std::move(phases));
+  const Phases<W, T> phases(m, b, layers, threads);
+  Run(pool, threads, phases.Get());
 }
 
 ffi::Error Blocks(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> x, ffi::Buffer<ffi::F32, 2> cos, ffi::Buffer<ffi::F32, 2> sin,
