@@ -16,7 +16,8 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-jax.config.update("jax_compilation_cache_dir", str(_CACHE / "jaxserve-tests" / f"jax-{jax.__version__}"))
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")  # processes side by side keep to folders of their own
+jax.config.update("jax_compilation_cache_dir", str(_CACHE / "jaxserve-tests" / f"jax-{jax.__version__}" / _WORKER))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 _MANY_MAPS = 20_000
