@@ -14,8 +14,10 @@ def keep_buffers() -> None:
     system each time, which has to clear page after page when they are used again: up to a quarter of the time of a step, if
     the host reads after each one. Out of its reach are arrays of over 64 MB (vocabularies of over 50,000) in XLA's own threads.
     """
-    if (c_library := _c_library()) is not None and hasattr(c_library, "mallopt"):
-        c_library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+    if (c_library := _c_library()) is None or not hasattr(c_library, "mallopt"):
+        return
+    # Older ones refuse more than 32 MB. To set the second option alone would stop glibc's own adjustment of the first.
+    if c_library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) or c_library.mallopt(_M_MMAP_THRESHOLD, 32 << 20):
         c_library.mallopt(_M_TRIM_THRESHOLD, _LARGEST_KEPT)
 
 

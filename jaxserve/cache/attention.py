@@ -29,7 +29,7 @@ def paged_attend(
     interpret: bool = False,
     num_rows: Int32[Array, ""] | None = None,
 ) -> Attend:
-    """An `attend` for rows that belong to slots; its `kv` is one layer's (k_pages, v_pages).
+    """An `attend` for rows that belong to slots; its `kv` is one layer's (k_pages, v_pages), and of packed weights all layers'.
 
     Rows of one slot may come in one call or in many: every row is written before any attends, and attends to positions up
     to its own. Rows whose slot is "none" (S) write nothing.

@@ -1,6 +1,7 @@
 """The layers every family is made of. Activations are float32; weights may be narrower.
 
-A layer knows neither pages nor kernels: attention is the `attend` function it is given.
+A layer computes with plain JAX, and knows no pages: attention is the `attend` function it is given. What native kernels need
+of a block they get from `Block.weights`.
 """
 
 from typing import Any, NamedTuple, Protocol

@@ -55,6 +55,10 @@ class Transformer(nnx.Module):
             }
             x, layers = native.blocks(x, *rotation, weights, kv, attend, ffw_dim=config.ffw_dim, **options)
             return self.final_norm(x), tuple(layers)
+        if any(is_prepared(block.attention.qkv[...]) for block in self.blocks):
+            raise ValueError(
+                "these parameters are prepared for native kernels: use them with native.PagedRows as `attend`"
+            )
         x = self.embedding[...][tokens].astype(jnp.float32)
         layers = [None] * config.num_layers if kv is None else list(kv)
         for layer, block in enumerate(self.blocks):

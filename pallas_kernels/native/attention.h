@@ -165,8 +165,8 @@ void Multiply(const Block<T>& keys, const Vec* queries, Vec (*partial)[kLanes]) 
     if (keys.rows[j] < 0) continue;
     Vectors<T, PARTS, DIM>::Read(keys.pages + keys.rows[j], keys.dim, key);
     for (int i = 0; i < Q; ++i) {
-      Vec sum = q[i][0] * key[0];
-      for (int d = 1; d < PARTS; ++d) sum += q[i][d] * key[d];
+      Vec sum = {};  // one product per sum, which the compiler can join in one way only: so Q changes no bit
+      for (int d = 0; d < PARTS; ++d) sum += q[i][d] * key[d];
       partial[i][j] = sum;
     }
   }

@@ -59,7 +59,7 @@ class Phases {
     for (size_t i = 0; i < layers.size(); ++i) Add(layers[i], m.windows[i], i ? b.y : b.x);
   }
 
-  std::vector<Phase> Get() const { return phases_; }
+  std::vector<Phase> Take() { return std::move(phases_); }
 
  private:
   void Add(const Layer& layer, int64_t window, const float* x) {
@@ -100,8 +100,8 @@ class Phases {
 template <typename W, typename T>
 void RunBlocks(ffi::ThreadPool& pool, const Model& m, const Batch& b, const std::vector<Layer>& layers) {
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);  // without a pool it says 0
-  const Phases<W, T> phases(m, b, layers, threads);
-  Run(pool, threads, phases.Get());
+  Phases<W, T> phases(m, b, layers, threads);
+  Run(pool, threads, phases.Take());
 }
 
 ffi::Error Blocks(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> x, ffi::Buffer<ffi::F32, 2> cos, ffi::Buffer<ffi::F32, 2> sin,
@@ -134,8 +134,7 @@ ffi::Error Blocks(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> x, ffi::Buffer<
   const auto run = k->element_type() == ffi::F32 ? (bfloat16 ? RunBlocks<Bfloat16Weight, float> : RunBlocks<Float32Weight, float>)
                    : bfloat16                    ? RunBlocks<Bfloat16Weight, uint16_t>
                                                  : RunBlocks<Float32Weight, uint16_t>;
-  run(pool, model, batch, layers);
-  return ffi::Error::Success();
+  return Guarded([&] { run(pool, model, batch, layers); });
 }
 
 }  // namespace

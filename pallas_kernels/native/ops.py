@@ -172,18 +172,12 @@ def blocks(
       windows: per layer; None: none.
 
     Raises:
-      ValueError: if a weight is not packed.
+      ValueError: if a weight is not packed, or is not of the others' dtype, or an array has not the size that fits the rest.
     """
+    _check_blocks(x, weights, pages, ffw_dim=ffw_dim, group_size=group_size)
     layers = []
     for layer, (k, v) in zip(weights, pages, strict=True):
-        for name, w in layer._asdict().items():
-            is_weight = name in ("qkv", "out", "gate_up", "down")
-            if is_weight and w.ndim != 4:
-                raise ValueError(
-                    f"{name} is not packed: its shape is {w.shape}; `pack` it, or `prepare` all parameters"
-                )
-            layers.append(w if is_weight else _or_none(w))
-        layers += [k, v]
+        layers += [w if w is not None and w.ndim == 4 else _or_none(w) for w in layer] + [k, v]
     head = (x, cos, sin, rows.page_ids, rows.slot, rows.position, _count(rows.num_rows, x.shape[0]))
     stride, first = len(BlockWeights._fields) + 2, len(head) + len(BlockWeights._fields)
     results = [jax.ShapeDtypeStruct(x.shape, jnp.float32)]
@@ -198,6 +192,50 @@ def blocks(
         windows=np.array([window or 0 for window in windows], np.int64),
     )
     return y, list(zip(pages[::2], pages[1::2], strict=True))
+
+
+def _check_blocks(x: Any, weights: Any, pages: Any, *, ffw_dim: int, group_size: int) -> None:
+    """What the kernel takes for granted."""
+    k = pages[0][0]
+    (_, num_kv_heads, _, head_dim), embed_dim = k.shape, x.shape[1]
+    heads, width = num_kv_heads * group_size * head_dim, num_kv_heads * (group_size + 2) * head_dim
+    gated = 2 * -(-ffw_dim // _LANES) * _LANES
+    sizes = {
+        "qkv": (embed_dim, width),
+        "out": (heads, embed_dim),
+        "gate_up": (embed_dim, gated),
+        "down": (ffw_dim, embed_dim),
+    }
+    lengths = {"qkv_bias": width, "out_bias": embed_dim, "gate_up_bias": 2 * ffw_dim, "down_bias": embed_dim}
+    lengths |= {"attention_norm": embed_dim, "ffw_norm": embed_dim, "q_norm": head_dim, "k_norm": head_dim}
+    dtype = weights[0].qkv.dtype
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"packed weights must be float32 or bfloat16, not {dtype}")
+    for number, (layer, arrays) in enumerate(zip(weights, pages, strict=True)):
+        for name, w in layer._asdict().items():
+            if name in sizes:
+                num_rows, num_columns = sizes[name]
+                if w.ndim != 4:
+                    raise ValueError(
+                        f"{name} is not packed: its shape is {w.shape}; `pack` it, or `prepare` all parameters"
+                    )
+                wanted = -(-num_columns // _PANEL), -(-num_rows // 2)
+                if (w.dtype, w.shape[:2]) != (dtype, wanted):
+                    raise ValueError(
+                        f"{name} of layer {number} is {w.dtype}{list(w.shape)}, where {dtype}{list(wanted)} and two more axes "
+                        "are needed: pack weights of one dtype and of this model"
+                    )
+            elif w is not None and w.size != lengths[name]:
+                raise ValueError(f"{name} of layer {number} has {w.size} elements in place of {lengths[name]}")
+        for array in arrays:
+            if (array.shape, array.dtype) != (k.shape, k.dtype):
+                raise ValueError(
+                    f"pages of layer {number} are {array.dtype}{list(array.shape)}, those before {k.dtype}{list(k.shape)}"
+                )
+    if not serves(PagedKV(k, k, k), group_size):
+        raise ValueError(
+            f"no native attention over {k.dtype} pages with head_dim={head_dim} and groups of {group_size} heads"
+        )
 
 
 def rotary_write(

@@ -43,16 +43,15 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, Heads q, ffi::AnyBuffer k, ffi::
   const Rows to{out->typed_data(), q.dimensions()[1] * table.head_dim};
   const Attention o{q.typed_data(), table, slot.typed_data(), position.typed_data(), Given(sinks), group,
                     window, softcap, &to, Rows::Write};
-  const Runs runs(o.slot, o.position, rows, group);
-  const auto run = [&](auto* pages_of) {
-    using T = std::remove_pointer_t<decltype(pages_of)>;
+  return Guarded([&] {
+    const Runs runs(o.slot, o.position, rows, group);
     const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);  // without a pool it says 0
-    const auto *keys = static_cast<const T*>(k.untyped_data()), *values = static_cast<const T*>(v.untyped_data());
-    Run(pool, threads, {PhaseOf(o, keys, values, runs, threads)});
-  };
-  if (k.element_type() == ffi::F32) run(static_cast<float*>(nullptr));
-  else run(static_cast<uint16_t*>(nullptr));
-  return ffi::Error::Success();
+    const auto run = [&](const auto* keys, const auto* values) {
+      Run(pool, threads, {PhaseOf(o, keys, values, runs, threads)});
+    };
+    if (k.element_type() == ffi::F32) run(static_cast<const float*>(k.untyped_data()), static_cast<const float*>(v.untyped_data()));
+    else run(static_cast<const uint16_t*>(k.untyped_data()), static_cast<const uint16_t*>(v.untyped_data()));
+  });
 }
 
 ffi::Error RotaryWrite(ffi::ThreadPool pool, Groups qkv, Matrix cos, Matrix sin, ffi::AnyBuffer, ffi::AnyBuffer, Pages page_ids,

@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -125,6 +126,17 @@ class Team {
   std::atomic<uint64_t> posted_{0};
   std::atomic<int64_t> helpers_{0};
 };
+
+// What `run` does; or the error, if there is no memory for it.
+template <typename F>
+xla::ffi::Error Guarded(const F& run) {
+  try {
+    run();
+  } catch (const std::bad_alloc&) {
+    return xla::ffi::Error(xla::ffi::ErrorCode::kResourceExhausted, "no memory for the scratch of a native kernel");
+  }
+  return xla::ffi::Error::Success();
+}
 
 // Runs the phases on up to `threads` threads, the caller's among them; returns when all is done.
 inline void Run(xla::ffi::ThreadPool& pool, int64_t threads, std::vector<Phase> phases) {

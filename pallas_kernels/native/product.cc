@@ -28,9 +28,10 @@ ffi::Error RunProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> x, ffi::Any
                                       gated, y->typed_data(),  {}};
     Run(pool, x.typed_data(), rows, k, given(scale), eps, o);
   };
-  if (w.element_type() == ffi::BF16) run(Bfloat16Weight{});
-  else run(Float32Weight{});
-  return ffi::Error::Success();
+  return Guarded([&] {
+    if (w.element_type() == ffi::BF16) run(Bfloat16Weight{});
+    else run(Float32Weight{});
+  });
 }
 
 // Rows of a table [V, K], or columns of a packed weight.

@@ -24,9 +24,11 @@ constexpr int64_t kPastCaches = 1 << 20;     // numbers of a result from which o
 #if defined(__AVX512F__)
 constexpr int kTileVectors = kPanelVectors;  // with 6 rows: 24 sums and a vector of each operand fill 32 registers
 constexpr int kMaxRows = 6;
+constexpr int kMostRows = 12;                // with half a panel: as many sums; so weights are read from memory and cache once
 #else
 constexpr int kTileVectors = 1;              // 16 registers of half a vector
 constexpr int kMaxRows = 5;
+constexpr int kMostRows = 5;
 #endif
 
 struct Bfloat16Weight {
@@ -39,7 +41,10 @@ struct Bfloat16Weight {
     const __m256bh bits = _mm512_cvtneps_pbh((__m512)x);
     std::memcpy(to, &bits, sizeof(bits));
   }
-  static void StoreOne(Pair* to, int odd, float x) { reinterpret_cast<Element*>(to)[odd] = Bfloat16(x); }
+  static void StoreOne(Pair* to, int odd, float x) {
+    const Element bits = Bfloat16(x);
+    std::memcpy(reinterpret_cast<char*>(to) + odd * sizeof(bits), &bits, sizeof(bits));
+  }
   struct X {
     __m512bh v;
   };
@@ -78,7 +83,7 @@ struct Float32Weight {
   static Vec Add(Vec sum, X x, Pairs w) { return x.odd * w.odd + (x.even * w.even + sum); }
 };
 
-// Rows as tiles read them: blocks of up to kMaxRows rows, of a block 32 columns of each row, then the next 32.
+// Rows as tiles read them: blocks of up to kMaxRows rows, or one of up to kMostRows; of a block 32 columns of each row, then the next 32.
 template <typename W>
 struct PackedRows {
   using Pair = typename W::Pair;
@@ -88,7 +93,8 @@ struct PackedRows {
   static int64_t Size(int64_t num_rows, int64_t num_columns) {  // in pairs
     return num_rows * ((num_columns + kChunk - 1) / kChunk) * (kChunk / 2);
   }
-  int64_t NumBlocks() const { return (num_rows + kMaxRows - 1) / kMaxRows; }
+  bool OfHalfPanels() const { return kMaxRows < num_rows && num_rows <= kMostRows; }
+  int64_t NumBlocks() const { return OfHalfPanels() ? 1 : (num_rows + kMaxRows - 1) / kMaxRows; }
   int64_t First(int64_t block) const { return block * num_rows / NumBlocks(); }
   const Pair* Block(int64_t block) const { return at + Size(First(block), num_columns); }
 
@@ -146,7 +152,9 @@ struct Product {
   PackedRows<W> packed;
 
   int64_t NumPairs() const { return (x.num_columns + 1) / 2; }
-  bool WritesPastCaches() const { return y && n % kLanes == 0 && x.num_rows * n >= kPastCaches; }
+  bool WritesPastCaches() const {
+    return y && n % kLanes == 0 && x.num_rows * n >= kPastCaches && reinterpret_cast<uintptr_t>(y) % 64 == 0;
+  }
   int64_t NumPanels() const { return ((gated ? (n + kLanes - 1) / kLanes * kLanes * 2 : n) + kPanel - 1) / kPanel; }
   const typename W::Element* Panel(int64_t panel) const {
     return static_cast<const typename W::Element*>(w) + panel * NumPairs() * 2 * kPanel;
@@ -165,7 +173,7 @@ template <typename W, int R, int C>
 void Tile(const typename W::Pair* x, const typename W::Element* w, int64_t pairs, Ahead ahead, float* sums) {
   constexpr int64_t kStep = 2 * kPanel;
   Vec sum[R][C];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) sum[r][c] = Vec{};
@@ -177,7 +185,7 @@ void Tile(const typename W::Pair* x, const typename W::Element* w, int64_t pairs
       decltype(W::Read(w, 0)) column[C];
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) column[c] = W::Read(w, c);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const auto spread = W::Spread(x[r * (kChunk / 2) + p]);
 #pragma GCC unroll 4
@@ -185,13 +193,13 @@ void Tile(const typename W::Pair* x, const typename W::Element* w, int64_t pairs
       }
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) Store(sums + (r * kPanelVectors + c) * kLanes, sum[r][c]);
 }
 
-template <typename W, int C, int R = kMaxRows>
+template <typename W, int C, int R>
 void TileOf(int rows, const typename W::Pair* x, const typename W::Element* w, int64_t pairs, Ahead ahead, float* sums) {
   if constexpr (R > 1) {
     if (rows < R) return TileOf<W, C, R - 1>(rows, x, w, pairs, ahead, sums);
@@ -234,28 +242,29 @@ void Finish(const Product<W>& o, const float* sums, int64_t row, int rows, int64
 // Half panels, of each panel those of all blocks of rows together: units [first, last). `after` is the first unit to come next.
 template <typename W, typename After>
 void Multiply(const Product<W>& o, int64_t first, int64_t last, const After& after) {
-  const int64_t pairs = o.NumPairs(), blocks = o.x.NumBlocks();
-  alignas(64) float sums[kMaxRows * kPanel];
+  const bool half_panels = o.x.OfHalfPanels();
+  const int64_t pairs = o.NumPairs(), blocks = o.x.NumBlocks(), passes = half_panels ? 2 : blocks;
+  alignas(64) float sums[kMostRows * kPanel];
   const int64_t lines = pairs * 2 * kPanel * sizeof(typename W::Element) / 64;  // of a panel
-  int64_t next = 0;  // panel to fetch, which blocks of rows do in equal parts
+  int64_t next = 0;  // panel to fetch, of which each pass over this one takes a part
   for (int64_t unit = first; unit < last;) {
     const int64_t panel = unit / (2 * blocks), block = unit / 2 % blocks, half = unit % 2;
-    const int vectors = half || unit + 1 == last ? kPanelVectors / 2 : kPanelVectors;
+    const int vectors = half_panels || half || unit + 1 == last ? kPanelVectors / 2 : kPanelVectors;
     const int64_t row = o.x.First(block);
     const int rows = o.x.First(block + 1) - row;
     const auto* x = o.x.Block(block);
     const auto* w = o.Panel(panel) + half * W::Place(kPanel / 2, 0);
-    if (block == 0 || unit == first) next = 2 * blocks * (panel + 1) < last ? panel + 1 : after() / (2 * blocks);
-    const char* const after_this = reinterpret_cast<const char*>(o.Panel(next)) + block * lines / blocks * 64;
-    Ahead ahead{after_this, (block + 1) * lines / blocks - block * lines / blocks};
-    if (blocks == 1) ahead.from = reinterpret_cast<const char*>(w) + kAheadBytes;  // of the stream itself
-    if (blocks > 1 && next == o.NumPanels()) ahead.lines = 0;
+    if (unit % (2 * blocks) == 0 || unit == first) next = 2 * blocks * (panel + 1) < last ? panel + 1 : after() / (2 * blocks);
+    const int64_t pass = half_panels ? half : block, line = pass * lines / passes;
+    Ahead ahead{reinterpret_cast<const char*>(o.Panel(next)) + line * 64, (pass + 1) * lines / passes - line};
+    if (passes == 1) ahead.from = reinterpret_cast<const char*>(w) + kAheadBytes;  // of the stream itself
+    if (passes > 1 && next == o.NumPanels()) ahead.lines = 0;
     if constexpr (kTileVectors == kPanelVectors) {
-      if (vectors == kPanelVectors) TileOf<W, kPanelVectors>(rows, x, w, pairs, ahead, sums);
-      else TileOf<W, kPanelVectors / 2>(rows, x, w, pairs, ahead, sums);
+      if (vectors == kPanelVectors) TileOf<W, kPanelVectors, kMaxRows>(rows, x, w, pairs, ahead, sums);
+      else TileOf<W, kPanelVectors / 2, kMostRows>(rows, x, w, pairs, ahead, sums);
     } else {
       for (int c = 0; c < vectors; ++c)
-        TileOf<W, 1>(rows, x, w + W::Place(c * kLanes, 0), pairs, c ? Ahead{} : ahead, sums + c * kLanes);
+        TileOf<W, 1, kMaxRows>(rows, x, w + W::Place(c * kLanes, 0), pairs, c ? Ahead{} : ahead, sums + c * kLanes);
     }
     Finish(o, sums, row, rows, panel * kPanelVectors + half * (kPanelVectors / 2), vectors);
     unit += vectors / (kPanelVectors / 2);
@@ -289,8 +298,9 @@ Phase PhaseOf(const Product<W>& o, int64_t threads) {
 // The packing of x as a phase.
 template <typename W>
 Phase PackingOf(const float* x, const float* scale, float eps, const PackedRows<W>& to) {
-  return {to.NumBlocks(), [=](int64_t block, Upcoming) {
-            for (int64_t row = to.First(block); row < to.First(block + 1); ++row)
+  constexpr int64_t kRowsPerItem = 4;
+  return {(to.num_rows + kRowsPerItem - 1) / kRowsPerItem, [=](int64_t item, Upcoming) {
+            for (int64_t row = item * kRowsPerItem; row < std::min(to.num_rows, (item + 1) * kRowsPerItem); ++row)
               PackRow(x + row * to.num_columns, scale, eps, to, row);
           }};
 }

@@ -26,13 +26,14 @@ class Buffer {
  public:
   T* Resize(int64_t size) {  // what it held is lost
     if (size > size_) {
+      size_ = 0;
+      data_.reset();
       data_.reset(static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64)));
       if (!data_) throw std::bad_alloc();
       size_ = size;
     }
     return data_.get();
   }
-  T* Data() const { return data_.get(); }
 
  private:
   struct Free {

@@ -152,8 +152,32 @@ def test_layers_that_do_not_fit_their_windows_are_refused():
     options: dict[str, Any] = {"group_size": 7, "ffw_dim": 37, "eps": EPS}
     with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit the number of layers"):
         jax.block_until_ready(ops.blocks(x, cos, sin, layers, pages, rows, windows=(None,), **options))
-    raw = [layers[0], layers[1]._replace(out=jnp.ones((42, 31)))]
-    with pytest.raises(ValueError, match=r"out is not packed: its shape is \(42, 31\); `pack` it"):
-        ops.blocks(x, cos, sin, raw, pages, rows, windows=(None, None), **options)
     with pytest.raises(ValueError, match="shorter"):
         ops.blocks(x, cos, sin, layers, pages[:1], rows, windows=(None, None), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out": jnp.ones((42, 31))}, r"out is not packed: its shape is \(42, 31\); `pack` it"),
+        ({"down": ops.pack(jnp.ones((37, 31), jnp.bfloat16))}, r"down of layer 1 is bfloat16.*where float32\[1, 19\]"),
+        (
+            {"gate_up": ops.pack_gated(jnp.ones((31, 2, 99)))},
+            r"gate_up of layer 1 is float32\[4, 16, 2, 64\].*\[2, 16\]",
+        ),
+        ({"q_norm": jnp.ones(8)}, "q_norm of layer 1 has 8 elements in place of 6"),
+        ({"down_bias": jnp.ones(30)}, "down_bias of layer 1 has 30 elements in place of 31"),
+    ],
+)
+def test_weights_of_another_model_are_refused(change, message):
+    x, cos, sin, layers, pages, page_ids, slot, position = make("odd sizes", "float32", "float32")
+    rows = ops.PagedRows(page_ids, slot, position)
+    options: dict[str, Any] = {"group_size": 7, "ffw_dim": 37, "eps": EPS, "windows": (None, 9)}
+    with pytest.raises(ValueError, match=message):
+        ops.blocks(x, cos, sin, [layers[0], layers[1]._replace(**change)], pages, rows, **options)
+    other = [pages[0], tuple(array.astype(jnp.bfloat16) for array in pages[1])]
+    with pytest.raises(ValueError, match="pages of layer 1 are bfloat16.*those before float32"):
+        ops.blocks(x, cos, sin, layers, other, rows, **options)
+    half = [tuple(array.astype(jnp.float16) for array in arrays) for arrays in pages]
+    with pytest.raises(ValueError, match="no native attention over float16 pages"):
+        ops.blocks(x, cos, sin, layers, half, rows, **options)

@@ -190,6 +190,12 @@ def test_in_bfloat16_logits_are_those_of_plain_jax_but_for_rounding(name):
         assert np.median(error) < 0.01 and error.max() < 0.04
 
 
+def test_prepared_parameters_are_refused_with_another_attend():
+    model = MODELS["llama"]
+    with pytest.raises(ValueError, match="prepared for native kernels: use them with native.PagedRows"):
+        dense_logits(prepare(make_params("llama", "float32"), model, "native"), jnp.zeros(40, jnp.int32), model=model)
+
+
 def test_the_loop_gives_the_same_bits_with_prepared_parameters():
     config = dataclasses.replace(workload.CONFIG, attention_backend="native")
     raw = workload.make_params()
