@@ -14,7 +14,9 @@ namespace {
 namespace ffi = xla::ffi;
 
 // Buffers of a layer, in the order of `pallas_kernels.native.ops.BlockWeights`; then its pages of keys and of values.
-enum { kQkv, kQkvBias, kOut, kOutBias, kGateUp, kGateUpBias, kDown, kDownBias, kNorm, kFfwNorm, kQNorm, kKNorm, kK, kV, kBuffers };
+enum {
+  kQkv, kQkvBias, kOut, kOutBias, kGateUp, kGateUpBias, kDown, kDownBias, kNorm, kFfwNorm, kQNorm, kKNorm, kK, kV, kBuffers
+};
 
 struct Model {
   int64_t embed_dim, ffw_dim, group;
@@ -124,16 +126,17 @@ ffi::Error Blocks(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> x, ffi::Buffer<
     if (layers[i / 2][kK + i % 2] != (*buffer)->untyped_data()) return ffi::Error::InvalidArgument("pages are not in place");
   }
   const auto shape = k->dimensions();
-  const Table table{page_ids.typed_data(), page_ids.dimensions()[0], page_ids.dimensions()[1], shape[0], shape[1], shape[2], shape[3]};
+  const Table table{page_ids.typed_data(), page_ids.dimensions()[0], page_ids.dimensions()[1], shape[0], shape[1], shape[2],
+                    shape[3]};
   if (table.head_dim > kMaxHeadDim || group_size > kMaxQueries) return ffi::Error::InvalidArgument("too large a head or group");
   const Model model{x.dimensions()[1], ffw_dim, group_size, eps, windows};
   const Batch batch{x.typed_data(), cos.typed_data(), sin.typed_data(), y->typed_data(), table, slot.typed_data(),
                     position.typed_data(), std::clamp<int64_t>(num_rows.typed_data()[0], 0, x.dimensions()[0])};
   if (!batch.num_rows) return ffi::Error::Success();
   const bool bfloat16 = args.get<ffi::AnyBuffer>(kQkv)->element_type() == ffi::BF16;
-  const auto run = k->element_type() == ffi::F32 ? (bfloat16 ? RunBlocks<Bfloat16Weight, float> : RunBlocks<Float32Weight, float>)
-                   : bfloat16                    ? RunBlocks<Bfloat16Weight, uint16_t>
-                                                 : RunBlocks<Float32Weight, uint16_t>;
+  const bool float32_pages = k->element_type() == ffi::F32;
+  const auto run = bfloat16 ? (float32_pages ? RunBlocks<Bfloat16Weight, float> : RunBlocks<Bfloat16Weight, uint16_t>)
+                            : (float32_pages ? RunBlocks<Float32Weight, float> : RunBlocks<Float32Weight, uint16_t>);
   return Guarded([&] { run(pool, model, batch, layers); });
 }
 

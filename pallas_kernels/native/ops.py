@@ -175,6 +175,10 @@ def blocks(
       ValueError: if a weight is not packed, or is not of the others' dtype, or an array has not the size that fits the rest.
     """
     _check_blocks(x, weights, pages, ffw_dim=ffw_dim, group_size=group_size)
+    num_rows, half = x.shape[0], pages[0][0].shape[3] // 2
+    found = [array.shape for array in (cos, sin, rows.slot, rows.position)]
+    if found != [(num_rows, half)] * 2 + [(num_rows,)] * 2:
+        raise ValueError(f"cos, sin, slot and position of {num_rows} rows have the shapes {found}")
     layers = []
     for layer, (k, v) in zip(weights, pages, strict=True):
         layers += [w if w is not None and w.ndim == 4 else _or_none(w) for w in layer] + [k, v]

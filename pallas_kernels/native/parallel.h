@@ -28,7 +28,7 @@ struct Upcoming {
 struct Phase {
   int64_t count;
   std::function<void(int64_t, Upcoming)> body;
-  std::function<void(int64_t)> fetch = nullptr;  // brings to the cache what an item will read and no earlier phase writes
+  std::function<void(int64_t)> fetch = nullptr;  // brings to the cache what an item will read
 };
 
 class Job {

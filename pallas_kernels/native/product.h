@@ -83,7 +83,8 @@ struct Float32Weight {
   static Vec Add(Vec sum, X x, Pairs w) { return x.odd * w.odd + (x.even * w.even + sum); }
 };
 
-// Rows as tiles read them: blocks of up to kMaxRows rows, or one of up to kMostRows; of a block 32 columns of each row, then the next 32.
+// Rows as tiles read them: blocks of up to kMaxRows rows, or one of up to kMostRows; of a block 32 columns of each row, then the
+// next 32.
 template <typename W>
 struct PackedRows {
   using Pair = typename W::Pair;

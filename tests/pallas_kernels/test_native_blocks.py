@@ -175,6 +175,8 @@ def test_weights_of_another_model_are_refused(change, message):
     options: dict[str, Any] = {"group_size": 7, "ffw_dim": 37, "eps": EPS, "windows": (None, 9)}
     with pytest.raises(ValueError, match=message):
         ops.blocks(x, cos, sin, [layers[0], layers[1]._replace(**change)], pages, rows, **options)
+    with pytest.raises(ValueError, match=r"of 23 rows have the shapes .*\(22,\)"):
+        ops.blocks(x, cos, sin, layers, pages, rows._replace(position=position[1:]), **options)
     other = [pages[0], tuple(array.astype(jnp.bfloat16) for array in pages[1])]
     with pytest.raises(ValueError, match="pages of layer 1 are bfloat16.*those before float32"):
         ops.blocks(x, cos, sin, layers, other, rows, **options)
