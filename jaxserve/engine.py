@@ -28,18 +28,20 @@ from flax import nnx
 from jaxserve.beam_request import BeamParams, BeamSearchOutput, search_beams
 from jaxserve.capacity import resolve_capacities
 from jaxserve.config import EngineConfig
+from jaxserve.engine_programs import PackedOutputs, Reader, engine_programs
+from jaxserve.forward import PromptLogprobs
 from jaxserve.intake import Intake
 from jaxserve.logits_fn import LogitsFn
 from jaxserve.memory import keep_buffers, trim
 from jaxserve.models import ModelConfig
 from jaxserve.models.prepare import prepare, prepare_and_free, unprepared
-from jaxserve.readback import Observer, readable, take_prompt_logprobs, take_tokens
+from jaxserve.readback import Observer, take_prompt_logprobs, take_tokens
 from jaxserve.request import MAX_INT32, Request, RequestOutput, SamplingParams
 from jaxserve.rows import one_per_prompt
-from jaxserve.scheduler import Handles, Status, check_invariants, init_state
+from jaxserve.scheduler import Handles, Status, check_invariants
 from jaxserve.sequence import Group, Sequence, Update
 from jaxserve.stats import EngineStats
-from jaxserve.step import Changes, StepOutputs, programs
+from jaxserve.step import Changes, StepOutputs
 from jaxserve.tokenizer import Tokenizer, load_eos_token_ids, load_tokenizer
 
 
@@ -54,7 +56,7 @@ class _Call:
     dispatch_time: float
     submitted: list[Sequence]
     handles: Handles | None  # of `submitted`
-    outputs: StepOutputs
+    outputs: PackedOutputs
 
 
 class Engine:
@@ -102,11 +104,12 @@ class Engine:
         self.tokenizer = tokenizer
         self._intake = Intake(self.model, self.config, tokenizer, tuple(eos_token_ids), seed=seed, aux=aux)
         self._unprepared = unprepared(params, model)
-        self._params = prepare(_commit(params), model, self.config.backend)
+        self._weights = _Weights(prepare(_commit(params), model, self.config.backend))
         self._num_added = 0
         self._last_read_time = 0.0
         self._driver: int | None = None  # the thread that alone may add requests and step; None: any
-        self._programs = programs(model, self.config, logits_fn)
+        self._programs = engine_programs(model, self.config, logits_fn, self._weights.structure)
+        self._reader = Reader(self.config)
         self._aux = aux
         self._undelivered: list[Update] = []  # of requests that another caller of `serve` waits for
         self._reset()
@@ -116,7 +119,7 @@ class Engine:
 
     def _reset(self) -> None:
         """Forgets all requests, and everything on the device but the weights."""
-        self._state = jax.device_put(init_state(self.model, self.config, aux=self._aux), _replicated(self._params))
+        self._state = jax.device_put(self._programs["init"](aux=self._aux), _replicated(self._weights))
         self._waiting: list[tuple[int, int, Group]] = []  # not on the device yet: a heap of (priority, number, ...)
         self._unfinished: dict[str, Group] = {}
         self._by_row: dict[int, Sequence] = {}
@@ -261,7 +264,7 @@ class Engine:
         return search_beams(
             prompts,
             params or BeamParams(),
-            params=self._params,
+            params=self._weights.params,
             model=self.model,
             config=self.config,
             tokenizer=self.tokenizer,
@@ -442,7 +445,7 @@ class Engine:
                     f"{old_leaf.dtype}{list(old_leaf.shape)}: convert it first"
                 )
         params = prepare(params, self.model, self.config.backend)
-        self._params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, self._params))
+        self._weights = _Weights(jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, self._weights.params)))
 
     def reset_stats(self) -> None:
         """Starts the totals and latencies again."""
@@ -509,10 +512,10 @@ class Engine:
         changes = self._changes([], [], [])
         for _ in range(2):  # where weights are sharded, the state that comes back may lie otherwise than the first one
             self._state, handles = self._programs["update"](self._state, changes)
-            self._state, outputs = self._programs["run_steps"](self._params, self._state, np.int32(0))
+            self._state, outputs = self._programs["run_steps"](self._weights.leaves, self._state, np.int32(0))
             jax.device_get((handles, self._readable(outputs)))
         trim()
-        if next(iter(jax.tree.leaves(self._params)[0].devices())).platform == "cpu":
+        if next(iter(self._weights.leaves[0].devices())).platform == "cpu":
             keep_buffers()
         self._warm = True
         self.stats.compile_seconds = time.monotonic() - start
@@ -546,7 +549,7 @@ class Engine:
             self._to_collect = []
             self._state, handles = self._programs["update"](self._state, changes)
             self.stats.num_device_calls += 1
-        self._state, outputs = self._programs["run_steps"](self._params, self._state, np.int32(max_steps))
+        self._state, outputs = self._programs["run_steps"](self._weights.leaves, self._state, np.int32(max_steps))
         self.stats.num_device_calls += 1
         self._calls.append(_Call(time.monotonic(), submitted, handles if submitted else None, outputs))
 
@@ -564,7 +567,8 @@ class Engine:
         return mask
 
     def _process(self, call: _Call) -> list[Update]:
-        handles, outputs = jax.device_get((call.handles, self._readable(call.outputs)))
+        handles, *read = jax.device_get((call.handles, *self._readable(call.outputs)))
+        outputs = self._reader.unpack(*read)
         start, now = max(call.dispatch_time, self._last_read_time), time.monotonic()  # of the call, near enough
         self._last_read_time = now
         self.stats.num_host_reads += 1
@@ -576,14 +580,11 @@ class Engine:
             self.observer(outputs, self._by_row, self._num_waiting_on_host())
         take_prompt_logprobs(outputs, self._by_row)
         touched = take_tokens(outputs, self._by_row)
-        in_slot: Any = outputs.steps.row_id[: int(outputs.num_steps)]
-        in_slot = self._mask(in_slot[in_slot < self.config.num_rows])
+        self._note_admissions(outputs, start)
+        statuses, num_preemptions = outputs.status.tolist(), outputs.num_preemptions.tolist()
         for row, sequence in list(self._by_row.items()):
-            status = Status(int(outputs.status[row]))
-            if in_slot[row] and not sequence.group.admitted:
-                sequence.group.admitted = True
-                self.stats.latencies.queue.observe(start - sequence.group.arrival_time)
-            sequence.num_preemptions = int(outputs.num_preemptions[row])
+            status = Status(statuses[row])
+            sequence.num_preemptions = num_preemptions[row]
             if status >= Status.STOP:
                 del self._by_row[row]
                 self._to_collect.append(row)
@@ -595,6 +596,18 @@ class Engine:
                 self._finish(group)
         self.stats.count(outputs)
         return self._take_updates(touched.values(), now)
+
+    def _note_admissions(self, outputs: StepOutputs, start: float) -> None:
+        """Of requests that had a slot in a call that began at `start`, and none before."""
+        waiting = [(row, sequence.group) for row, sequence in self._by_row.items() if not sequence.group.admitted]
+        if not waiting:
+            return
+        in_slot: Any = outputs.steps.row_id[: int(outputs.num_steps)]
+        in_slot = set(in_slot.ravel().tolist())
+        for row, group in waiting:
+            if row in in_slot and not group.admitted:  # by another sample
+                group.admitted = True
+                self.stats.latencies.queue.observe(start - group.arrival_time)
 
     def _take_updates(self, sequences: Iterable[Sequence], now: float) -> list[Update]:
         updates = []
@@ -617,9 +630,10 @@ class Engine:
             latencies.inter_token.observe(0.0, num_tokens - 1)
         sequence.last_token_time = now
 
-    def _readable(self, outputs: StepOutputs) -> StepOutputs:
+    def _readable(self, outputs: PackedOutputs) -> tuple[jax.Array, PromptLogprobs | None]:
+        """What the host has use for: the rest stays on the device."""
         wanted = any(group.params.prompt_logprobs is not None for group in self._unfinished.values())
-        return readable(outputs, prompt_logprobs=wanted)
+        return outputs.packed, outputs.prompt if wanted else None
 
     def _finish(self, group: Group) -> None:
         del self._unfinished[group.request.id]
@@ -638,14 +652,26 @@ class Engine:
         self.stats.num_waiting = len(self._waiting) + in_flight + len(self._by_row) - self.stats.num_running
 
 
+class _Weights:
+    """Parameters, in one object: those of two calls of `set_params` never mix."""
+
+    def __init__(self, params: nnx.State) -> None:
+        leaves, self.structure = jax.tree.flatten(params)
+        self.leaves = tuple(leaves)
+
+    @property
+    def params(self) -> nnx.State:
+        return jax.tree.unflatten(self.structure, self.leaves)
+
+
 def _commit(params: nnx.State) -> nnx.State:
     """The same arrays, bound to where they are: what a program is compiled for must not change afterwards."""
     return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, params))
 
 
-def _replicated(params: nnx.State) -> jax.sharding.Sharding:
+def _replicated(weights: _Weights) -> jax.sharding.Sharding:
     """Where the state starts: on the device of the weights, or on each device of their mesh."""
-    sharding = jax.tree.leaves(params)[0].sharding
+    sharding = weights.leaves[0].sharding
     if isinstance(sharding, jax.sharding.NamedSharding):
         return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     return sharding

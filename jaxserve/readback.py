@@ -14,11 +14,6 @@ from jaxserve.step import StepOutputs
 Observer = Callable[[StepOutputs, Mapping[int, Sequence], int], None]
 
 
-def readable(outputs: StepOutputs, *, prompt_logprobs: bool) -> StepOutputs:
-    """What the host has use for: the rest stays on the device."""
-    return outputs if prompt_logprobs else outputs.replace(steps=outputs.steps.replace(prompt=None))
-
-
 def take_prompt_logprobs(outputs: StepOutputs, by_row: Mapping[int, Sequence]) -> None:
     """Hands what is known of prompt tokens to the requests that asked; `by_row` maps queue rows to sequences."""
     prompt: Any = outputs.steps.prompt
@@ -38,18 +33,14 @@ def take_tokens(outputs: StepOutputs, by_row: Mapping[int, Sequence]) -> dict[in
     """Hands every drawn token to its sequence; returns the sequences that got some, by row."""
     steps, touched = outputs.steps, {}
     drawn: Any = steps.drawn
-    for index, slot in np.argwhere(steps.sampled[: int(outputs.num_steps)]).tolist():
-        row = int(steps.row_id[index, slot])
+    where = np.nonzero(steps.sampled[: int(outputs.num_steps)])
+    fields: Any = (steps.row_id, drawn.token, drawn.logprob, drawn.rank, steps.status)
+    columns = (field[where].tolist() for field in fields)
+    for index, slot, row, token, logprob, rank, status in zip(*where, *columns, strict=True):
         sequence = by_row[row]
         if sequence.finished:
             continue
         touched[row] = sequence
-        sequence.append(
-            int(drawn.token[index, slot]),
-            float(drawn.logprob[index, slot]),
-            int(drawn.rank[index, slot]),
-            drawn.top_ids[index, slot],
-            drawn.top_logprobs[index, slot],
-            Status(int(steps.status[index, slot])),
-        )
+        top = drawn.top_ids[index, slot], drawn.top_logprobs[index, slot]
+        sequence.append(token, logprob, rank, *top, Status(status))
     return touched

@@ -4,7 +4,8 @@
     state, outputs = run_steps(params, state, n, ...)    up to n of them, outputs stacked, for a host that streams and refills
     state, results = run(params, state, ...)             until nothing is left
 
-The three are plain functions, for use inside a caller's `jax.jit`. `programs` holds the only jit and the only donation.
+The three are plain functions, for use inside a caller's `jax.jit`. `programs` holds the only jit and the only donation, but for
+`engine_programs`, which are the Engine's own.
 """
 
 import functools
@@ -137,7 +138,7 @@ def run_steps(
     """
     params = prepare(params, model, config.backend)
     capacity = config.max_steps_per_call
-    ring = _empty_outputs(capacity, config)
+    ring = empty_outputs(capacity, config).steps
     limit = jnp.minimum(num_steps, capacity)
 
     def go_on(carry: tuple[EngineState, StepOutput, Array, Array]) -> Bool[Array, ""]:
@@ -265,23 +266,34 @@ def has_work(state: EngineState) -> Bool[Array, ""]:
     return jnp.any((state.queue.status == Status.WAITING) | (state.queue.status == Status.RUNNING))
 
 
-def _empty_outputs(num_steps: int, config: EngineConfig) -> StepOutput:
+def empty_outputs(num_steps: int, config: EngineConfig) -> StepOutputs:
     """Room for the outputs of `num_steps` steps."""
 
     def zeros(*shape: int, dtype: Any = jnp.int32) -> Array:
-        return jnp.zeros((num_steps, *shape), dtype)
+        return jnp.zeros(shape, dtype)
 
-    slots = config.max_slots
-    return StepOutput(
-        row_id=zeros(slots),
-        num_new=zeros(slots),
-        sampled=zeros(slots, dtype=bool),
-        drawn=jax.tree.map(lambda leaf: zeros(*leaf.shape, dtype=leaf.dtype), _nothing_drawn(config)),
-        status=zeros(slots),
-        prompt=jax.tree.map(lambda leaf: zeros(*leaf.shape, dtype=leaf.dtype), no_prompt_logprobs(config)),
-        num_waiting=zeros(),
+    def stacked(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: zeros(num_steps, *leaf.shape, dtype=leaf.dtype), tree)
+
+    slots, rows = config.max_slots, config.num_rows
+    steps = StepOutput(
+        row_id=zeros(num_steps, slots),
+        num_new=zeros(num_steps, slots),
+        sampled=zeros(num_steps, slots, dtype=bool),
+        drawn=stacked(_nothing_drawn(config)),
+        status=zeros(num_steps, slots),
+        prompt=stacked(no_prompt_logprobs(config)),
+        num_waiting=zeros(num_steps),
+        num_free_pages=zeros(num_steps),
+        num_preempted=zeros(num_steps),
+    )
+    return StepOutputs(
+        steps=steps,
+        num_steps=zeros(),
+        status=zeros(rows),
+        generation=zeros(rows),
+        num_preemptions=zeros(rows),
         num_free_pages=zeros(),
-        num_preempted=zeros(),
     )
 
 
@@ -368,6 +380,11 @@ GPU_COMPILER_OPTIONS: dict[str, Any] = {
 }
 
 
+def compiler_options(config: EngineConfig) -> dict[str, Any] | None:
+    """What the programs of a configuration are compiled with."""
+    return GPU_COMPILER_OPTIONS if compiles_for_cuda(config.backend) else None
+
+
 @functools.cache
 def programs(
     model: ModelConfig, config: EngineConfig, logits_fn: LogitsFn | None = None
@@ -376,7 +393,7 @@ def programs(
 
     On NVIDIA GPUs each is compiled with `GPU_COMPILER_OPTIONS`, as a caller's own `jax.jit` of `run` should be.
     """
-    options = GPU_COMPILER_OPTIONS if compiles_for_cuda(config.backend) else None
+    options = compiler_options(config)
     static: dict[str, Any] = {"model": model, "config": config}
     stepping = static | {"logits_fn": logits_fn}
     return {
