@@ -167,6 +167,12 @@ struct Product {
 struct Ahead {
   const char* from;
   int64_t lines;
+  bool near;  // into the first cache: a tenth faster on a Zen 4 with four or more passes, and slower with fewer
+
+  void Next() {
+    near ? Fetch1(from) : Fetch2(from);
+    from += 64;
+  }
 };
 
 // R rows by C vectors of columns.
@@ -182,7 +188,7 @@ void Tile(const typename W::Pair* x, const typename W::Element* w, int64_t pairs
   for (int64_t chunk = 0; chunk < pairs; chunk += kChunk / 2, x += R * (kChunk / 2)) {
     const int64_t end = std::min<int64_t>(pairs - chunk, kChunk / 2);
     for (int64_t p = 0; p < end; ++p, w += kStep) {
-      for (due += ahead.lines; due >= pairs; due -= pairs, ahead.from += 64) Fetch2(ahead.from);
+      for (due += ahead.lines; due >= pairs; due -= pairs) ahead.Next();
       decltype(W::Read(w, 0)) column[C];
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) column[c] = W::Read(w, c);
@@ -257,7 +263,7 @@ void Multiply(const Product<W>& o, int64_t first, int64_t last, const After& aft
     const auto* w = o.Panel(panel) + half * W::Place(kPanel / 2, 0);
     if (unit % (2 * blocks) == 0 || unit == first) next = 2 * blocks * (panel + 1) < last ? panel + 1 : after() / (2 * blocks);
     const int64_t pass = half_panels ? half : block, line = pass * lines / passes;
-    Ahead ahead{reinterpret_cast<const char*>(o.Panel(next)) + line * 64, (pass + 1) * lines / passes - line};
+    Ahead ahead{reinterpret_cast<const char*>(o.Panel(next)) + line * 64, (pass + 1) * lines / passes - line, passes >= 4};
     if (passes == 1) ahead.from = reinterpret_cast<const char*>(w) + kAheadBytes;  // of the stream itself
     if (passes > 1 && next == o.NumPanels()) ahead.lines = 0;
     if constexpr (kTileVectors == kPanelVectors) {
