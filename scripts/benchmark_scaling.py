@@ -1,4 +1,4 @@
-"""What a step costs as the engine gets larger: one thing varied at a time, the scheduler alone and the whole step.
+"""What a step costs as the engine gets larger: one thing varied at a time; the scheduler, all but the model, the whole step.
 
     python scripts/benchmark_scaling.py --what=scheduler --json scaling.jsonl --plot scaling.png
     python scripts/benchmark_scaling.py --what=step --sweep=slots,long --model configs/models/llama-135m.json
@@ -11,8 +11,9 @@
     context     tokens of each sequence                                     capacity    the longest sequence there is room for
     pages       in the pool
 
-"scheduler" is all of a step but the model and the sampler (`scaling_timing.py`). A line is fitted to each curve, by relative
-least squares; its constants are printed, with how far the worst point is off.
+"scheduler" is all of a step but the model and the sampler (`scaling_timing.py`). "rest" is all of it but the model: the
+engine's own program, with a model of one layer eight wide, which writes as many logits. A line is fitted to each curve, by
+relative least squares; its constants are printed, with how far the worst point is off.
 """
 
 import dataclasses
@@ -36,12 +37,13 @@ from jaxserve.config import read_json_object
 from jaxserve.models import families
 from jaxserve.models.params import random_params
 
-_WHAT = ("scheduler", "step")
-_STEPS = {"scheduler": 1000, "step": 8}
+_WHAT = ("scheduler", "rest", "step")
+_STEPS = {"scheduler": 1000, "rest": 64, "step": 8}
 _TURNOVER_STEPS = 64  # each needs rows that wait
 _METHOD = (
     "(time of a call of n steps - median time of a call of one) / (n - 1); the same state before every call; cases of a sweep "
-    "in turns; scheduler: no model, no sampler; step: random weights, keys and values; fit: relative least squares"
+    "in turns; scheduler: no model, no sampler; rest: a model of one layer, 8 wide; step: random weights, keys and values; "
+    "fit: relative least squares"
 )
 _COLUMNS = {"sweep": 10, "what": 9, "series": 8, "value": 9, "us/step": 9, "min": 9, "p90": 9, "tokens": 8, "pages": 8}
 
@@ -68,7 +70,7 @@ class Options:
 def define_flags(values: flags.FlagValues) -> None:
     """All flags of the benchmark."""
     to: dict[str, Any] = {"flag_values": values}
-    flags.DEFINE_list("what", "all", f"{', '.join(_WHAT)}; all: both.", **to)
+    flags.DEFINE_list("what", "all", f"{', '.join(_WHAT)}; all: all of them.", **to)
     flags.DEFINE_list("sweep", "all", f"{', '.join(SWEEPS)}; all: all of them.", **to)
     flags.DEFINE_list("points", [], "Of one sweep, in place of the usual ones.", **to)
     flags.DEFINE_string("model", "configs/models/llama-135m.json", "A config.json file; weights are random.", **to)
@@ -77,7 +79,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "context", 256, "Tokens per sequence at first, where they are not varied.", lower_bound=2, **to
     )
-    flags.DEFINE_integer("steps", None, "Per timed call; by default 1000 of the scheduler, 8 whole ones.", 2, **to)
+    flags.DEFINE_integer(
+        "steps", None, "Per timed call; by default 1000 of the scheduler, 64 without a model, 8 whole ones.", 2, **to
+    )
     flags.DEFINE_integer("repeats", 10, "Timed calls per case.", lower_bound=1, **to)
     flags.DEFINE_string("engine_config", None, "A JSON file; its slots, pages, rows and lengths do not count.", **to)
     flags.DEFINE_integer("seed", 0, "Of tokens, pages and weights.", lower_bound=0, upper_bound=2**31 - 1, **to)
@@ -94,7 +98,7 @@ def parse_options(values: flags.FlagValues) -> Options:
     sweeps, what = names("sweep", values.sweep, tuple(SWEEPS)), names("what", values.what, _WHAT)
     if values.points and len(sweeps) > 1:
         raise ValueError(f"--points are of one sweep, but --sweep={','.join(values.sweep)}: choose one")
-    if what == ("step",) and not any(SWEEPS[name].of_model for name in sweeps):
+    if "scheduler" not in what and not any(SWEEPS[name].of_model for name in sweeps):
         raise ValueError(f"--sweep={','.join(sweeps)} is about the scheduler only: use --what=scheduler")
     check_plot(values.plot)
     path = values.engine_config
@@ -175,7 +179,9 @@ def _measure(
     made: dict[int, Bench] = {}
     pools, weights = Pools(), {}
     for index, case in enumerate(cases):
-        of_case = dataclasses.replace(model, vocab_size=case.vocab_size)
+        of_case = (
+            stub_model(case.vocab_size) if what == "rest" else dataclasses.replace(model, vocab_size=case.vocab_size)
+        )
         config = case.config(engine, steps)
         try:
             if what == "scheduler":
@@ -189,7 +195,7 @@ def _measure(
                 state = busy_state(case, of_case, config, options.seed)
                 program = make_step(weights[of_case], of_case, config)
                 bench = Bench(case, config, state, program, steps, model=of_case, pools=pools)
-            records[index]["backend"] = config.backend if what == "step" else None
+            records[index]["backend"] = None if what == "scheduler" else config.backend
             made[index] = bench
             benches.append(bench)
         except ValueError as error:

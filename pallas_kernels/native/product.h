@@ -20,6 +20,7 @@ constexpr int kPanel = 64;                   // columns of a panel
 constexpr int kPanelVectors = kPanel / kLanes;
 constexpr int kChunk = 32;                   // columns of packed rows that lie together
 constexpr int64_t kAheadBytes = 8 << 10;     // between what is read once and what is fetched for it
+constexpr int64_t kAheadBytesOfSeveral = 1 << 10;  // in each of several panels that are read at the same time
 constexpr int64_t kPastCaches = 1 << 20;     // numbers of a result from which on it is written past the caches
 #if defined(__AVX512F__)
 constexpr int kTileVectors = kPanelVectors;  // with 6 rows: 24 sums and a vector of each operand fill 32 registers
@@ -175,35 +176,60 @@ struct Ahead {
   }
 };
 
-// R rows by C vectors of columns.
-template <typename W, int R, int C>
+// R rows by C vectors of columns of each of P panels. Several panels fetch for themselves, in place of `ahead`.
+template <typename W, int R, int C, int P = 1>
 void Tile(const typename W::Pair* x, const typename W::Element* w, int64_t pairs, Ahead ahead, float* sums) {
-  constexpr int64_t kStep = 2 * kPanel;
-  Vec sum[R][C];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  constexpr int64_t kStep = 2 * kPanel, kStepBytes = kStep * sizeof(typename W::Element);
+  const int64_t panel = pairs * kStep;
+  Vec sum[P][R][C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) sum[r][c] = Vec{};
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) sum[p][r][c] = Vec{};
   int64_t due = 0;
   for (int64_t chunk = 0; chunk < pairs; chunk += kChunk / 2, x += R * (kChunk / 2)) {
     const int64_t end = std::min<int64_t>(pairs - chunk, kChunk / 2);
-    for (int64_t p = 0; p < end; ++p, w += kStep) {
-      for (due += ahead.lines; due >= pairs; due -= pairs) ahead.Next();
-      decltype(W::Read(w, 0)) column[C];
+    for (int64_t i = 0; i < end; ++i, w += kStep) {
+      if constexpr (P == 1) {
+        for (due += ahead.lines; due >= pairs; due -= pairs) ahead.Next();
+      }
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) column[c] = W::Read(w, c);
+      for (int p = 0; p < P; ++p) {
+        if constexpr (P > 1) {
+          const char* from = reinterpret_cast<const char*>(w + p * panel) + kAheadBytesOfSeveral;
+          for (int64_t line = 0; line < kStepBytes; line += 64) Fetch2(from + line);
+        }
+        decltype(W::Read(w, 0)) column[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) column[c] = W::Read(w + p * panel, c);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const auto spread = W::Spread(x[r * (kChunk / 2) + p]);
+        for (int r = 0; r < R; ++r) {
+          const auto spread = W::Spread(x[r * (kChunk / 2) + i]);
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) sum[r][c] = W::Add(sum[r][c], spread, column[c]);
+          for (int c = 0; c < C; ++c) sum[p][r][c] = W::Add(sum[p][r][c], spread, column[c]);
+        }
       }
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) Store(sums + (r * kPanelVectors + c) * kLanes, sum[r][c]);
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) Store(sums + ((p * R + r) * kPanelVectors + c) * kLanes, sum[p][r][c]);
+}
+
+// How many panels to work on together: with few rows registers allow it, and several streams are read faster than one.
+constexpr int PanelsTogether(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+
+// Up to three rows by that many whole panels.
+template <typename W>
+void TileOfPanels(int rows, const typename W::Pair* x, const typename W::Element* w, int64_t pairs, float* sums) {
+  if (rows == 1) Tile<W, 1, kPanelVectors, 4>(x, w, pairs, {}, sums);
+  else if (rows == 2) Tile<W, 2, kPanelVectors, 2>(x, w, pairs, {}, sums);
+  else Tile<W, 3, kPanelVectors, 2>(x, w, pairs, {}, sums);
 }
 
 template <typename W, int C, int R>
@@ -256,6 +282,17 @@ void Multiply(const Product<W>& o, int64_t first, int64_t last, const After& aft
   int64_t next = 0;  // panel to fetch, of which each pass over this one takes a part
   for (int64_t unit = first; unit < last;) {
     const int64_t panel = unit / (2 * blocks), block = unit / 2 % blocks, half = unit % 2;
+    if constexpr (kTileVectors == kPanelVectors) {
+      const int together = PanelsTogether(o.x.num_rows);
+      if (together > 1 && !half && unit + 2 * together <= last) {
+        const int rows = o.x.num_rows;
+        TileOfPanels<W>(rows, o.x.Block(0), o.Panel(panel), pairs, sums);
+        for (int p = 0; p < together; ++p)
+          Finish(o, sums + p * rows * kPanel, 0, rows, (panel + p) * kPanelVectors, kPanelVectors);
+        unit += 2 * together;
+        continue;
+      }
+    }
     const int vectors = half_panels || half || unit + 1 == last ? kPanelVectors / 2 : kPanelVectors;
     const int64_t row = o.x.First(block);
     const int rows = o.x.First(block + 1) - row;

@@ -136,7 +136,7 @@ def test_constants_are_given_per_unit_and_long_sequences_against_even_ones():
     assert describe_fit(ratio) == "one sequence of 500 tokens among short ones: 1.50x of as many spread evenly"
 
 
-def test_the_command_measures_scheduler_and_step_and_fits_lines(tmp_path, capsys):
+def test_the_command_measures_all_kinds_and_fits_lines(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG))
     (tmp_path / "engine.json").write_text('{"page_size": 8, "attention_backend": "reference"}')
     out, plot = tmp_path / "out.jsonl", tmp_path / "out.png"
@@ -151,7 +151,10 @@ def test_the_command_measures_scheduler_and_step_and_fits_lines(tmp_path, capsys
     records = [json.loads(line) for line in out.read_text().splitlines()]
     timed = [record for record in records if record["kind"] == "measurement"]
     assert [(r["what"], r["series"], r["value"]) for r in timed] == [
-        (what, series, value) for what in ("scheduler", "step") for value in (30, 60) for series in ("one long", "even")
+        (what, series, value)
+        for what in ("scheduler", "rest", "step")
+        for value in (30, 60)
+        for series in ("one long", "even")
     ]
     assert all(
         r["status"] == "timed" and r["jax"] == jax.__version__ and r["num_tokens"] == r["value"] + 64 for r in timed
