@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int8, Int32, Num, Shaped
 
 from pallas_kernels.native import library
 from pallas_kernels.paged_attention.pages import PagedKV
 
 _LANES = 16
 _PANEL = 64  # columns
+_INT8_HEAD = 2  # pairs of rows: room for the scales of a panel
 _MAX_HEAD_DIM = 256
 _MAX_GROUP = 16
 
@@ -35,22 +37,53 @@ def serves_heads(head_dim: int, group_size: int) -> bool:
     return head_dim % 2 == 0 and head_dim <= _MAX_HEAD_DIM and group_size <= _MAX_GROUP
 
 
-def pack(w: Float[Array, "K N"]) -> Float[Array, "N/64 K/2 _ _"]:
+def pack(w: Num[Array, "K N"]) -> Num[Array, "N/64 K/2 _ _"]:
     """A weight as `product` reads it, zero columns and rows filling it up.
 
-    For each 64 columns all pairs of rows lie together: [N/64, K/2, 64, 2] in bfloat16, [N/64, K/2, 2, 64] in float32.
+    For each 64 columns all pairs of rows lie together: [N/64, K/2, 64, 2] in bfloat16 and int8, [N/64, K/2, 2, 64] in float32.
     """
     num_rows, num_columns = w.shape
     w = jnp.pad(w, ((0, num_rows % 2), (0, -num_columns % _PANEL)))
     w = w.reshape(w.shape[0] // 2, 2, -1, _PANEL)
-    return w.transpose((2, 0, 3, 1) if w.dtype == jnp.bfloat16 else (2, 0, 1, 3))
+    return w.transpose((2, 0, 3, 1) if w.dtype != jnp.float32 else (2, 0, 1, 3))
 
 
 def pack_gated(w: Float[Array, "K 2 F"]) -> Float[Array, "2F/16 K/2 _ _"]:
     """`pack` of a gate and of what it is applied to, 16 columns of each in turns."""
+    return pack(_interleaved(w))
+
+
+def quantize(w: Float[Array, "K N"]) -> tuple[Int8[Array, "K N"], Float32[Array, " N"]]:
+    """Integers from -127 to 127 and a scale per column: q * scale is the weight to within half a scale.
+
+    The largest weight of a column is 127 scales; columns of zeros have the scale 0. A column with a weight that is not finite
+    has the scale NaN, and so whatever it is multiplied by.
+    """
+    w = w.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(w), axis=0)
+    scale = jnp.where(jnp.isfinite(largest), largest / 127, jnp.nan)
+    whole = jnp.where(scale[None] > 0, jnp.round(w / scale[None]), 0)
+    return jnp.clip(whole, -127, 127).astype(jnp.int8), scale
+
+
+def pack_int8(w: Float[Array, "K N"]) -> Int8[Array, "N/64 2+K/2 64 2"]:
+    """`pack` of a quantised weight. In front of each panel stand the bytes of its 64 scales, in the place of two pairs of rows."""
+    integers, scale = quantize(w)
+    panels = pack(integers)
+    scale = jnp.pad(scale, (0, panels.shape[0] * _PANEL - scale.shape[0]))
+    head = lax.bitcast_convert_type(scale, jnp.int8).reshape(-1, _INT8_HEAD, _PANEL, 2)
+    return jnp.concatenate([head, panels], axis=1)
+
+
+def pack_int8_gated(w: Float[Array, "K 2 F"]) -> Int8[Array, "2F/16 2+K/2 64 2"]:
+    """`pack_int8` of what `pack_gated` packs."""
+    return pack_int8(_interleaved(w))
+
+
+def _interleaved(w: Float[Array, "K 2 F"]) -> Float[Array, "K 2F"]:
     w = jnp.pad(w, ((0, 0), (0, 0), (0, -w.shape[2] % _LANES)))
     w = w.reshape(w.shape[0], 2, -1, _LANES).transpose(0, 2, 1, 3)
-    return pack(w.reshape(w.shape[0], -1))
+    return w.reshape(w.shape[0], -1)
 
 
 def embed(

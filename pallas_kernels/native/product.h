@@ -1,7 +1,8 @@
 // y = act(x @ w + bias) + residual for rows of which the number is known at run time only.
 //
 // w is packed in panels of 64 columns: all pairs of its rows, [ceil(N / 64), ceil(K / 2), 64, 2] in bfloat16 (what AVX-512 BF16
-// and AMX read) or [ceil(N / 64), ceil(K / 2), 2, 64] in float32. So a thread reads one stream. A row's sum over K goes in one
+// and AMX read) or [ceil(N / 64), ceil(K / 2), 2, 64] in float32; in int8 as in bfloat16, behind the 64 scales of the panel:
+// [ceil(N / 64), 2 + ceil(K / 2), 64, 2]. So a thread reads one stream. A row's sum over K goes in one
 // order, whatever is computed beside it: so neither the number of rows nor the place among them changes a bit.
 #pragma once
 
@@ -33,6 +34,8 @@ constexpr int kMostRows = 5;
 
 struct Bfloat16Weight {
   using Element = uint16_t;
+  using Expanded = Bfloat16Weight;     // what many rows are multiplied by
+  static constexpr int64_t kHead = 0;  // elements in front of a panel's rows
   static float AsFloat(Element x) { return Float(x); }
   static int64_t Place(int64_t column, int64_t row) { return 2 * column + row; }  // in a panel's pair of rows
 #if defined(__AVX512BF16__)
@@ -66,8 +69,40 @@ struct Bfloat16Weight {
 #endif
 };
 
+// A column is its scale times numbers of int8, which bfloat16 holds exactly: they are multiplied as bfloat16, and the sum is scaled.
+struct Int8Weight : Bfloat16Weight {
+  using Element = int8_t;
+  static constexpr int64_t kHead = kPanel * sizeof(float);
+  static float AsFloat(Element x) { return x; }
+#if defined(__AVX512BF16__)
+  static __m512bh Read(const Element* w, int c) {
+    const auto wide = [&](int i) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 2 * kLanes * c + kLanes * i));
+      return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+    };
+    return _mm512_cvtne2ps_pbh(wide(1), wide(0));
+  }
+  static void Expand(const Element* from, Expanded::Element* to) {
+    const __m512bh bits = Read(from, 0);
+    std::memcpy(to, &bits, sizeof(bits));
+  }
+#else
+  static Pairs Read(const Element* w, int c) {
+    const IntVec pairs = __builtin_convertvector(Load<ShortVec>(w + 2 * kLanes * c), IntVec);
+    return {__builtin_convertvector(pairs << 24 >> 24, Vec), __builtin_convertvector(pairs >> 8, Vec)};
+  }
+  static void Expand(const Element* from, Expanded::Element* to) {
+    const Pairs pairs = Read(from, 0);
+    const UintVec bits = (UintVec)pairs.even >> 16 | (UintVec)pairs.odd;
+    std::memcpy(to, &bits, sizeof(bits));
+  }
+#endif
+};
+
 struct Float32Weight {
   using Element = float;
+  using Expanded = Float32Weight;
+  static constexpr int64_t kHead = 0;
   static float AsFloat(Element x) { return x; }
   static int64_t Place(int64_t column, int64_t row) { return kPanel * row + column; }
   struct Pair {
@@ -157,8 +192,9 @@ struct Product {
     return y && n % kLanes == 0 && x.num_rows * n >= kPastCaches && reinterpret_cast<uintptr_t>(y) % 64 == 0;
   }
   int64_t NumPanels() const { return ((gated ? (n + kLanes - 1) / kLanes * kLanes * 2 : n) + kPanel - 1) / kPanel; }
+  int64_t PanelSize() const { return W::kHead + NumPairs() * 2 * kPanel; }  // elements
   const typename W::Element* Panel(int64_t panel) const {
-    return static_cast<const typename W::Element*>(w) + panel * NumPairs() * 2 * kPanel;
+    return static_cast<const typename W::Element*>(w) + panel * PanelSize();
   }
 };
 
@@ -208,22 +244,57 @@ void TileOf(int rows, const typename W::Pair* x, const typename W::Element* w, i
   Tile<W, R, C>(x, w, pairs, ahead, sums);
 }
 
+// Sums of rows by half a panel or a whole one.
+template <typename W>
+void Sums(int rows, int vectors, const typename W::Pair* x, const typename W::Element* w, int64_t pairs, Ahead ahead, float* sums) {
+  if constexpr (kTileVectors == kPanelVectors) {
+    if (vectors == kPanelVectors) TileOf<W, kPanelVectors, kMaxRows>(rows, x, w, pairs, ahead, sums);
+    else TileOf<W, kPanelVectors / 2, kMostRows>(rows, x, w, pairs, ahead, sums);
+  } else {
+    for (int c = 0; c < vectors; ++c)
+      TileOf<W, 1, kMaxRows>(rows, x, w + W::Place(c * kLanes, 0), pairs, c ? Ahead{} : ahead, sums + c * kLanes);
+  }
+}
+
+// A panel in the form that many rows are multiplied by, in memory of the thread's own. Null if it has that form already; or if
+// there is no memory for it: in a thread of the pool nobody would catch an exception.
+template <typename W>
+const typename W::Expanded::Element* ExpandedPanel(const typename W::Element* rows, int64_t pairs) {
+  if constexpr (W::kHead) {
+    static thread_local Buffer<typename W::Expanded::Element> kept;
+    typename W::Expanded::Element* to;
+    try {
+      to = kept.Resize(pairs * 2 * kPanel);
+    } catch (const std::bad_alloc&) {
+      return nullptr;
+    }
+    for (int64_t i = 0; i < pairs * 2 * kPanel; i += 2 * kLanes) W::Expand(rows + i, to + i);
+    return to;
+  }
+  return nullptr;
+}
+
 // Sums of rows by vectors of columns, from vector `vector` of w on, to where they go.
 template <typename W>
 void Finish(const Product<W>& o, const float* sums, int64_t row, int rows, int64_t vector, int vectors) {
   const bool past_caches = o.WritesPastCaches();
+  const auto* panel = o.Panel(vector / kPanelVectors);
+  const auto sum = [&](const float* from, int c) {
+    if constexpr (W::kHead) return Load(from) * Load(panel + (vector % kPanelVectors + c) * sizeof(Vec));
+    return Load(from);
+  };
   for (int r = 0; r < rows; ++r) {
     const auto packed = o.y ? typename PackedRows<W>::Row{} : o.packed.At(row + r);
     for (int c = 0; c < vectors; c += 1 + o.gated) {
       const float* from = sums + (r * kPanelVectors + c) * kLanes;
-      Vec v = Load(from);
+      Vec v = sum(from, c);
       int64_t column = (vector + c) * kLanes;
       if (o.gated) column /= 2;
       if (column >= o.n) continue;  // fills the panel up
       const int n = std::min<int64_t>(kLanes, o.n - column);
       if (o.bias) v += LoadSome(o.bias + column, n, 0);
       if (o.gated) {
-        Vec up = Load(from + kLanes);
+        Vec up = sum(from + kLanes, c + 1);
         if (o.bias) up += LoadSome(o.bias + o.n + column, n, 0);
         const Vec e = Exp(v < 0 ? v : -v);  // no overflow
         v = v * (v < 0 ? e : Splat(1)) / (1 + e) * up;
@@ -246,7 +317,8 @@ void Multiply(const Product<W>& o, int64_t first, int64_t last, const After& aft
   const bool half_panels = o.x.OfHalfPanels();
   const int64_t pairs = o.NumPairs(), blocks = o.x.NumBlocks(), passes = half_panels ? 2 : blocks;
   alignas(64) float sums[kMostRows * kPanel];
-  const int64_t lines = pairs * 2 * kPanel * sizeof(typename W::Element) / 64;  // of a panel
+  const int64_t lines = o.PanelSize() * sizeof(typename W::Element) / 64;  // of a panel
+  const typename W::Expanded::Element* expanded = nullptr;  // the panel, if more than one block of rows reads it
   int64_t next = 0;  // panel to fetch, of which each pass over this one takes a part
   for (int64_t unit = first; unit < last;) {
     const int64_t panel = unit / (2 * blocks), block = unit / 2 % blocks, half = unit % 2;
@@ -254,19 +326,18 @@ void Multiply(const Product<W>& o, int64_t first, int64_t last, const After& aft
     const int64_t row = o.x.First(block);
     const int rows = o.x.First(block + 1) - row;
     const auto* x = o.x.Block(block);
-    const auto* w = o.Panel(panel) + half * W::Place(kPanel / 2, 0);
-    if (unit % (2 * blocks) == 0 || unit == first) next = 2 * blocks * (panel + 1) < last ? panel + 1 : after() / (2 * blocks);
+    const auto* w = o.Panel(panel) + W::kHead;
+    const int64_t place = half * W::Place(kPanel / 2, 0);
+    if (unit % (2 * blocks) == 0 || unit == first) {
+      next = 2 * blocks * (panel + 1) < last ? panel + 1 : after() / (2 * blocks);
+      if (blocks > 1) expanded = ExpandedPanel<W>(w, pairs);
+    }
     const int64_t pass = half_panels ? half : block, line = pass * lines / passes;
     Ahead ahead{reinterpret_cast<const char*>(o.Panel(next)) + line * 64, (pass + 1) * lines / passes - line};
-    if (passes == 1) ahead.from = reinterpret_cast<const char*>(w) + kAheadBytes;  // of the stream itself
+    if (passes == 1) ahead.from = reinterpret_cast<const char*>(w + place) + kAheadBytes;  // of the stream itself
     if (passes > 1 && next == o.NumPanels()) ahead.lines = 0;
-    if constexpr (kTileVectors == kPanelVectors) {
-      if (vectors == kPanelVectors) TileOf<W, kPanelVectors, kMaxRows>(rows, x, w, pairs, ahead, sums);
-      else TileOf<W, kPanelVectors / 2, kMostRows>(rows, x, w, pairs, ahead, sums);
-    } else {
-      for (int c = 0; c < vectors; ++c)
-        TileOf<W, 1, kMaxRows>(rows, x, w + W::Place(c * kLanes, 0), pairs, c ? Ahead{} : ahead, sums + c * kLanes);
-    }
+    if (expanded) Sums<typename W::Expanded>(rows, vectors, x, expanded + place, pairs, ahead, sums);
+    else Sums<W>(rows, vectors, x, w + place, pairs, ahead, sums);
     Finish(o, sums, row, rows, panel * kPanelVectors + half * (kPanelVectors / 2), vectors);
     unit += vectors / (kPanelVectors / 2);
   }
