@@ -67,7 +67,7 @@ def quantize(w: Float[Array, "K N"]) -> tuple[Int8[Array, "K N"], Float32[Array,
 
 
 def pack_int8(w: Float[Array, "K N"]) -> Int8[Array, "N/64 2+K/2 64 2"]:
-    """`pack` of a quantised weight. In front of each panel stand the bytes of its 64 scales, in the place of two pairs of rows."""
+    """`pack` of a quantised weight. The bytes of a panel's 64 scales stand in front of it, in the place of two pairs of rows."""
     integers, scale = quantize(w)
     panels = pack(integers)
     scale = jnp.pad(scale, (0, panels.shape[0] * _PANEL - scale.shape[0]))
@@ -87,7 +87,7 @@ def _interleaved(w: Float[Array, "K 2 F"]) -> Float[Array, "K 2F"]:
 
 
 def embed(
-    w: Float[Array, "..."], ids: Int32[Array, " B"], size: int, num_rows: Int32[Array, ""] | None = None
+    w: Num[Array, "..."], ids: Int32[Array, " B"], size: int, num_rows: Int32[Array, ""] | None = None
 ) -> Float32[Array, "B K"]:
     """Rows `ids` of a table [V, K]; or, which is the same, columns of the packed weight made of its transpose.
 
@@ -105,7 +105,7 @@ def embed(
 
 def product(
     x: Float32[Array, "B K"],
-    w: Float[Array, "N/64 K/2 _ _"],
+    w: Num[Array, "N/64 K/2 _ _"],
     *,
     num_columns: int,
     num_rows: Int32[Array, ""] | None = None,
@@ -115,14 +115,14 @@ def product(
     residual: Float32[Array, "B N"] | None = None,
     gated: bool = False,
 ) -> Float32[Array, "B N"]:
-    """residual + act(norm(x) @ w + bias), operands in the weight's dtype, accumulated in float32.
+    """residual + act(norm(x) @ w + bias), operands in the weight's dtype, accumulated in float32; with int8 in bfloat16.
 
-    A row's bits depend on that row only. With AVX-512 BF16 a weight of bfloat16 is multiplied by vdpbf16ps, which takes
-    subnormal numbers for zero.
+    A row's bits depend on that row only. With AVX-512 BF16 weights of bfloat16 and int8 are multiplied by vdpbf16ps, which
+    takes subnormal numbers for zero.
 
     Args:
       x: rows.
-      w: from `pack`, or `pack_gated` if gated.
+      w: from `pack` or `pack_int8`, or if gated from `pack_gated` or `pack_int8_gated`.
       num_columns: N, or F if gated.
       num_rows: rows that count; None: all.
       scale: of an RMSNorm of x; None: there is none.
@@ -162,13 +162,13 @@ class PagedRows(NamedTuple):
 class BlockWeights(NamedTuple):
     """What a pre-norm block with SwiGLU is made of, as `jaxserve.models.layers` names it; None: there is none."""
 
-    qkv: Float[Array, "N/64 E/2 _ _"]  # for each kv head its G query heads, its key, its value
+    qkv: Num[Array, "N/64 E/2 _ _"]  # for each kv head its G query heads, its key, its value
     qkv_bias: Float[Array, " N"] | None
-    out: Float[Array, "E/64 H*D/2 _ _"]
+    out: Num[Array, "E/64 H*D/2 _ _"]
     out_bias: Float[Array, " E"] | None
-    gate_up: Float[Array, "2F/64 E/2 _ _"]
+    gate_up: Num[Array, "2F/64 E/2 _ _"]
     gate_up_bias: Float[Array, "2 F"] | None
-    down: Float[Array, "E/64 F/2 _ _"]
+    down: Num[Array, "E/64 F/2 _ _"]
     down_bias: Float[Array, " E"] | None
     attention_norm: Float[Array, " E"]  # scales
     ffw_norm: Float[Array, " E"]
@@ -246,8 +246,9 @@ def _check_blocks(x: Any, weights: Any, pages: Any, *, ffw_dim: int, group_size:
     lengths = {"qkv_bias": width, "out_bias": embed_dim, "gate_up_bias": 2 * ffw_dim, "down_bias": embed_dim}
     lengths |= {"attention_norm": embed_dim, "ffw_norm": embed_dim, "q_norm": head_dim, "k_norm": head_dim}
     dtype = weights[0].qkv.dtype
-    if dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"packed weights must be float32 or bfloat16, not {dtype}")
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.int8):
+        raise ValueError(f"packed weights must be float32, bfloat16 or int8, not {dtype}")
+    head = _INT8_HEAD if dtype == jnp.int8 else 0
     for number, (layer, arrays) in enumerate(zip(weights, pages, strict=True)):
         for name, w in layer._asdict().items():
             if name in sizes:
@@ -256,7 +257,7 @@ def _check_blocks(x: Any, weights: Any, pages: Any, *, ffw_dim: int, group_size:
                     raise ValueError(
                         f"{name} is not packed: its shape is {w.shape}; `pack` it, or `prepare` all parameters"
                     )
-                wanted = -(-num_columns // _PANEL), -(-num_rows // 2)
+                wanted = -(-num_columns // _PANEL), head + -(-num_rows // 2)
                 if (w.dtype, w.shape[:2]) != (dtype, wanted):
                     raise ValueError(
                         f"{name} of layer {number} is {w.dtype}{list(w.shape)}, where {dtype}{list(wanted)} and two more axes "
