@@ -2,8 +2,8 @@
 //
 // w is packed in panels of 64 columns: all pairs of its rows, [ceil(N / 64), ceil(K / 2), 64, 2] in bfloat16 (what AVX-512 BF16
 // and AMX read) or [ceil(N / 64), ceil(K / 2), 2, 64] in float32; in int8 as in bfloat16, behind the 64 scales of the panel:
-// [ceil(N / 64), 2 + ceil(K / 2), 64, 2]. So a thread reads one stream. A row's sum over K goes in one
-// order, whatever is computed beside it: so neither the number of rows nor the place among them changes a bit.
+// [ceil(N / 64), 2 + ceil(K / 2), 64, 2]. So a thread reads one stream. A row's sum over K goes in one order, whatever is computed
+// beside it: so neither the number of rows nor the place among them changes a bit.
 #pragma once
 
 #include <immintrin.h>
@@ -25,7 +25,7 @@ constexpr int64_t kPastCaches = 1 << 20;     // numbers of a result from which o
 #if defined(__AVX512F__)
 constexpr int kTileVectors = kPanelVectors;  // with 6 rows: 24 sums and a vector of each operand fill 32 registers
 constexpr int kMaxRows = 6;
-constexpr int kMostRows = 12;                // with half a panel: as many sums; so weights are read from memory and cache once
+constexpr int kMostRows = 12;                // with half a panel: as many sums, and fewer blocks that read the weights
 #else
 constexpr int kTileVectors = 1;              // 16 registers of half a vector
 constexpr int kMaxRows = 5;
@@ -34,7 +34,6 @@ constexpr int kMostRows = 5;
 
 struct Bfloat16Weight {
   using Element = uint16_t;
-  using Expanded = Bfloat16Weight;     // what many rows are multiplied by
   static constexpr int64_t kHead = 0;  // elements in front of a panel's rows
   static float AsFloat(Element x) { return Float(x); }
   static int64_t Place(int64_t column, int64_t row) { return 2 * column + row; }  // in a panel's pair of rows
@@ -69,7 +68,8 @@ struct Bfloat16Weight {
 #endif
 };
 
-// A column is its scale times numbers of int8, which bfloat16 holds exactly: they are multiplied as bfloat16, and the sum is scaled.
+// A column is its scale times numbers of int8, which bfloat16 holds exactly: they are multiplied as bfloat16, and sums are scaled.
+// Each block of rows converts them again: 12 rows hide that, while a panel converted once is one more thing to store and to read.
 struct Int8Weight : Bfloat16Weight {
   using Element = int8_t;
   static constexpr int64_t kHead = kPanel * sizeof(float);
@@ -82,26 +82,16 @@ struct Int8Weight : Bfloat16Weight {
     };
     return _mm512_cvtne2ps_pbh(wide(1), wide(0));
   }
-  static void Expand(const Element* from, Expanded::Element* to) {
-    const __m512bh bits = Read(from, 0);
-    std::memcpy(to, &bits, sizeof(bits));
-  }
 #else
   static Pairs Read(const Element* w, int c) {
     const IntVec pairs = __builtin_convertvector(Load<ShortVec>(w + 2 * kLanes * c), IntVec);
     return {__builtin_convertvector(pairs << 24 >> 24, Vec), __builtin_convertvector(pairs >> 8, Vec)};
-  }
-  static void Expand(const Element* from, Expanded::Element* to) {
-    const Pairs pairs = Read(from, 0);
-    const UintVec bits = (UintVec)pairs.even >> 16 | (UintVec)pairs.odd;
-    std::memcpy(to, &bits, sizeof(bits));
   }
 #endif
 };
 
 struct Float32Weight {
   using Element = float;
-  using Expanded = Float32Weight;
   static constexpr int64_t kHead = 0;
   static float AsFloat(Element x) { return x; }
   static int64_t Place(int64_t column, int64_t row) { return kPanel * row + column; }
@@ -118,8 +108,8 @@ struct Float32Weight {
   static Vec Add(Vec sum, X x, Pairs w) { return x.odd * w.odd + (x.even * w.even + sum); }
 };
 
-// Rows as tiles read them: blocks of up to kMaxRows rows, or one of up to kMostRows; of a block 32 columns of each row, then the
-// next 32.
+// Rows as tiles read them: one block of up to kMaxRows rows, or blocks of up to kMostRows; of a block 32 columns of each row, then
+// the next 32.
 template <typename W>
 struct PackedRows {
   using Pair = typename W::Pair;
@@ -129,8 +119,11 @@ struct PackedRows {
   static int64_t Size(int64_t num_rows, int64_t num_columns) {  // in pairs
     return num_rows * ((num_columns + kChunk - 1) / kChunk) * (kChunk / 2);
   }
-  bool OfHalfPanels() const { return kMaxRows < num_rows && num_rows <= kMostRows; }
-  int64_t NumBlocks() const { return OfHalfPanels() ? 1 : (num_rows + kMaxRows - 1) / kMaxRows; }
+  bool OfHalfPanels() const { return kMaxRows < kMostRows && kMaxRows < num_rows; }
+  int64_t NumBlocks() const {
+    const int64_t most = OfHalfPanels() ? kMostRows : kMaxRows;
+    return (num_rows + most - 1) / most;
+  }
   int64_t First(int64_t block) const { return block * num_rows / NumBlocks(); }
   const Pair* Block(int64_t block) const { return at + Size(First(block), num_columns); }
 
@@ -244,36 +237,6 @@ void TileOf(int rows, const typename W::Pair* x, const typename W::Element* w, i
   Tile<W, R, C>(x, w, pairs, ahead, sums);
 }
 
-// Sums of rows by half a panel or a whole one.
-template <typename W>
-void Sums(int rows, int vectors, const typename W::Pair* x, const typename W::Element* w, int64_t pairs, Ahead ahead, float* sums) {
-  if constexpr (kTileVectors == kPanelVectors) {
-    if (vectors == kPanelVectors) TileOf<W, kPanelVectors, kMaxRows>(rows, x, w, pairs, ahead, sums);
-    else TileOf<W, kPanelVectors / 2, kMostRows>(rows, x, w, pairs, ahead, sums);
-  } else {
-    for (int c = 0; c < vectors; ++c)
-      TileOf<W, 1, kMaxRows>(rows, x, w + W::Place(c * kLanes, 0), pairs, c ? Ahead{} : ahead, sums + c * kLanes);
-  }
-}
-
-// A panel in the form that many rows are multiplied by, in memory of the thread's own. Null if it has that form already; or if
-// there is no memory for it: in a thread of the pool nobody would catch an exception.
-template <typename W>
-const typename W::Expanded::Element* ExpandedPanel(const typename W::Element* rows, int64_t pairs) {
-  if constexpr (W::kHead) {
-    static thread_local Buffer<typename W::Expanded::Element> kept;
-    typename W::Expanded::Element* to;
-    try {
-      to = kept.Resize(pairs * 2 * kPanel);
-    } catch (const std::bad_alloc&) {
-      return nullptr;
-    }
-    for (int64_t i = 0; i < pairs * 2 * kPanel; i += 2 * kLanes) W::Expand(rows + i, to + i);
-    return to;
-  }
-  return nullptr;
-}
-
 // Sums of rows by vectors of columns, from vector `vector` of w on, to where they go.
 template <typename W>
 void Finish(const Product<W>& o, const float* sums, int64_t row, int rows, int64_t vector, int vectors) {
@@ -315,10 +278,9 @@ void Finish(const Product<W>& o, const float* sums, int64_t row, int rows, int64
 template <typename W, typename After>
 void Multiply(const Product<W>& o, int64_t first, int64_t last, const After& after) {
   const bool half_panels = o.x.OfHalfPanels();
-  const int64_t pairs = o.NumPairs(), blocks = o.x.NumBlocks(), passes = half_panels ? 2 : blocks;
+  const int64_t pairs = o.NumPairs(), blocks = o.x.NumBlocks(), passes = (half_panels ? 2 : 1) * blocks;
   alignas(64) float sums[kMostRows * kPanel];
   const int64_t lines = o.PanelSize() * sizeof(typename W::Element) / 64;  // of a panel
-  const typename W::Expanded::Element* expanded = nullptr;  // the panel, if more than one block of rows reads it
   int64_t next = 0;  // panel to fetch, of which each pass over this one takes a part
   for (int64_t unit = first; unit < last;) {
     const int64_t panel = unit / (2 * blocks), block = unit / 2 % blocks, half = unit % 2;
@@ -326,18 +288,19 @@ void Multiply(const Product<W>& o, int64_t first, int64_t last, const After& aft
     const int64_t row = o.x.First(block);
     const int rows = o.x.First(block + 1) - row;
     const auto* x = o.x.Block(block);
-    const auto* w = o.Panel(panel) + W::kHead;
-    const int64_t place = half * W::Place(kPanel / 2, 0);
-    if (unit % (2 * blocks) == 0 || unit == first) {
-      next = 2 * blocks * (panel + 1) < last ? panel + 1 : after() / (2 * blocks);
-      if (blocks > 1) expanded = ExpandedPanel<W>(w, pairs);
-    }
-    const int64_t pass = half_panels ? half : block, line = pass * lines / passes;
+    const auto* w = o.Panel(panel) + W::kHead + half * W::Place(kPanel / 2, 0);
+    if (unit % (2 * blocks) == 0 || unit == first) next = 2 * blocks * (panel + 1) < last ? panel + 1 : after() / (2 * blocks);
+    const int64_t pass = half_panels ? 2 * block + half : block, line = pass * lines / passes;
     Ahead ahead{reinterpret_cast<const char*>(o.Panel(next)) + line * 64, (pass + 1) * lines / passes - line};
-    if (passes == 1) ahead.from = reinterpret_cast<const char*>(w + place) + kAheadBytes;  // of the stream itself
+    if (passes == 1) ahead.from = reinterpret_cast<const char*>(w) + kAheadBytes;  // of the stream itself
     if (passes > 1 && next == o.NumPanels()) ahead.lines = 0;
-    if (expanded) Sums<typename W::Expanded>(rows, vectors, x, expanded + place, pairs, ahead, sums);
-    else Sums<W>(rows, vectors, x, w + place, pairs, ahead, sums);
+    if constexpr (kTileVectors == kPanelVectors) {
+      if (vectors == kPanelVectors) TileOf<W, kPanelVectors, kMaxRows>(rows, x, w, pairs, ahead, sums);
+      else TileOf<W, kPanelVectors / 2, kMostRows>(rows, x, w, pairs, ahead, sums);
+    } else {
+      for (int c = 0; c < vectors; ++c)
+        TileOf<W, 1, kMaxRows>(rows, x, w + W::Place(c * kLanes, 0), pairs, c ? Ahead{} : ahead, sums + c * kLanes);
+    }
     Finish(o, sums, row, rows, panel * kPanelVectors + half * (kPanelVectors / 2), vectors);
     unit += vectors / (kPanelVectors / 2);
   }
