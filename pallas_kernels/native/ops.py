@@ -67,7 +67,7 @@ def quantize(w: Float[Array, "K N"]) -> tuple[Int8[Array, "K N"], Float32[Array,
 
 
 def pack_int8(w: Float[Array, "K N"]) -> Int8[Array, "N/64 2+K/2 64 2"]:
-    """`pack` of a quantised weight. The bytes of a panel's 64 scales stand in front of it, in the place of two pairs of rows."""
+    """`pack` of a quantised weight. The bytes of a panel's 64 scales stand in front of it, in the place of two row pairs."""
     integers, scale = quantize(w)
     panels = pack(integers)
     scale = jnp.pad(scale, (0, panels.shape[0] * _PANEL - scale.shape[0]))

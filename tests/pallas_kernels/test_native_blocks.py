@@ -167,7 +167,10 @@ def test_layers_that_do_not_fit_their_windows_are_refused():
             {"gate_up": ops.pack_gated(jnp.ones((31, 2, 99)))},
             r"gate_up of layer 1 is float32\[4, 16, 2, 64\].*\[2, 16\]",
         ),
-        ({"down": ops.pack_int8(jnp.ones((37, 31)))}, r"down of layer 1 is int8\[1, 21, 64, 2\], where float32\[1, 19\]"),
+        (
+            {"down": ops.pack_int8(jnp.ones((37, 31)))},
+            r"down of layer 1 is int8\[1, 21, 64, 2\], where float32\[1, 19\]",
+        ),
         ({"q_norm": jnp.ones(8)}, "q_norm of layer 1 has 8 elements in place of 6"),
         ({"down_bias": jnp.ones(30)}, "down_bias of layer 1 has 30 elements in place of 31"),
     ],
