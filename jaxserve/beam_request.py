@@ -14,6 +14,7 @@ from jaxserve.beam_search import BeamRules, Hypotheses, beam_search, longest, pa
 from jaxserve.cache import bytes_per_page
 from jaxserve.config import EngineConfig
 from jaxserve.models import ModelConfig
+from jaxserve.models.prepare import loaded_dtype
 from jaxserve.request import SamplingParams, check_ids, check_int
 from jaxserve.rows import check_prompt
 from jaxserve.step import GPU_COMPILER_OPTIONS
@@ -283,7 +284,7 @@ def _check_memory(
     """Raises ValueError if the device reports less free memory than the pool takes."""
     weight: jax.Array = jax.tree.leaves(params["embedding"])[0]
     num_pages = num_requests * _pages_per_request(capacity, max_new, width, model=model, config=config)
-    needed = num_pages * bytes_per_page(model, config.page_size, config.kv_dtype or str(weight.dtype))
+    needed = num_pages * bytes_per_page(model, config.page_size, config.kv_dtype or str(loaded_dtype(params)))
     reported = next(iter(weight.devices())).memory_stats() or {}
     if "bytes_limit" not in reported:
         return

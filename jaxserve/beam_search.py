@@ -32,7 +32,7 @@ from jaxserve.cache.kv_pool import stores_bits
 from jaxserve.cache.page_table import allocate, allocate_each
 from jaxserve.config import EngineConfig
 from jaxserve.models import ModelConfig, graphdef_of
-from jaxserve.models.prepare import prepare
+from jaxserve.models.prepare import loaded_dtype, prepare
 from jaxserve.pytree import Record, record
 
 
@@ -104,7 +104,7 @@ def beam_search(
       ValueError: while tracing, if the beams or the pages that they may need exceed these capacities, or the vocabulary is
         too small for `width` candidates beside the end of sequence.
     """
-    params = prepare(params, model, config.backend)
+    params = prepare(params, model, config.backend, config.weight_dtype)
     state = start(params, prompts, prompt_length, rules, model=model, config=config, width=width)
     num_return = width if num_return is None else num_return
     if not 1 <= num_return <= width:
@@ -149,7 +149,7 @@ def start(
 ) -> BeamState:
     """Computes the prompts, each in the slot of its request's beam 0. Arguments and errors as in `beam_search`."""
     num_requests, capacity = prompts.shape
-    params = prepare(params, model, config.backend)
+    params = prepare(params, model, config.backend, config.weight_dtype)
     num_slots, max_new, max_len = num_requests * width, rules.divisor.shape[1] - 1, longest(model, config)
     num_pages = _check_capacities(num_requests, capacity, rules, width, model=model, config=config)
     valid = _valid(prompts, prompt_length, rules, model=model, config=config)
@@ -162,7 +162,7 @@ def start(
         return allocate(table, request * width, -(-prompt_length[request] // config.page_size))[0]
 
     table = lax.fori_loop(jnp.int32(0), jnp.int32(num_requests), allocate_prompt, table)
-    kv_dtype = config.kv_dtype or str(jax.tree.leaves(params["embedding"])[0].dtype)
+    kv_dtype = config.kv_dtype or str(loaded_dtype(params))
     ends = jnp.cumsum(prompt_length, dtype=jnp.int32)
 
     def rows(index: Int32[Array, " B"]) -> tuple[Array, Array, Array, Array]:
@@ -195,7 +195,7 @@ def advance(
 ) -> BeamState:
     """One more token for the beams of requests that are not done."""
     num_requests, width = state.logprob.shape
-    params = prepare(params, model, config.backend)
+    params = prepare(params, model, config.backend, config.weight_dtype)
     scores, tokens = _candidates(params, state, rules.eos_token_ids.shape[1], model=model, config=config)
     new, parent = _choose(state, scores, tokens, rules)
     new = _move_pages(new, parent, page_size=config.page_size)

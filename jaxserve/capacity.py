@@ -11,6 +11,7 @@ from flax import nnx
 from jaxserve.cache import bytes_per_page
 from jaxserve.config import EngineConfig
 from jaxserve.models import ModelConfig
+from jaxserve.models.prepare import loaded_dtype
 from pallas_kernels.backend import check_runs_here
 from pallas_kernels.native.ops import serves_heads
 
@@ -41,7 +42,7 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
         config = dataclasses.replace(config, max_model_len=model.max_position)
     embedding: Any = params["embedding"]
     weight: jax.Array = embedding[...]
-    kv_dtype = config.kv_dtype or str(weight.dtype)
+    kv_dtype = config.kv_dtype or str(loaded_dtype(params))
     config = dataclasses.replace(config, kv_dtype=kv_dtype)
     config = dataclasses.replace(config, attention_backend=_attention_backend(config, model, weight))
     page_bytes = bytes_per_page(model, config.page_size, kv_dtype)
@@ -87,12 +88,13 @@ def _attention_backend(config: EngineConfig, model: ModelConfig, weight: jax.Arr
         or weight.dtype == jnp.float16,
     }
     if no_kernel.get(backend, False):
-        if config.attention_backend is None:
+        if config.attention_backend is None and config.weight_dtype is None:
             return "reference"
         if backend == "native":
             raise ValueError(
                 f"attention_backend='native' does not serve {weight.dtype} weights on {len(weight.sharding.device_set)} "
                 f"devices, head_dim={model.head_dim}, {model.group_size} query heads per kv head: use 'reference'"
+                + ("" if config.weight_dtype is None else f", without weight_dtype={config.weight_dtype!r}")
             )
     return backend
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxserve.config import KV_DTYPES, EngineConfig, read_json_object
+from jaxserve.config import KV_DTYPES, WEIGHT_DTYPES, EngineConfig, read_json_object
 from jaxserve.demo import DEMO_MODEL
 from jaxserve.request import SamplingParams
 from pallas_kernels.backend import BACKENDS
@@ -47,7 +47,8 @@ _ENGINE_FIELDS = {
     "max_steps_per_call": "Most steps between two looks of the host.",
     "deterministic": "Bitwise independence of a request from its neighbours.",
     "debug_checks": "Check the invariants of the state after every call; slow.",
-    "kv_dtype": "Of keys and values; by default that of the weights.",
+    "kv_dtype": "Of keys and values; by default that of the weights as they are loaded.",
+    "weight_dtype": "int8: weights rounded to 8 bits after loading, on the backend native; by default they are kept.",
     "attention_backend": "What attends to pages; by default triton on NVIDIA GPUs, tpu on TPUs, native on CPUs.",
     "interpret_kernels": "Run the kernels of triton or tpu in an interpreter, on any device; very slow.",
 }
@@ -95,6 +96,7 @@ GROUPS = (*dict.fromkeys((PROMPTS, MODEL, *_SAMPLING_FIELDS)), ENGINE)  # as --h
 _CHOICES = {
     "attention_backend": BACKENDS,
     "kv_dtype": KV_DTYPES,
+    "weight_dtype": WEIGHT_DTYPES,
     "logprobs_mode": ("raw", "processed"),
 }
 _METAVARS = {

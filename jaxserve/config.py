@@ -10,6 +10,7 @@ from jaxserve.request import unknown_name
 from pallas_kernels.backend import BACKENDS, resolve_backend
 
 KV_DTYPES = ("float32", "bfloat16", "float16")
+WEIGHT_DTYPES = ("int8",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,8 @@ class EngineConfig:
       max_steps_per_call: most steps that one `run_steps` call runs.
       deterministic: whether a request's tokens and logprobs are bitwise independent of what runs beside it.
       debug_checks: whether the invariants of the state are checked after every call (slow).
-      kv_dtype: of keys and values: "float32", "bfloat16" or "float16"; None: that of the weights.
+      kv_dtype: of keys and values: "float32", "bfloat16" or "float16"; None: that of the weights as they were loaded.
+      weight_dtype: of weight matrices: "int8", with a scale per output column ("native" only); None: as they were loaded.
       attention_backend: what attends and writes to pages: "triton" (NVIDIA GPUs), "jax_triton" (the same decode kernel
         through jax-triton), "tpu", "native" (C++ on CPUs; it multiplies and samples too), or "reference" (plain JAX, any
         device); None: the default of the platform.
@@ -67,6 +69,7 @@ class EngineConfig:
     deterministic: bool = True
     debug_checks: bool = False
     kv_dtype: str | None = None
+    weight_dtype: str | None = None
     attention_backend: str | None = None
     interpret_kernels: bool = False
 
@@ -84,6 +87,8 @@ class EngineConfig:
             raise ValueError(f"page_size={self.page_size} must be one of {', '.join(map(str, _PAGE_SIZES))}")
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype={self.kv_dtype!r} must be one of {', '.join(KV_DTYPES)}, or null")
+        if self.weight_dtype is not None and self.weight_dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"weight_dtype={self.weight_dtype!r} must be one of {', '.join(WEIGHT_DTYPES)}, or null")
         if self.attention_backend is not None and self.attention_backend not in BACKENDS:
             raise ValueError(
                 f"attention_backend={self.attention_backend!r} must be one of {', '.join(BACKENDS)}, or null"
@@ -113,12 +118,22 @@ class EngineConfig:
 
     @property
     def backend(self) -> str:
-        """The backend that `attention_backend` stands for; looks for a device if that is None."""
+        """The backend that `attention_backend` stands for; looks for a device if that is None.
+
+        Raises:
+          ValueError: if it does not serve these keys and values, or these weights.
+        """
         backend = resolve_backend(self.attention_backend)
         if backend == "native" and self.kv_dtype == "float16":
             if self.attention_backend is not None:
                 raise ValueError("attention_backend='native' has no kv_dtype='float16': use bfloat16, or 'reference'")
-            return "reference"
+            backend = "reference"
+        if backend != "native" and self.weight_dtype is not None:
+            raise ValueError(
+                f"weight_dtype={self.weight_dtype!r} needs the backend 'native', but with attention_backend="
+                f"{self.attention_backend!r} and kv_dtype={self.kv_dtype!r} it is {backend!r}: leave weight_dtype out, or use "
+                "'native' on a CPU, and bfloat16 or float32 for weights as they are loaded, keys and values"
+            )
         return backend
 
     @property

@@ -104,7 +104,7 @@ class Engine:
         self.tokenizer = tokenizer
         self._intake = Intake(self.model, self.config, tokenizer, tuple(eos_token_ids), seed=seed, aux=aux)
         self._unprepared = unprepared(params, model)
-        self._weights = _Weights(prepare(_commit(params), model, self.config.backend))
+        self._weights = _Weights(prepare(_commit(params), model, self.config.backend, self.config.weight_dtype))
         self._num_added = 0
         self._last_read_time = 0.0
         self._driver: int | None = None  # the thread that alone may add requests and step; None: any
@@ -162,7 +162,7 @@ class Engine:
 
         def engine(params: nnx.State, model: ModelConfig, **options: Any) -> Self:
             chosen = resolve_capacities(config or EngineConfig(), model, params)
-            params = prepare_and_free(params, model, chosen.backend)
+            params = prepare_and_free(params, model, chosen.backend, chosen.weight_dtype)
             return cls(params, model, chosen, seed=seed, logits_fn=logits_fn, aux=aux, **options)
 
         if load_format == "dummy":
@@ -444,7 +444,7 @@ class Engine:
                     f"{jax.tree_util.keystr(path)} is {leaf.dtype}{list(leaf.shape)}, but the engine was made for "
                     f"{old_leaf.dtype}{list(old_leaf.shape)}: convert it first"
                 )
-        params = prepare(params, self.model, self.config.backend)
+        params = prepare(params, self.model, self.config.backend, self.config.weight_dtype)
         self._weights = _Weights(jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, self._weights.params)))
 
     def reset_stats(self) -> None:

@@ -98,7 +98,7 @@ def step(
       ValueError: while tracing, if the state was made with another configuration.
     """
     _check_shapes(state, config)
-    params = prepare(params, model, config.backend)
+    params = prepare(params, model, config.backend, config.weight_dtype)
     num_preempted = jnp.sum(state.queue.num_preemptions, dtype=jnp.int32)
     state, plan = schedule(state, config=config)
     state = state.replace(pool=copy_pages(state.pool, plan.copy_from, plan.copy_to))
@@ -136,7 +136,7 @@ def run_steps(
     Args:
       num_steps: at most `config.max_steps_per_call`; a larger number counts as that.
     """
-    params = prepare(params, model, config.backend)
+    params = prepare(params, model, config.backend, config.weight_dtype)
     capacity = config.max_steps_per_call
     ring = empty_outputs(capacity, config).steps
     limit = jnp.minimum(num_steps, capacity)
@@ -195,7 +195,7 @@ def run(
             f"num_top_logprobs={num_top_logprobs} must lie in [0, max_logprobs={config.max_logprobs}]: "
             "raise max_logprobs in EngineConfig"
         )
-    params = prepare(params, model, config.backend)
+    params = prepare(params, model, config.backend, config.weight_dtype)
     num_rows = config.num_rows
     shape = (num_rows, max_new_tokens)
     kept = (

@@ -191,7 +191,7 @@ def _measure(
                 if of_case not in weights:
                     weights = {of_case: random_params(of_case, options.seed, options.dtype)}
                 config = resolve_capacities(config, of_case, weights[of_case])
-                weights = {of_case: prepare(weights[of_case], of_case, config.backend)}
+                weights = {of_case: prepare(weights[of_case], of_case, config.backend, config.weight_dtype)}
                 state = busy_state(case, of_case, config, options.seed)
                 program = make_step(weights[of_case], of_case, config)
                 bench = Bench(case, config, state, program, steps, model=of_case, pools=pools)

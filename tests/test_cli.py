@@ -39,6 +39,7 @@ PARAMETERS: dict[str, tuple[str, Any]] = {
     "truncate_prompt_tokens": ("--truncate_prompt_tokens=-1", -1),
 }
 CAPACITIES = {"num_pages": 4096, "max_queue": 256, "tile_rows": 16, "kv_dtype": "float16", "attention_backend": "tpu"}
+CAPACITIES |= {"weight_dtype": "int8"}
 
 
 def parse(*arguments: str) -> flags.FlagValues:

@@ -58,12 +58,29 @@ def test_config_is_hashable_by_value():
         ({"deterministic": 1}, "deterministic=1"),
         ({"debug_checks": "no"}, "debug_checks='no'"),
         ({"kv_dtype": "int8"}, "kv_dtype='int8' must be one of"),
+        ({"weight_dtype": "bfloat16"}, "weight_dtype='bfloat16' must be one of int8, or null"),
         ({"num_pages": 127, "max_model_len": 2048}, "num_pages=127 cannot hold .* at least 128 pages"),
     ],
 )
 def test_values_that_are_not_valid_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         EngineConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attention_backend": "reference"},
+        {"attention_backend": "triton"},
+        {"attention_backend": None, "kv_dtype": "float16"},  # is left to "reference"
+    ],
+)
+def test_int8_weights_are_refused_where_the_backend_is_not_native(fields):
+    config = EngineConfig(weight_dtype="int8", **fields)
+    with pytest.raises(
+        ValueError, match="weight_dtype='int8' needs the backend 'native', but .* leave weight_dtype out"
+    ):
+        _ = config.backend
 
 
 def test_pool_of_one_longest_sequence_is_taken():

@@ -133,11 +133,17 @@ ffi::Error Blocks(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> x, ffi::Buffer<
   const Batch batch{x.typed_data(), cos.typed_data(), sin.typed_data(), y->typed_data(), table, slot.typed_data(),
                     position.typed_data(), std::clamp<int64_t>(num_rows.typed_data()[0], 0, x.dimensions()[0])};
   if (!batch.num_rows) return ffi::Error::Success();
-  const bool bfloat16 = args.get<ffi::AnyBuffer>(kQkv)->element_type() == ffi::BF16;
+  const auto weights = args.get<ffi::AnyBuffer>(kQkv)->element_type();
   const bool float32_pages = k->element_type() == ffi::F32;
-  const auto run = bfloat16 ? (float32_pages ? RunBlocks<Bfloat16Weight, float> : RunBlocks<Bfloat16Weight, uint16_t>)
-                            : (float32_pages ? RunBlocks<Float32Weight, float> : RunBlocks<Float32Weight, uint16_t>);
-  return Guarded([&] { run(pool, model, batch, layers); });
+  const auto run = [&](auto weight) {
+    using W = decltype(weight);
+    (float32_pages ? RunBlocks<W, float> : RunBlocks<W, uint16_t>)(pool, model, batch, layers);
+  };
+  return Guarded([&] {
+    if (weights == ffi::S8) run(Int8Weight{});
+    else if (weights == ffi::BF16) run(Bfloat16Weight{});
+    else run(Float32Weight{});
+  });
 }
 
 }  // namespace

@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int8, Int32, Num, Shaped
 
 from pallas_kernels.native import library
 from pallas_kernels.paged_attention.pages import PagedKV
 
 _LANES = 16
 _PANEL = 64  # columns
+_INT8_HEAD = 2  # pairs of rows: room for the scales of a panel
 _MAX_HEAD_DIM = 256
 _MAX_GROUP = 16
 
@@ -35,26 +37,57 @@ def serves_heads(head_dim: int, group_size: int) -> bool:
     return head_dim % 2 == 0 and head_dim <= _MAX_HEAD_DIM and group_size <= _MAX_GROUP
 
 
-def pack(w: Float[Array, "K N"]) -> Float[Array, "N/64 K/2 _ _"]:
+def pack(w: Num[Array, "K N"]) -> Num[Array, "N/64 K/2 _ _"]:
     """A weight as `product` reads it, zero columns and rows filling it up.
 
-    For each 64 columns all pairs of rows lie together: [N/64, K/2, 64, 2] in bfloat16, [N/64, K/2, 2, 64] in float32.
+    For each 64 columns all pairs of rows lie together: [N/64, K/2, 64, 2] in bfloat16 and int8, [N/64, K/2, 2, 64] in float32.
     """
     num_rows, num_columns = w.shape
     w = jnp.pad(w, ((0, num_rows % 2), (0, -num_columns % _PANEL)))
     w = w.reshape(w.shape[0] // 2, 2, -1, _PANEL)
-    return w.transpose((2, 0, 3, 1) if w.dtype == jnp.bfloat16 else (2, 0, 1, 3))
+    return w.transpose((2, 0, 3, 1) if w.dtype != jnp.float32 else (2, 0, 1, 3))
 
 
 def pack_gated(w: Float[Array, "K 2 F"]) -> Float[Array, "2F/16 K/2 _ _"]:
     """`pack` of a gate and of what it is applied to, 16 columns of each in turns."""
+    return pack(_interleaved(w))
+
+
+def quantize(w: Float[Array, "K N"]) -> tuple[Int8[Array, "K N"], Float32[Array, " N"]]:
+    """Integers from -127 to 127 and a scale per column: q * scale is the weight to within half a scale.
+
+    The largest weight of a column is 127 scales; columns of zeros have the scale 0. A column with a weight that is not finite
+    has the scale NaN, and so whatever it is multiplied by.
+    """
+    w = w.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(w), axis=0)
+    scale = jnp.where(jnp.isfinite(largest), largest / 127, jnp.nan)
+    whole = jnp.where(scale[None] > 0, jnp.round(w / scale[None]), 0)
+    return jnp.clip(whole, -127, 127).astype(jnp.int8), scale
+
+
+def pack_int8(w: Float[Array, "K N"]) -> Int8[Array, "N/64 2+K/2 64 2"]:
+    """`pack` of a quantised weight. The bytes of a panel's 64 scales stand in front of it, in the place of two row pairs."""
+    integers, scale = quantize(w)
+    panels = pack(integers)
+    scale = jnp.pad(scale, (0, panels.shape[0] * _PANEL - scale.shape[0]))
+    head = lax.bitcast_convert_type(scale, jnp.int8).reshape(-1, _INT8_HEAD, _PANEL, 2)
+    return jnp.concatenate([head, panels], axis=1)
+
+
+def pack_int8_gated(w: Float[Array, "K 2 F"]) -> Int8[Array, "2F/16 2+K/2 64 2"]:
+    """`pack_int8` of what `pack_gated` packs."""
+    return pack_int8(_interleaved(w))
+
+
+def _interleaved(w: Float[Array, "K 2 F"]) -> Float[Array, "K 2F"]:
     w = jnp.pad(w, ((0, 0), (0, 0), (0, -w.shape[2] % _LANES)))
     w = w.reshape(w.shape[0], 2, -1, _LANES).transpose(0, 2, 1, 3)
-    return pack(w.reshape(w.shape[0], -1))
+    return w.reshape(w.shape[0], -1)
 
 
 def embed(
-    w: Float[Array, "..."], ids: Int32[Array, " B"], size: int, num_rows: Int32[Array, ""] | None = None
+    w: Num[Array, "..."], ids: Int32[Array, " B"], size: int, num_rows: Int32[Array, ""] | None = None
 ) -> Float32[Array, "B K"]:
     """Rows `ids` of a table [V, K]; or, which is the same, columns of the packed weight made of its transpose.
 
@@ -72,7 +105,7 @@ def embed(
 
 def product(
     x: Float32[Array, "B K"],
-    w: Float[Array, "N/64 K/2 _ _"],
+    w: Num[Array, "N/64 K/2 _ _"],
     *,
     num_columns: int,
     num_rows: Int32[Array, ""] | None = None,
@@ -82,14 +115,14 @@ def product(
     residual: Float32[Array, "B N"] | None = None,
     gated: bool = False,
 ) -> Float32[Array, "B N"]:
-    """residual + act(norm(x) @ w + bias), operands in the weight's dtype, accumulated in float32.
+    """residual + act(norm(x) @ w + bias), operands in the weight's dtype, accumulated in float32; with int8 in bfloat16.
 
-    A row's bits depend on that row only. With AVX-512 BF16 a weight of bfloat16 is multiplied by vdpbf16ps, which takes
-    subnormal numbers for zero.
+    A row's bits depend on that row only. With AVX-512 BF16 weights of bfloat16 and int8 are multiplied by vdpbf16ps, which
+    takes subnormal numbers for zero.
 
     Args:
       x: rows.
-      w: from `pack`, or `pack_gated` if gated.
+      w: from `pack` or `pack_int8`, or if gated from `pack_gated` or `pack_int8_gated`.
       num_columns: N, or F if gated.
       num_rows: rows that count; None: all.
       scale: of an RMSNorm of x; None: there is none.
@@ -129,13 +162,13 @@ class PagedRows(NamedTuple):
 class BlockWeights(NamedTuple):
     """What a pre-norm block with SwiGLU is made of, as `jaxserve.models.layers` names it; None: there is none."""
 
-    qkv: Float[Array, "N/64 E/2 _ _"]  # for each kv head its G query heads, its key, its value
+    qkv: Num[Array, "N/64 E/2 _ _"]  # for each kv head its G query heads, its key, its value
     qkv_bias: Float[Array, " N"] | None
-    out: Float[Array, "E/64 H*D/2 _ _"]
+    out: Num[Array, "E/64 H*D/2 _ _"]
     out_bias: Float[Array, " E"] | None
-    gate_up: Float[Array, "2F/64 E/2 _ _"]
+    gate_up: Num[Array, "2F/64 E/2 _ _"]
     gate_up_bias: Float[Array, "2 F"] | None
-    down: Float[Array, "E/64 F/2 _ _"]
+    down: Num[Array, "E/64 F/2 _ _"]
     down_bias: Float[Array, " E"] | None
     attention_norm: Float[Array, " E"]  # scales
     ffw_norm: Float[Array, " E"]
@@ -213,8 +246,9 @@ def _check_blocks(x: Any, weights: Any, pages: Any, *, ffw_dim: int, group_size:
     lengths = {"qkv_bias": width, "out_bias": embed_dim, "gate_up_bias": 2 * ffw_dim, "down_bias": embed_dim}
     lengths |= {"attention_norm": embed_dim, "ffw_norm": embed_dim, "q_norm": head_dim, "k_norm": head_dim}
     dtype = weights[0].qkv.dtype
-    if dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"packed weights must be float32 or bfloat16, not {dtype}")
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.int8):
+        raise ValueError(f"packed weights must be float32, bfloat16 or int8, not {dtype}")
+    head = _INT8_HEAD if dtype == jnp.int8 else 0
     for number, (layer, arrays) in enumerate(zip(weights, pages, strict=True)):
         for name, w in layer._asdict().items():
             if name in sizes:
@@ -223,7 +257,7 @@ def _check_blocks(x: Any, weights: Any, pages: Any, *, ffw_dim: int, group_size:
                     raise ValueError(
                         f"{name} is not packed: its shape is {w.shape}; `pack` it, or `prepare` all parameters"
                     )
-                wanted = -(-num_columns // _PANEL), -(-num_rows // 2)
+                wanted = -(-num_columns // _PANEL), head + -(-num_rows // 2)
                 if (w.dtype, w.shape[:2]) != (dtype, wanted):
                     raise ValueError(
                         f"{name} of layer {number} is {w.dtype}{list(w.shape)}, where {dtype}{list(wanted)} and two more axes "

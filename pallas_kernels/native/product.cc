@@ -20,7 +20,8 @@ ffi::Error RunProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> x, ffi::Any
                       ffi::Result<ffi::Buffer<ffi::F32, 2>> y, float eps, bool gated) {
   const auto given = [](const auto& buffer) { return buffer.element_count() ? buffer.typed_data() : nullptr; };
   const int64_t rows = std::clamp<int64_t>(num_rows.typed_data()[0], 0, x.dimensions()[0]), k = x.dimensions()[1];
-  if (w.dimensions().size() != 4 || w.dimensions()[1] != (k + 1) / 2)
+  const int64_t head = w.element_type() == ffi::S8 ? Int8Weight::kHead / (2 * kPanel) : 0;
+  if (w.dimensions().size() != 4 || w.dimensions()[1] != head + (k + 1) / 2)
     return ffi::Error::InvalidArgument("w is not packed for this x");
   if (!rows) return ffi::Error::Success();
   const auto run = [&](auto weight) {
@@ -29,7 +30,8 @@ ffi::Error RunProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> x, ffi::Any
     Run(pool, x.typed_data(), rows, k, given(scale), eps, o);
   };
   return Guarded([&] {
-    if (w.element_type() == ffi::BF16) run(Bfloat16Weight{});
+    if (w.element_type() == ffi::S8) run(Int8Weight{});
+    else if (w.element_type() == ffi::BF16) run(Bfloat16Weight{});
     else run(Float32Weight{});
   });
 }
@@ -40,13 +42,16 @@ void Lookup(ffi::ThreadPool& pool, const ffi::AnyBuffer& w, const int32_t* ids, 
   constexpr int64_t kRowsPerItem = 8;
   const auto* from = static_cast<const typename W::Element*>(w.untyped_data());
   const bool packed = w.dimensions().size() == 4;
-  const int64_t pairs = (k + 1) / 2, size = packed ? w.dimensions()[0] * kPanel : w.dimensions()[0];
+  const int64_t panel_size = W::kHead + (k + 1) / 2 * 2 * kPanel, size = packed ? w.dimensions()[0] * kPanel : w.dimensions()[0];
   const auto item = [&](int64_t i, Upcoming) {
     for (int64_t r = i * kRowsPerItem; r < std::min(rows, (i + 1) * kRowsPerItem); ++r) {
       const int64_t id = std::clamp<int64_t>(ids[r], 0, size - 1);
-      const auto* panel = from + id / kPanel * pairs * 2 * kPanel;
+      const auto* panel = from + id / kPanel * panel_size;
+      float scale = 1;
+      if constexpr (W::kHead) std::memcpy(&scale, panel + id % kPanel * sizeof(scale), sizeof(scale));
       for (int64_t j = 0; j < k; ++j) {
-        x[r * k + j] = W::AsFloat(packed ? panel[j / 2 * 2 * kPanel + W::Place(id % kPanel, j % 2)] : from[id * k + j]);
+        const int64_t at = W::kHead + j / 2 * 2 * kPanel + W::Place(id % kPanel, j % 2);
+        x[r * k + j] = scale * W::AsFloat(packed ? panel[at] : from[id * k + j]);
       }
     }
   };
@@ -57,7 +62,10 @@ void Lookup(ffi::ThreadPool& pool, const ffi::AnyBuffer& w, const int32_t* ids, 
 ffi::Error Embed(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::S32, 1> ids, ffi::Buffer<ffi::S32, 0> num_rows,
                  ffi::Result<ffi::Buffer<ffi::F32, 2>> x) {
   const int64_t k = x->dimensions()[1], rows = std::clamp<int64_t>(num_rows.typed_data()[0], 0, x->dimensions()[0]);
-  const auto lookup = w.element_type() == ffi::BF16 ? Lookup<Bfloat16Weight> : Lookup<Float32Weight>;
+  const auto type = w.element_type();
+  const auto lookup = type == ffi::S8     ? Lookup<Int8Weight>
+                      : type == ffi::BF16 ? Lookup<Bfloat16Weight>
+                                          : Lookup<Float32Weight>;
   lookup(pool, w, ids.typed_data(), rows, k, x->typed_data());
   return ffi::Error::Success();
 }

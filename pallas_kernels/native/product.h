@@ -1,8 +1,9 @@
 // y = act(x @ w + bias) + residual for rows of which the number is known at run time only.
 //
 // w is packed in panels of 64 columns: all pairs of its rows, [ceil(N / 64), ceil(K / 2), 64, 2] in bfloat16 (what AVX-512 BF16
-// and AMX read) or [ceil(N / 64), ceil(K / 2), 2, 64] in float32. So a thread reads one stream. A row's sum over K goes in one
-// order, whatever is computed beside it: so neither the number of rows nor the place among them changes a bit.
+// and AMX read) or [ceil(N / 64), ceil(K / 2), 2, 64] in float32; in int8 as in bfloat16, behind the 64 scales of the panel:
+// [ceil(N / 64), 2 + ceil(K / 2), 64, 2]. So a thread reads one stream. A row's sum over K goes in one order, whatever is computed
+// beside it: so neither the number of rows nor the place among them changes a bit.
 #pragma once
 
 #include <immintrin.h>
@@ -34,6 +35,8 @@ constexpr int kMostRows = 5;
 
 struct Bfloat16Weight {
   using Element = uint16_t;
+  static constexpr int64_t kHead = 0;             // elements in front of a panel's rows
+  static constexpr bool kAlwaysInHalves = false;  // also with more rows than one block has
   static float AsFloat(Element x) { return Float(x); }
   static int64_t Place(int64_t column, int64_t row) { return 2 * column + row; }  // in a panel's pair of rows
 #if defined(__AVX512BF16__)
@@ -67,8 +70,33 @@ struct Bfloat16Weight {
 #endif
 };
 
+// A column is its scale times numbers of int8, which bfloat16 holds exactly: they are multiplied as bfloat16, and sums are scaled.
+// Each block of rows converts them again: 12 rows hide that, while a panel converted once is one more thing to store and to read.
+struct Int8Weight : Bfloat16Weight {
+  using Element = int8_t;
+  static constexpr int64_t kHead = kPanel * sizeof(float);
+  static constexpr bool kAlwaysInHalves = true;
+  static float AsFloat(Element x) { return x; }
+#if defined(__AVX512BF16__)
+  static __m512bh Read(const Element* w, int c) {
+    const auto wide = [&](int i) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 2 * kLanes * c + kLanes * i));
+      return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+    };
+    return _mm512_cvtne2ps_pbh(wide(1), wide(0));
+  }
+#else
+  static Pairs Read(const Element* w, int c) {
+    const IntVec pairs = __builtin_convertvector(Load<ShortVec>(w + 2 * kLanes * c), IntVec);
+    return {__builtin_convertvector(pairs << 24 >> 24, Vec), __builtin_convertvector(pairs >> 8, Vec)};
+  }
+#endif
+};
+
 struct Float32Weight {
   using Element = float;
+  static constexpr int64_t kHead = 0;
+  static constexpr bool kAlwaysInHalves = false;
   static float AsFloat(Element x) { return x; }
   static int64_t Place(int64_t column, int64_t row) { return kPanel * row + column; }
   struct Pair {
@@ -84,8 +112,8 @@ struct Float32Weight {
   static Vec Add(Vec sum, X x, Pairs w) { return x.odd * w.odd + (x.even * w.even + sum); }
 };
 
-// Rows as tiles read them: blocks of up to kMaxRows rows, or one of up to kMostRows; of a block 32 columns of each row, then the
-// next 32.
+// Rows as tiles read them: blocks of up to kMaxRows rows, or, to go by half panels, of up to kMostRows; of a block 32 columns of
+// each row, then the next 32.
 template <typename W>
 struct PackedRows {
   using Pair = typename W::Pair;
@@ -95,8 +123,13 @@ struct PackedRows {
   static int64_t Size(int64_t num_rows, int64_t num_columns) {  // in pairs
     return num_rows * ((num_columns + kChunk - 1) / kChunk) * (kChunk / 2);
   }
-  bool OfHalfPanels() const { return kMaxRows < num_rows && num_rows <= kMostRows; }
-  int64_t NumBlocks() const { return OfHalfPanels() ? 1 : (num_rows + kMaxRows - 1) / kMaxRows; }
+  bool OfHalfPanels() const {
+    return kMaxRows < kMostRows && kMaxRows < num_rows && (num_rows <= kMostRows || W::kAlwaysInHalves);
+  }
+  int64_t NumBlocks() const {
+    const int64_t most = OfHalfPanels() ? kMostRows : kMaxRows;
+    return (num_rows + most - 1) / most;
+  }
   int64_t First(int64_t block) const { return block * num_rows / NumBlocks(); }
   const Pair* Block(int64_t block) const { return at + Size(First(block), num_columns); }
 
@@ -158,8 +191,9 @@ struct Product {
     return y && n % kLanes == 0 && x.num_rows * n >= kPastCaches && reinterpret_cast<uintptr_t>(y) % 64 == 0;
   }
   int64_t NumPanels() const { return ((gated ? (n + kLanes - 1) / kLanes * kLanes * 2 : n) + kPanel - 1) / kPanel; }
+  int64_t PanelSize() const { return W::kHead + NumPairs() * 2 * kPanel; }  // elements
   const typename W::Element* Panel(int64_t panel) const {
-    return static_cast<const typename W::Element*>(w) + panel * NumPairs() * 2 * kPanel;
+    return static_cast<const typename W::Element*>(w) + panel * PanelSize();
   }
 };
 
@@ -176,11 +210,10 @@ struct Ahead {
   }
 };
 
-// R rows by C vectors of columns of each of P panels. Several panels fetch for themselves, in place of `ahead`.
+// R rows by C vectors of columns of each of P panels, `panel` elements apart: these fetch for themselves, in place of `ahead`.
 template <typename W, int R, int C, int P = 1>
-void Tile(const typename W::Pair* x, const typename W::Element* w, int64_t pairs, Ahead ahead, float* sums) {
+void Tile(const typename W::Pair* x, const typename W::Element* w, int64_t pairs, Ahead ahead, float* sums, int64_t panel = 0) {
   constexpr int64_t kStep = 2 * kPanel, kStepBytes = kStep * sizeof(typename W::Element);
-  const int64_t panel = pairs * kStep;
   Vec sum[P][R][C];
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p)
@@ -226,10 +259,11 @@ constexpr int PanelsTogether(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 
 
 // Up to three rows by that many whole panels.
 template <typename W>
-void TileOfPanels(int rows, const typename W::Pair* x, const typename W::Element* w, int64_t pairs, float* sums) {
-  if (rows == 1) Tile<W, 1, kPanelVectors, 4>(x, w, pairs, {}, sums);
-  else if (rows == 2) Tile<W, 2, kPanelVectors, 2>(x, w, pairs, {}, sums);
-  else Tile<W, 3, kPanelVectors, 2>(x, w, pairs, {}, sums);
+void TileOfPanels(const Product<W>& o, const typename W::Element* w, float* sums) {
+  const auto tile = o.x.num_rows == 1   ? Tile<W, 1, kPanelVectors, PanelsTogether(1)>
+                    : o.x.num_rows == 2 ? Tile<W, 2, kPanelVectors, PanelsTogether(2)>
+                                        : Tile<W, 3, kPanelVectors, PanelsTogether(3)>;
+  tile(o.x.Block(0), w, o.NumPairs(), {}, sums, o.PanelSize());
 }
 
 template <typename W, int C, int R>
@@ -244,18 +278,23 @@ void TileOf(int rows, const typename W::Pair* x, const typename W::Element* w, i
 template <typename W>
 void Finish(const Product<W>& o, const float* sums, int64_t row, int rows, int64_t vector, int vectors) {
   const bool past_caches = o.WritesPastCaches();
+  const auto* panel = o.Panel(vector / kPanelVectors);
+  const auto sum = [&](const float* from, int c) {
+    if constexpr (W::kHead) return Load(from) * Load(panel + (vector % kPanelVectors + c) * sizeof(Vec));
+    return Load(from);
+  };
   for (int r = 0; r < rows; ++r) {
     const auto packed = o.y ? typename PackedRows<W>::Row{} : o.packed.At(row + r);
     for (int c = 0; c < vectors; c += 1 + o.gated) {
       const float* from = sums + (r * kPanelVectors + c) * kLanes;
-      Vec v = Load(from);
+      Vec v = sum(from, c);
       int64_t column = (vector + c) * kLanes;
       if (o.gated) column /= 2;
       if (column >= o.n) continue;  // fills the panel up
       const int n = std::min<int64_t>(kLanes, o.n - column);
       if (o.bias) v += LoadSome(o.bias + column, n, 0);
       if (o.gated) {
-        Vec up = Load(from + kLanes);
+        Vec up = sum(from + kLanes, c + 1);
         if (o.bias) up += LoadSome(o.bias + o.n + column, n, 0);
         const Vec e = Exp(v < 0 ? v : -v);  // no overflow
         v = v * (v < 0 ? e : Splat(1)) / (1 + e) * up;
@@ -276,9 +315,9 @@ void Finish(const Product<W>& o, const float* sums, int64_t row, int rows, int64
 template <typename W, typename After>
 void Multiply(const Product<W>& o, int64_t first, int64_t last, const After& after) {
   const bool half_panels = o.x.OfHalfPanels();
-  const int64_t pairs = o.NumPairs(), blocks = o.x.NumBlocks(), passes = half_panels ? 2 : blocks;
+  const int64_t pairs = o.NumPairs(), blocks = o.x.NumBlocks(), passes = (half_panels ? 2 : 1) * blocks;
   alignas(64) float sums[kMostRows * kPanel];
-  const int64_t lines = pairs * 2 * kPanel * sizeof(typename W::Element) / 64;  // of a panel
+  const int64_t lines = o.PanelSize() * sizeof(typename W::Element) / 64;  // of a panel
   int64_t next = 0;  // panel to fetch, of which each pass over this one takes a part
   for (int64_t unit = first; unit < last;) {
     const int64_t panel = unit / (2 * blocks), block = unit / 2 % blocks, half = unit % 2;
@@ -286,7 +325,7 @@ void Multiply(const Product<W>& o, int64_t first, int64_t last, const After& aft
       const int together = PanelsTogether(o.x.num_rows);
       if (together > 1 && !half && unit + 2 * together <= last) {
         const int rows = o.x.num_rows;
-        TileOfPanels<W>(rows, o.x.Block(0), o.Panel(panel), pairs, sums);
+        TileOfPanels(o, o.Panel(panel) + W::kHead, sums);
         for (int p = 0; p < together; ++p)
           Finish(o, sums + p * rows * kPanel, 0, rows, (panel + p) * kPanelVectors, kPanelVectors);
         unit += 2 * together;
@@ -297,9 +336,9 @@ void Multiply(const Product<W>& o, int64_t first, int64_t last, const After& aft
     const int64_t row = o.x.First(block);
     const int rows = o.x.First(block + 1) - row;
     const auto* x = o.x.Block(block);
-    const auto* w = o.Panel(panel) + half * W::Place(kPanel / 2, 0);
+    const auto* w = o.Panel(panel) + W::kHead + half * W::Place(kPanel / 2, 0);
     if (unit % (2 * blocks) == 0 || unit == first) next = 2 * blocks * (panel + 1) < last ? panel + 1 : after() / (2 * blocks);
-    const int64_t pass = half_panels ? half : block, line = pass * lines / passes;
+    const int64_t pass = half_panels ? 2 * block + half : block, line = pass * lines / passes;
     Ahead ahead{reinterpret_cast<const char*>(o.Panel(next)) + line * 64, (pass + 1) * lines / passes - line, passes >= 4};
     if (passes == 1) ahead.from = reinterpret_cast<const char*>(w) + kAheadBytes;  // of the stream itself
     if (passes > 1 && next == o.NumPanels()) ahead.lines = 0;

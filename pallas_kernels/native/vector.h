@@ -97,6 +97,7 @@ inline uint16_t Bfloat16(float x) {
 }
 
 typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
+typedef int16_t ShortVec __attribute__((vector_size(2 * kLanes)));
 
 inline HalfVec Bfloat16(Vec x) {
   const UintVec bits = (UintVec)x;

@@ -55,9 +55,10 @@ def digest() -> str:
     page_ids = rng.permutation(30).reshape(5, 6).astype(np.int32)
     add(attend, random(NUM_ROWS, 3, 5, 40), random(NUM_ROWS, 20), random(NUM_ROWS, 20), k, v, page_ids, slot, position)
 
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "int8"):
         blocks = functools.partial(test_native_blocks.one_call, shape="many panels")
-        add(blocks, *test_native_blocks.make("many panels", dtype, dtype), np.int32(test_native_blocks.NUM_ROWS))
+        kv_dtype = "float32" if dtype == "float32" else "bfloat16"
+        add(blocks, *test_native_blocks.make("many panels", dtype, kv_dtype), np.int32(test_native_blocks.NUM_ROWS))
 
     def sample(logits, token, random, temperature, top_k, top_p, min_p, uniforms):
         everywhere = jnp.ones(NUM_ROWS, bool)

@@ -22,7 +22,7 @@ SHAPES = {
     "wide heads": (96, 1, 4, 128, 64, (None,)),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES)
-weight_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+weight_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 page_dtypes = pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
 
 
@@ -37,20 +37,22 @@ def make(shape: str, dtype: str, kv_dtype: str, *, parts: bool = True) -> tuple[
         return jnp.asarray(scale * rng.standard_normal(sizes), jnp.float32)
 
     def weight(*sizes: int) -> jax.Array:
-        return random(*sizes, scale=sizes[0] ** -0.5).astype(dtype)
+        return random(*sizes, scale=sizes[0] ** -0.5).astype("float32" if dtype == "int8" else dtype)
+
+    pack, pack_gated = (ops.pack_int8, ops.pack_int8_gated) if dtype == "int8" else (ops.pack, ops.pack_gated)
 
     def maybe(*sizes: int) -> jax.Array | None:
         return 1 + random(*sizes, scale=0.3) if parts else None
 
     layers = [
         ops.BlockWeights(
-            qkv=ops.pack(weight(embed_dim, width)),
+            qkv=pack(weight(embed_dim, width)),
             qkv_bias=maybe(width),
-            out=ops.pack(weight(heads, embed_dim)),
+            out=pack(weight(heads, embed_dim)),
             out_bias=maybe(embed_dim),
-            gate_up=ops.pack_gated(weight(embed_dim, 2, ffw_dim)),
+            gate_up=pack_gated(weight(embed_dim, 2, ffw_dim)),
             gate_up_bias=maybe(2, ffw_dim),
-            down=ops.pack(weight(ffw_dim, embed_dim)),
+            down=pack(weight(ffw_dim, embed_dim)),
             down_bias=maybe(embed_dim),
             attention_norm=1 + random(embed_dim, scale=0.3),
             ffw_norm=1 + random(embed_dim, scale=0.3),
@@ -164,6 +166,10 @@ def test_layers_that_do_not_fit_their_windows_are_refused():
         (
             {"gate_up": ops.pack_gated(jnp.ones((31, 2, 99)))},
             r"gate_up of layer 1 is float32\[4, 16, 2, 64\].*\[2, 16\]",
+        ),
+        (
+            {"down": ops.pack_int8(jnp.ones((37, 31)))},
+            r"down of layer 1 is int8\[1, 21, 64, 2\], where float32\[1, 19\]",
         ),
         ({"q_norm": jnp.ones(8)}, "q_norm of layer 1 has 8 elements in place of 6"),
         ({"down_bias": jnp.ones(30)}, "down_bias of layer 1 has 30 elements in place of 31"),

@@ -32,18 +32,20 @@ CASES += [(*shape, options) for shape in SHAPES for options in (PLAIN, ALL, ALL 
 cases = pytest.mark.parametrize(
     ("k", "n", "options"), CASES, ids=[f"{k}x{n}-{'-'.join(sorted(options)) or 'plain'}" for k, n, options in CASES]
 )
-dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+floats = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Operands as they are before they are packed. Arrays are NumPy's."""
+    """Operands as they are before they are packed. Arrays are NumPy's. An int8 weight is float32 before it is quantised."""
 
     x: np.ndarray  # [B, K]
     w: np.ndarray  # [K, N], or [K, 2, F]: gated
     scale: np.ndarray | None  # [K], in the weight's dtype, as the bias
     bias: np.ndarray | None  # [N], or [2, F]
     residual: np.ndarray | None  # [B, N], or [B, F]
+    dtype: str  # of the weight
 
     def replace(self, **changes: Any) -> "Case":
         return dataclasses.replace(self, **changes)
@@ -61,23 +63,28 @@ def make_case(k: int, n: int, options: frozenset[str], dtype: str, seed: int = 0
         return rng.standard_normal(shape).astype(np.float32)
 
     width = (2, n) if "gated" in options else (n,)
+    loaded = jnp.dtype("float32" if dtype == "int8" else dtype)
     return Case(
         x=random(NUM_ROWS, k) * np.exp(2 * random(NUM_ROWS, 1)),
-        w=random(k, *width).astype(jnp.dtype(dtype)),
-        scale=random(k).astype(jnp.dtype(dtype)) if "norm" in options else None,
-        bias=random(*width).astype(jnp.dtype(dtype)) if "bias" in options else None,
+        w=random(k, *width).astype(loaded),
+        scale=random(k).astype(loaded) if "norm" in options else None,
+        bias=random(*width).astype(loaded) if "bias" in options else None,
         residual=random(NUM_ROWS, n) if "residual" in options else None,
+        dtype=dtype,
     )
 
 
-@functools.partial(jax.jit, static_argnames="packed")
-def _product(x, w, scale, bias, residual, num_rows, *, packed: bool):
+@functools.partial(jax.jit, static_argnames=("dtype", "packed"))
+def _product(x, w, scale, bias, residual, num_rows, *, dtype: str, packed: bool):
     """By the kernel, or by plain JAX."""
     gated, num_columns = w.ndim == 3, w.shape[-1]
     bias = None if bias is None else bias.reshape(-1)
     if packed:
         options: dict[str, Any] = {"scale": scale, "eps": EPS, "bias": bias, "residual": residual, "num_rows": num_rows}
-        packed_w = (ops.pack_gated if gated else ops.pack)(w)
+        if dtype == "int8":
+            packed_w = (ops.pack_int8_gated if gated else ops.pack_int8)(w)
+        else:
+            packed_w = (ops.pack_gated if gated else ops.pack)(w)
         return ops.product(x, packed_w, num_columns=num_columns, gated=gated, **options)
     if scale is not None:
         norm = RMSNorm(x.shape[1], EPS, scale.dtype)
@@ -92,8 +99,8 @@ def _product(x, w, scale, bias, residual, num_rows, *, packed: bool):
 
 
 def run(case: Case, num_rows: int = NUM_ROWS, *, packed: bool = True) -> np.ndarray:
-    arguments = [getattr(case, field.name) for field in dataclasses.fields(case)]
-    return np.asarray(_product(*arguments, np.int32(num_rows), packed=packed))[: max(num_rows, 0)]
+    arguments = [getattr(case, field.name) for field in dataclasses.fields(case) if field.name != "dtype"]
+    return np.asarray(_product(*arguments, np.int32(num_rows), dtype=case.dtype, packed=packed))[: max(num_rows, 0)]
 
 
 def exactly(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -103,18 +110,24 @@ def exactly(case: Case) -> tuple[np.ndarray, np.ndarray]:
     x errs by 2 sqrt(K) + 8 units (test_rotary_write.py); rounded to bfloat16 it may be any number that a number within that
     error is rounded to. The sum of K products errs by 4 (sqrt(K) + 1) units of |x| . |w|. SiLU has slopes of at most 1.1, and
     errs by 16 units itself (exponential, division, product); bias and residual by 1 of their sum each. Numbers below the
-    smallest normal one may count as zero, be they factors, products or sums.
+    smallest normal one may count as zero, be they factors, products or sums. With int8 all this holds for the integers, and
+    the scale errs by 1 unit more.
     """
-    x, w = case.x.astype(np.float64), case.w.astype(np.float64).reshape(case.w.shape[0], -1)
+    x, w = case.x.astype(np.float64), case.w.reshape(case.w.shape[0], -1)
+    if case.dtype == "int8":
+        w, scales = map(np.asarray, ops.quantize(jnp.asarray(w)))
+    w = w.astype(np.float64)
     k, error = x.shape[1], 0.0
     if case.scale is not None:
         x = x / np.sqrt(np.mean(np.square(x), axis=1, keepdims=True) + EPS) * case.scale.astype(np.float64)
         error = (2 * k**0.5 + 8) * _UNIT
-    centre, low, high = (as_operand(x * factor, case.w.dtype) for factor in (1, 1 - error, 1 + error))
+    centre, low, high = (as_operand(x * factor, case.dtype) for factor in (1, 1 - error, 1 + error))
     error = np.maximum(np.abs(low - centre), np.abs(high - centre))
     size = np.abs(centre) @ np.abs(w)
     y, bound = centre @ w, error @ np.abs(w) + 4 * (k**0.5 + 1) * _UNIT * size
     bound = bound + _SMALLEST * (np.abs(w).sum(axis=0) + np.abs(centre).sum(axis=1, keepdims=True) + 2 * k)
+    if case.dtype == "int8":
+        y, bound = y * scales, (bound + _UNIT * np.abs(y)) * scales
     if case.bias is not None:
         y = y + case.bias.astype(np.float64).reshape(-1)
         bound = bound + _UNIT * np.abs(y)
@@ -130,9 +143,9 @@ def exactly(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return y, bound
 
 
-def as_operand(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def as_operand(x: np.ndarray, dtype: str) -> np.ndarray:
     """As the product takes it: rounded to bfloat16, or as it is."""
-    return x if dtype == np.float32 else x.astype(np.float32).astype(dtype).astype(np.float64)
+    return x if dtype == "float32" else x.astype(np.float32).astype(jnp.bfloat16).astype(np.float64)
 
 
 def assert_close(actual: np.ndarray, case: Case) -> None:
@@ -147,10 +160,16 @@ def assert_close(actual: np.ndarray, case: Case) -> None:
 
 @dtypes
 @cases
-@pytest.mark.parametrize("packed", [True, False], ids=["native", "plain"])
-def test_it_is_the_product_with_all_that_happens_around_it(packed, k, n, options, dtype):
+def test_it_is_the_product_with_all_that_happens_around_it(k, n, options, dtype):
     case = make_case(k, n, options, dtype)
-    assert_close(run(case, packed=packed), case)
+    assert_close(run(case), case)
+
+
+@floats
+@cases
+def test_plain_jax_is_within_the_same_bounds(k, n, options, dtype):
+    case = make_case(k, n, options, dtype)
+    assert_close(run(case, packed=False), case)
 
 
 @dtypes
@@ -168,9 +187,9 @@ def test_the_bound_tells_wrong_operands(dtype):
     ):
         with pytest.raises(AssertionError, match="beyond their bound"):
             assert_close(out, case.replace(**wrong))
-    if dtype == "bfloat16":
-        with pytest.raises(AssertionError, match="beyond their bound"):  # x was rounded
-            assert_close(out, case.replace(w=case.w.astype(np.float32)))
+    if dtype != "float32":
+        with pytest.raises(AssertionError, match="beyond their bound"):  # x was rounded, or w
+            assert_close(out, case.replace(dtype="float32"))
 
 
 def test_rows_are_rounded_to_the_nearest_bfloat16_halves_to_even():
@@ -178,7 +197,7 @@ def test_rows_are_rounded_to_the_nearest_bfloat16_halves_to_even():
     halves = ((numbers << 16) + 0x8000).view(np.float32)
     x = np.concatenate([halves, np.nextafter(halves, np.float32(0)), np.nextafter(halves, np.float32(np.inf)), -halves])
     x = np.resize(x, (-(-x.size // 64), 64))
-    case = Case(x, np.eye(64, dtype=jnp.bfloat16), None, None, None)
+    case = Case(x, np.eye(64, dtype=jnp.bfloat16), None, None, None, "bfloat16")
     np.testing.assert_array_equal(run(case, len(x)), x.astype(jnp.bfloat16).astype(np.float32))
 
 
@@ -188,8 +207,9 @@ def test_numbers_at_the_ends_of_the_range(dtype):
     for factor in (2.0**-130, 2.0**-126, 2.0**-100, 2.0**100):
         small = case.replace(x=(case.x * np.float32(factor)).astype(np.float32))
         assert_close(run(small), small)
-    gates = np.array([0, -0.0, 1e-38, -1e-38, 20, -20, 86, -86, 87, -87, 88, -88, 200, -200, 3e38, -3e38], np.float32)
-    gates = gates.astype(jnp.dtype(dtype)).astype(np.float32)
+    end = 2e36 if dtype == "int8" else 3e38  # sums are of integers, up to 127 times as large
+    gates = np.array([0, -0.0, 1e-38, -1e-38, 20, -20, 86, -86, 87, -87, 88, -88, 200, -200, end, -end], np.float32)
+    gates = as_operand(gates, dtype).astype(np.float32)
     case = make_case(1, 15, frozenset(["gated"]), dtype)
     case = case.replace(x=np.resize(gates, (NUM_ROWS, 1)), w=np.ones_like(case.w))
     gate = case.x.astype(np.float64)
@@ -246,7 +266,7 @@ def unpacked(packed: np.ndarray) -> np.ndarray:
     return packed.transpose(1, 2, 0, 3).reshape(packed.shape[1] * 2, -1)
 
 
-@dtypes
+@floats
 @pytest.mark.parametrize(("k", "n"), [(1, 1), (7, 64), (8, 65)])
 def test_packing_keeps_every_number_and_fills_up_with_zeros(k, n, dtype):
     w = make_case(k, n, PLAIN, dtype).w
@@ -265,7 +285,7 @@ def test_packing_keeps_every_number_and_fills_up_with_zeros(k, n, dtype):
         assert not part[k:].any() and not part[:, n:].any()
 
 
-@dtypes
+@floats
 @pytest.mark.parametrize("size", [1, 31, 64])
 def test_an_embedding_is_a_row_of_the_table_packed_or_not(size, dtype):
     table = make_case(37, size, PLAIN, dtype).w  # [V, K]
@@ -280,7 +300,8 @@ def test_an_embedding_is_a_row_of_the_table_packed_or_not(size, dtype):
     np.testing.assert_array_equal(embed(jnp.asarray(table), np.int32([37, 1000]), size), np.tile(out[1], (2, 1)))
 
 
-def test_a_weight_that_is_not_packed_for_this_x_is_refused():
-    x, w = jnp.ones((2, 7)), ops.pack(jnp.ones((9, 16)))
+@pytest.mark.parametrize("pack", [ops.pack, ops.pack_int8])
+def test_a_weight_that_is_not_packed_for_this_x_is_refused(pack):
+    x, w = jnp.ones((2, 7)), pack(jnp.ones((9, 16)))
     with pytest.raises(jax.errors.JaxRuntimeError, match="w is not packed for this x"):
         ops.product(x, w, num_columns=16).block_until_ready()
