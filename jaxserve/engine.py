@@ -32,7 +32,7 @@ from jaxserve.engine_programs import PackedOutputs, Reader, engine_programs
 from jaxserve.forward import PromptLogprobs
 from jaxserve.intake import Intake
 from jaxserve.logits_fn import LogitsFn
-from jaxserve.memory import keep_buffers, trim
+from jaxserve.memory import keep_buffers, release_zeros, trim
 from jaxserve.models import ModelConfig
 from jaxserve.models.prepare import prepare, prepare_and_free, unprepared
 from jaxserve.readback import Observer, take_prompt_logprobs, take_tokens
@@ -120,6 +120,7 @@ class Engine:
     def _reset(self) -> None:
         """Forgets all requests, and everything on the device but the weights."""
         self._state = jax.device_put(self._programs["init"](aux=self._aux), _replicated(self._weights))
+        release_zeros(jax.tree.leaves((self._state.pool, self._state.seen)))
         self._waiting: list[tuple[int, int, Group]] = []  # not on the device yet: a heap of (priority, number, ...)
         self._unfinished: dict[str, Group] = {}
         self._by_row: dict[int, Sequence] = {}

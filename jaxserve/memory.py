@@ -1,10 +1,15 @@
-"""Memory that was freed: whether the C library gives it back to the system or keeps it."""
+"""Memory of the process: whether what was freed goes back to the system, and what was never written to is there at all."""
 
 import ctypes
+import mmap
 import sys
+from collections.abc import Iterable
+
+import jax
 
 _LARGEST_KEPT = 256 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_MADV_DONTNEED = 4  # of Linux's mman.h
 
 
 def keep_buffers() -> None:
@@ -25,6 +30,30 @@ def trim() -> None:
     """Returns free memory to the system where the C library is glibc: compiling leaves over a hundred MB of it."""
     if (c_library := _c_library()) is not None and hasattr(c_library, "malloc_trim"):  # others have none
         c_library.malloc_trim(0)
+
+
+def release_zeros(arrays: Iterable[jax.Array]) -> None:
+    """Gives the memory of arrays of zeros back to the system (Linux, CPU), which provides it anew, zeroed, when it is written to.
+
+    So a KV pool takes as much memory as was ever used of it.
+
+    Args:
+      arrays: of which every bit is zero. Others would lose what they hold.
+    """
+    c_library = _c_library()
+    if c_library is None:
+        return
+    c_library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for array in arrays:
+        for shard in jax.block_until_ready(array).addressable_shards:
+            if shard.device.platform == "cpu":
+                start = shard.data.unsafe_buffer_pointer()
+                first, last = (
+                    -(-start // mmap.PAGESIZE),
+                    (start + shard.data.nbytes) // mmap.PAGESIZE,
+                )  # whole pages only
+                if first < last:
+                    c_library.madvise(first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE, _MADV_DONTNEED)
 
 
 def _c_library() -> ctypes.CDLL | None:

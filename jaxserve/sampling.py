@@ -123,12 +123,47 @@ def sample(
     found = report(logits, token, active, asked & ~rows.processed, max_logprobs)
     failed = failed | (active & ~jnp.isfinite(found[0]))
 
-    def report_processed(found: tuple[Array, ...], *given: Any) -> tuple[Array, ...]:
-        logprobs = _processed_logprobs(processed(*given), rows, active)
-        return _report(found, logprobs, jnp.zeros_like(logprobs[:, :1]), token, asked & rows.processed)
+    def report_processed(
+        found: tuple[Array, ...],
+        logits: Array,
+        rules: LogitRules,
+        context: Context,
+        rows: SamplingRows,
+        *of_rows: Array,
+    ) -> tuple[Array, ...]:
+        token, active, asked = of_rows
+        if changed is None:
+            logits = logit_rules.apply(logits, rules, context, active)
+        logprobs = _processed_logprobs(logits, rows, active)
+        return _report(found, logprobs, jnp.zeros_like(logprobs[:, :1]), token, asked)
 
-    logprob, rank, top_ids, top_logprobs = if_any(asked & rows.processed, report_processed, found, *given)
+    if_asked = _each_in_turn if native else if_any
+    asked = asked & rows.processed
+    found = if_asked(asked, report_processed, found, *given, rows, token, active, asked)
+    logprob, rank, top_ids, top_logprobs = found
     return Sampled(token=token, logprob=logprob, rank=rank, top_ids=top_ids, top_logprobs=top_logprobs, failed=failed)
+
+
+def _each_in_turn(
+    wanted: Bool[Array, " R"],
+    compute: Callable[..., tuple[Array, ...]],
+    found: tuple[Array, ...],
+    logits: Float32[Array, "R V"],
+    rules: LogitRules,
+    context: Context,
+    *more: Any,
+) -> tuple[Array, ...]:
+    """`if_any` row by row: only rows that want it cost, and arrays on the way are of one row. All operands have a row each."""
+    (order,) = jnp.nonzero(wanted, size=wanted.shape[0], fill_value=0)
+    operands = (logits, rules, context.replace(seen=None), *more)
+
+    def one(index: Int32[Array, ""], found: tuple[Array, ...]) -> tuple[Array, ...]:
+        row = order[index]
+        of_row = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, row, 1), (found, *operands))
+        of_row = (*of_row[:3], of_row[3].replace(seen=context.seen), *of_row[4:])  # which has a row per slot
+        return jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, row, 0), found, compute(*of_row))
+
+    return lax.fori_loop(0, jnp.sum(wanted, dtype=jnp.int32), one, found)
 
 
 def _choose(

@@ -127,7 +127,8 @@ def _run(options: Options) -> int:
         traces = measure(engine, options)
         peaks.append(machine_peaks.measure([dtype]))
         bandwidth = max(peak["read"]["bytes_per_s"] for peak in peaks)
-        limit_ms = 1e3 * weight_bytes(options.model, dtype) / bandwidth
+        needed = weight_bytes(options.model, dtype, engine.config.weight_dtype)
+        limit_ms = 1e3 * needed / bandwidth
         common |= {
             "model": options.engine.model or "demo",
             "dtype": dtype,
@@ -135,7 +136,7 @@ def _run(options: Options) -> int:
             "steps_per_call": options.steps_per_call,
             "repeats": options.repeats,
             "read_bytes_per_s": rounded(bandwidth),
-            "weight_bytes": weight_bytes(options.model, dtype),
+            "weight_bytes": needed,
             **report.provenance(_METHOD, options.seed),
         }
         print(
@@ -192,12 +193,21 @@ def summarize(case: Case, runs: Sequence[Trace], limit_ms: float) -> Record:
     }
 
 
-def weight_bytes(model: ModelConfig, dtype: str) -> int:
-    """Bytes of the weights that each token needs: all, but of an embedding that is no output projection."""
+def weight_bytes(model: ModelConfig, dtype: str, matrices_dtype: str | None = None) -> int:
+    """Bytes of the weights that each token needs: all, but of an embedding that is no output projection.
+
+    Args:
+      matrices_dtype: as `EngineConfig.weight_dtype`, the scales of which are not counted; None: as the other weights.
+    """
     params: Any = abstract_params(model, dtype)
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     (embedding,) = jax.tree.leaves(params["embedding"])
-    return total - (0 if model.tied_embeddings else embedding.size * embedding.dtype.itemsize)
+
+    def num_bytes(leaf: Any) -> int:
+        narrow = matrices_dtype is not None and leaf.ndim > 1
+        return leaf.size * np.dtype(matrices_dtype if narrow else leaf.dtype).itemsize
+
+    total = sum(num_bytes(leaf) for leaf in jax.tree.leaves(params))
+    return total - (0 if model.tied_embeddings else num_bytes(embedding))
 
 
 def _cells(record: Record) -> Record:

@@ -40,8 +40,13 @@ def computed_before(steps: Steps) -> Int64[np.ndarray, "n S"]:
     return before
 
 
-def work_of(steps: Steps, model: ModelConfig, dtype: str) -> Work:
-    """What the steps had to do; `dtype` is that of weights, keys and values."""
+def work_of(steps: Steps, model: ModelConfig, dtype: str, matrices_dtype: str | None = None) -> Work:
+    """What the steps had to do.
+
+    Args:
+      dtype: of weights, keys and values.
+      matrices_dtype: as `EngineConfig.weight_dtype`, the scales of which are not counted; None: as the other weights.
+    """
     before, new = computed_before(steps), steps.num_new.astype(np.int64)
     seen, read = np.zeros(
         (2, len(steps)), np.int64
@@ -55,8 +60,12 @@ def work_of(steps: Steps, model: ModelConfig, dtype: str) -> Work:
     matrices, block_elements, head_elements = _elements(model, dtype)
     flops = 2 * rows * matrices + 2 * drawn * head_elements + 4 * model.num_heads * model.head_dim * seen
     keys = 2 * model.num_kv_heads * model.head_dim * (read + rows * model.num_layers)
-    weights = block_elements * (rows > 0) + head_elements * (drawn > 0)
-    return Work(flops, itemsize * (weights + keys))
+    vectors = (block_elements - matrices) * (rows > 0)
+    num_bytes = itemsize * (vectors + keys)
+    num_bytes += np.dtype(matrices_dtype or weight_dtype(dtype)).itemsize * (
+        matrices * (rows > 0) + head_elements * (drawn > 0)
+    )
+    return Work(flops, num_bytes)
 
 
 def _pairs(positions: Any, window: int | None) -> Any:

@@ -1,4 +1,4 @@
-"""What the C library does with freed memory, seen in page faults of a process of its own."""
+"""What becomes of freed memory and of zeros, seen in a process of its own."""
 
 import subprocess
 import sys
@@ -48,3 +48,29 @@ def test_without_keeping_every_use_faults():
     """Else the measurement above shows nothing."""
     faults, freed = measure()
     assert min(faults) > 20 and freed < 2_000
+
+
+RELEASING = """
+import jax, jax.numpy as jnp, numpy as np
+from jaxserve import memory
+resident = lambda: int(open("/proc/self/statm").read().split()[1])
+write = jax.jit(lambda x: x.at[7].set(5), donate_argnums=0)
+x, neighbour = jax.block_until_ready((jnp.zeros((4096, 4099), jnp.float32), jnp.ones((333,), jnp.int32)))
+before = resident()
+memory.release_zeros([x, jnp.zeros((3,), jnp.int32)])
+released = before - resident()
+assert neighbour.tolist() == [1] * 333
+x = write(x)
+used = resident() - (before - released)
+expected = np.zeros((4096, 4099), np.float32)
+expected[7] = 5
+np.testing.assert_array_equal(np.asarray(x), expected)
+print(released, used)
+"""
+
+
+def test_zeros_take_memory_where_they_were_written_to_only():
+    done = subprocess.run([sys.executable, "-c", RELEASING], capture_output=True, text=True, check=True)
+    released, used = map(int, done.stdout.split())
+    assert released > 16_000  # pages, of 16,396
+    assert used < 8_000  # one row was written

@@ -16,8 +16,10 @@ from workloads import Workload
 
 from jaxserve import Engine, EngineConfig
 from jaxserve.cache import bytes_per_page
+from jaxserve.capacity import resolve_capacities
 from jaxserve.models import checkpoint, families
 from jaxserve.models.params import random_params
+from jaxserve.models.prepare import prepare_and_free
 from jaxserve.timeline import Timeline
 
 
@@ -71,8 +73,12 @@ class Jaxserve:
             params = random_params(self._model, options["seed"], settings.dtype)
         else:
             params = checkpoint.load_hugging_face(settings.model, self._model, dtype=settings.dtype)
+        config = resolve_capacities(EngineConfig.from_dict(options["config"]), self._model, params)
+        params = prepare_and_free(
+            params, self._model, config.backend, config.weight_dtype
+        )  # as `Engine.from_pretrained`
         weights_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        engine = self._engine = Engine(params, self._model, EngineConfig.from_dict(options["config"]))
+        engine = self._engine = Engine(params, self._model, config)
         del params
         engine.warm_up()
         load_peak_bytes = peak_bytes()
@@ -107,7 +113,7 @@ class Jaxserve:
         if self._timeline_path is not None:
             clock.timeline.save(self._timeline_path)  # that of the last round stays
         stats, steps = engine.stats, clock.timeline.steps()
-        work = work_of(steps, self._model, self._dtype)
+        work = work_of(steps, self._model, self._dtype, self._engine.config.weight_dtype)
         rows = steps.num_new.sum(axis=1)
         more = {
             "num_steps": stats.num_steps,

@@ -61,6 +61,8 @@ def test_weights_are_those_that_a_token_needs():
     tied, untied = (ModelConfig("llama", **shape, head_dim=4, tied_embeddings=tied) for tied in (True, False))
     assert weight_bytes(tied, "float32") == weight_bytes(untied, "float32") == 4 * (matrices + 100 * 8)
     assert weight_bytes(tied, "bfloat16") == 2 * (matrices + 100 * 8)
+    norms = 2 * 2 * 8 + 8
+    assert weight_bytes(untied, "bfloat16", "int8") == matrices + 100 * 8 + norms
 
 
 def test_the_command_measures_every_case(tmp_path, capsys, known_peaks):

@@ -36,7 +36,7 @@ def test_a_sequence_starts_anew_in_a_slot_that_it_did_not_have_the_step_before()
 
 def test_work_is_the_sum_over_rows_layers_and_positions():
     before = [[0, 0], [4, 0], [0, 2], [0, 0], [5, 0]]
-    work = roofline.work_of(STEPS, MODEL, "bfloat16")
+    work, in_int8 = (roofline.work_of(STEPS, MODEL, "bfloat16", matrices) for matrices in (None, "int8"))
     for step in range(5):
         flops = num_bytes = 0
         rows = drawn = 0
@@ -53,6 +53,8 @@ def test_work_is_the_sum_over_rows_layers_and_positions():
         flops += 2 * rows * MATRICES + 2 * drawn * V * E
         num_bytes += 2 * (BLOCKS if rows else 0) + 2 * (V * E if drawn else 0)
         assert (work.flops[step], work.num_bytes[step]) == (flops, num_bytes)
+        saved = (MATRICES if rows else 0) + (V * E if drawn else 0)
+        assert (in_int8.flops[step], in_int8.num_bytes[step]) == (flops, num_bytes - saved)
 
 
 def test_the_floor_takes_the_slower_of_both_in_every_step():
