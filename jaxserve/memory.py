@@ -33,7 +33,7 @@ def trim() -> None:
 
 
 def release_zeros(arrays: Iterable[jax.Array]) -> None:
-    """Gives the memory of arrays of zeros back to the system (Linux, CPU), which provides it anew, zeroed, when it is written to.
+    """Gives the memory of arrays of zeros back to the system (Linux, CPU), which zeroes new memory where they are written to.
 
     So a KV pool takes as much memory as was ever used of it.
 
