@@ -26,7 +26,7 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
     """The configuration with everything chosen that was left open; logs what fits.
 
     `max_model_len` is lowered to what the model was made for if it was left at its default. The dtype of keys and values is
-    that of the weights. The pool gets 90% of the memory that the device reports as free
+    that of the weights as they were loaded. The pool gets 90% of the memory that the device reports as free
     (weights are on it by then), else 1 GiB; never less than one longest sequence, nor more than all slots can use.
 
     Raises:
@@ -92,7 +92,7 @@ def _attention_backend(config: EngineConfig, model: ModelConfig, weight: jax.Arr
             return "reference"
         if backend == "native":
             raise ValueError(
-                f"attention_backend='native' does not serve {weight.dtype} weights on {len(weight.sharding.device_set)} "
+                f"the backend 'native' does not serve {weight.dtype} weights on {len(weight.sharding.device_set)} "
                 f"devices, head_dim={model.head_dim}, {model.group_size} query heads per kv head: use 'reference'"
                 + ("" if config.weight_dtype is None else f", without weight_dtype={config.weight_dtype!r}")
             )

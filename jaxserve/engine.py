@@ -82,7 +82,7 @@ class Engine:
         logits_fn: LogitsFn | None = None,
         aux: Any = None,
     ) -> None:
-        """Allocates the KV pool.
+        """Allocates the KV pool, which on a CPU takes up memory as it is used.
 
         Args:
           params: weights, as from `nnx.split(Transformer(model))`, on the device. May be replaced by `set_params`.

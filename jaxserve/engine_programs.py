@@ -5,6 +5,7 @@ Python, as much again. So parameters are passed as the tuple of their leaves, an
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +62,7 @@ def pack(tree: Any) -> Int32[Array, " N"]:
     """The bits of a tree of int32, float32 and bool arrays, one array after the other."""
 
     def bits(leaf: Array) -> Int32[Array, " _"]:
+        assert leaf.dtype in (jnp.int32, jnp.float32, bool), leaf.dtype
         whole = leaf.astype(jnp.int32) if leaf.dtype == bool else lax.bitcast_convert_type(leaf, jnp.int32)
         return whole.reshape(-1)
 
@@ -73,15 +75,18 @@ class Reader:
     def __init__(self, config: EngineConfig) -> None:
         like = jax.eval_shape(lambda: empty_outputs(config.max_steps_per_call, config))
         leaves, self._structure = jax.tree.flatten(like.replace(steps=like.steps.replace(prompt=None)))
-        ends = np.cumsum([math.prod(leaf.shape) for leaf in leaves]).tolist()
+        ends = [0, *np.cumsum([math.prod(leaf.shape) for leaf in leaves]).tolist()]
         self._places = [
-            (slice(start, end), np.dtype(leaf.dtype).kind, leaf.shape)
-            for start, end, leaf in zip([0, *ends], ends, leaves, strict=False)
+            (slice(*part), np.dtype(leaf.dtype).kind, leaf.shape)
+            for part, leaf in zip(itertools.pairwise(ends), leaves, strict=True)
         ]
 
     def unpack(self, packed: np.ndarray, prompt: PromptLogprobs | None) -> StepOutputs:
         """The outputs as arrays of the host, which mostly share the memory of `packed`."""
-        of_dtype = {"i": packed, "f": packed.view(np.float32), "b": packed.astype(bool)}
-        leaves = [of_dtype[kind][place].reshape(shape) for place, kind, shape in self._places]
+        floats = packed.view(np.float32)
+        leaves = [
+            (packed[place] != 0 if kind == "b" else (floats if kind == "f" else packed)[place]).reshape(shape)
+            for place, kind, shape in self._places
+        ]
         outputs = jax.tree.unflatten(self._structure, leaves)
         return outputs if prompt is None else outputs.replace(steps=outputs.steps.replace(prompt=prompt))

@@ -48,12 +48,10 @@ def release_zeros(arrays: Iterable[jax.Array]) -> None:
         for shard in jax.block_until_ready(array).addressable_shards:
             if shard.device.platform == "cpu":
                 start = shard.data.unsafe_buffer_pointer()
-                first, last = (
-                    -(-start // mmap.PAGESIZE),
-                    (start + shard.data.nbytes) // mmap.PAGESIZE,
-                )  # whole pages only
-                if first < last:
-                    c_library.madvise(first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE, _MADV_DONTNEED)
+                first = -(-start // mmap.PAGESIZE)  # page that is the array's alone, as all before `end` are
+                end = (start + shard.data.nbytes) // mmap.PAGESIZE
+                if first < end:
+                    c_library.madvise(first * mmap.PAGESIZE, (end - first) * mmap.PAGESIZE, _MADV_DONTNEED)
 
 
 def _c_library() -> ctypes.CDLL | None:

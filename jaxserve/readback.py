@@ -9,8 +9,8 @@ from jaxserve.scheduler import Status
 from jaxserve.sequence import Sequence
 from jaxserve.step import StepOutputs
 
-# Gets what a call did, in arrays of the host; the samples in queue rows, those that end in this call included; and how many
-# more samples waited on the host.
+# Gets what a call did, in arrays of the host, which share one buffer: copy what you keep; the samples in queue rows, those that
+# end in this call included; and how many more samples waited on the host.
 Observer = Callable[[StepOutputs, Mapping[int, Sequence], int], None]
 
 

@@ -153,7 +153,7 @@ def _each_in_turn(
     context: Context,
     *more: Any,
 ) -> tuple[Array, ...]:
-    """`if_any` row by row: only rows that want it cost, and arrays on the way are of one row. All operands have a row each."""
+    """`if_any` row by row: only rows that want it cost, and arrays on the way are of one row."""
     (order,) = jnp.nonzero(wanted, size=wanted.shape[0], fill_value=0)
     operands = (logits, rules, context.replace(seen=None), *more)
 

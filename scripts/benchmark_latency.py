@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import benchmark_report as report
-import jax
 import machine_peaks
 import numpy as np
 from absl import app, flags
@@ -22,10 +21,11 @@ from benchmark_command import PERCENTILES, Table, integers, run_command, spread
 from benchmark_plot import Line, Panel, check_plot, save_plot
 from benchmark_report import Record, rounded
 from engine_options import EngineOptions, define_engine_flags, fitted_options, load_model, make_warm_engine
+from roofline import is_matrix
 from serving_load import Trace, offer
 
 from jaxserve import ModelConfig, SamplingParams
-from jaxserve.models.params import abstract_params
+from jaxserve.models.params import abstract_params, leaves_with_paths
 
 _METHOD = (
     "all requests of a batch handed over at once, random prompts, greedy, no end-of-sequence; one untimed run of each case, "
@@ -199,15 +199,12 @@ def weight_bytes(model: ModelConfig, dtype: str, matrices_dtype: str | None = No
     Args:
       matrices_dtype: as `EngineConfig.weight_dtype`, the scales of which are not counted; None: as the other weights.
     """
-    params: Any = abstract_params(model, dtype)
-    (embedding,) = jax.tree.leaves(params["embedding"])
-
-    def num_bytes(leaf: Any) -> int:
-        narrow = matrices_dtype is not None and leaf.ndim > 1
-        return leaf.size * np.dtype(matrices_dtype if narrow else leaf.dtype).itemsize
-
-    total = sum(num_bytes(leaf) for leaf in jax.tree.leaves(params))
-    return total - (0 if model.tied_embeddings else num_bytes(embedding))
+    total = 0
+    for path, leaf in leaves_with_paths(abstract_params(model, dtype)):
+        if path[-1] != "embedding" or model.tied_embeddings:
+            narrow = matrices_dtype is not None and is_matrix(path, leaf)
+            total += leaf.size * np.dtype(matrices_dtype if narrow else leaf.dtype).itemsize
+    return total
 
 
 def _cells(record: Record) -> Record:

@@ -11,8 +11,8 @@
     context     tokens of each sequence                                     capacity    the longest sequence there is room for
     pages       in the pool
 
-"scheduler" is all of a step but the model and the sampler (`scaling_timing.py`). "rest" is all of it but the model: the
-engine's own program, with a model of one layer eight wide, which writes as many logits. A line is fitted to each curve, by
+"scheduler" is all of a step but the model and the sampler (`scaling_timing.py`). "rest" is all of it but the model:
+`run_steps`, with a model of one layer eight wide, which writes as many logits. A line is fitted to each curve, by
 relative least squares; its constants are printed, with how far the worst point is off.
 """
 

@@ -58,7 +58,7 @@ def serve(num_pages: int) -> list[RequestOutput]:
     results = engine.generate(prompts, params)
     seconds = time.perf_counter() - start
     stats = engine.stats
-    weights_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._params))
+    weights_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._weights.leaves))
     record = {
         "num_pages": num_pages,
         "requests": stats.num_requests,

@@ -10,12 +10,11 @@ softmax, sampling and the host are free. Steps are taken as they were, with the 
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Int64
 
 from jaxserve import ModelConfig
-from jaxserve.models.params import abstract_params, weight_dtype
+from jaxserve.models.params import Path, abstract_params, leaves_with_paths, weight_dtype
 from jaxserve.timeline import Steps
 
 
@@ -77,6 +76,11 @@ def _pairs(positions: Any, window: int | None) -> Any:
 
 def _elements(model: ModelConfig, dtype: str) -> tuple[int, int, int]:
     """Elements of the blocks' matrices, of all that a step reads of the blocks, of the output projection."""
-    blocks = jax.tree.leaves(abstract_params(model, dtype)["blocks"])
-    matrices = sum(leaf.size for leaf in blocks if leaf.ndim > 1)
-    return matrices, sum(leaf.size for leaf in blocks), model.vocab_size * model.embed_dim
+    blocks = leaves_with_paths(abstract_params(model, dtype)["blocks"])
+    matrices = sum(leaf.size for path, leaf in blocks if is_matrix(path, leaf))
+    return matrices, sum(leaf.size for _, leaf in blocks), model.vocab_size * model.embed_dim
+
+
+def is_matrix(path: Path, leaf: Any) -> bool:
+    """Whether a parameter is multiplied by; the bias of a gate has two axes too."""
+    return leaf.ndim > 1 and not str(path[-1]).endswith("bias")

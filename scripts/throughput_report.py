@@ -77,7 +77,8 @@ def engine_record(
     rate, bandwidth = peaks["matmul"]["flops_per_s"], peaks["read"]["bytes_per_s"]
     floor = work.floor_seconds(rate, bandwidth)
     needed = loaded["weights_bytes"] + loaded["pool_bytes"]
-    base = loaded["base_bytes"]
+    used = loaded["weights_bytes"] + loaded["pool_bytes"] * more["peak_pages"] / loaded["num_pages"]
+    base, peak = loaded["base_bytes"], max(record["peak_bytes"] for record in rounds)
     names = ("num_steps", "num_computed_tokens", "mean_occupancy", "mean_rows", "num_preemptions", "peak_pages")
     return {
         "kind": "engine",
@@ -97,10 +98,9 @@ def engine_record(
         "pool_bytes": loaded["pool_bytes"],
         "base_bytes": base,
         "load_peak_bytes": loaded["load_peak_bytes"],
-        "peak_bytes": max(record["peak_bytes"] for record in rounds),
-        "memory_over_weights_and_pool": None
-        if base is None
-        else rounded((max(record["peak_bytes"] for record in rounds) - base) / needed - 1),
+        "peak_bytes": peak,
+        "memory_over_weights_and_pool": None if base is None else rounded((peak - base) / needed - 1),
+        "memory_over_weights_and_used_pages": None if base is None else rounded((peak - base) / used - 1),
         "peaks": {name: value for name, value in peaks.items() if name != "provenance"},
     }
 
@@ -147,7 +147,9 @@ def print_engine(summary: Record, engine: Record, workload: Workload) -> None:
     print(
         f"Memory: {_megabytes(engine['peak_bytes'])} at most while serving, {_megabytes(engine['load_peak_bytes'])} while "
         f"loading; weights {_megabytes(engine['weights_bytes'])}, pool {_megabytes(engine['pool_bytes'])}, before them "
-        f"{_megabytes(engine['base_bytes'])}" + ("" if over is None else f": {over:+.0%} over weights and pool")
+        f"{_megabytes(engine['base_bytes'])}"
+        + ("" if over is None else f": {over:+.0%} over weights and pool, ")
+        + ("" if over is None else f"{engine['memory_over_weights_and_used_pages']:+.0%} over weights and pages in use")
     )
     product, read = engine["peaks"]["matmul"], engine["peaks"]["read"]
     print(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Num
 
 from jaxserve.models.config import ModelConfig
 from pallas_kernels.native import ops as native
@@ -69,7 +69,7 @@ def _precision(w: Float[Array, "..."]) -> lax.Precision | None:
     return lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
 
 
-def is_prepared(w: Float[Array, "..."]) -> bool:
+def is_prepared(w: Num[Array, "..."]) -> bool:
     """Whether a weight is packed for native kernels; no other has four axes."""
     return w.ndim == 4
 

@@ -28,7 +28,8 @@ def prepare(params: nnx.State, model: ModelConfig, backend: str, weight_dtype: s
       weight_dtype: as in `EngineConfig`. An embedding that is not tied to the output is looked up only, and keeps its dtype.
 
     Raises:
-      ValueError: if the parameters were prepared with another `weight_dtype`, or cannot have this one.
+      ValueError: if the parameters were prepared with another `weight_dtype`, or cannot have this one: they must be bfloat16 or
+        float32, all of them.
     """
     return _prepare(params, model, backend, weight_dtype, lambda relayout, leaf: _jitted(relayout)(leaf))
 
@@ -80,11 +81,17 @@ _jitted = functools.cache(jax.jit)
 
 
 def _check_dtypes(params: nnx.State, weight_dtype: str | None) -> None:
+    raw = not any(is_prepared(leaf) for leaf in jax.tree.leaves(params))
     for path, leaf in leaves_with_paths(params):
         if is_prepared(leaf) and (leaf.dtype == jnp.int8) != (weight_dtype == "int8"):
             raise ValueError(
                 f"{path[-1]} was prepared as {leaf.dtype}, which is not weight_dtype={weight_dtype!r}: prepare the parameters "
                 "that were loaded with the weight_dtype of the configuration"
+            )
+        if weight_dtype is not None and raw and leaf.dtype != loaded_dtype(params):
+            raise ValueError(
+                f"weight_dtype={weight_dtype!r} is for parameters of one dtype, but {path[-1]} is {leaf.dtype} beside "
+                f"{loaded_dtype(params)}: convert them first"
             )
         if leaf.dtype == jnp.float16 and weight_dtype is not None:
             raise ValueError(f"float16 weights have no weight_dtype={weight_dtype!r}: load them in bfloat16 or float32")

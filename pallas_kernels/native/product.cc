@@ -63,6 +63,11 @@ ffi::Error Embed(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::S32, 1
                  ffi::Result<ffi::Buffer<ffi::F32, 2>> x) {
   const int64_t k = x->dimensions()[1], rows = std::clamp<int64_t>(num_rows.typed_data()[0], 0, x->dimensions()[0]);
   const auto type = w.element_type();
+  const int64_t head = type == ffi::S8 ? Int8Weight::kHead / (2 * kPanel) : 0;
+  const auto shape = w.dimensions();
+  const bool packed = shape.size() == 4 && shape[1] == head + (k + 1) / 2;
+  const bool table = shape.size() == 2 && shape[1] == k && type != ffi::S8;  // whose scales would be nowhere
+  if (!packed && !table) return ffi::Error::InvalidArgument("w is neither a table of such rows nor packed for them");
   const auto lookup = type == ffi::S8     ? Lookup<Int8Weight>
                       : type == ffi::BF16 ? Lookup<Bfloat16Weight>
                                           : Lookup<Float32Weight>;

@@ -106,3 +106,10 @@ def test_an_embedding_is_a_column_times_its_scale(size):
     out = np.asarray(ops.embed(ops.pack_int8(jnp.asarray(table.T)), ids, size))
     expected = q.T.astype(np.float32) * scale[:, None]
     np.testing.assert_array_equal(out, expected[np.maximum(ids, 0)])
+
+
+def test_a_table_that_is_not_packed_for_the_rows_is_refused():
+    packed = ops.pack_int8(jnp.asarray(random(8, 77)))
+    for table, size in ((jnp.zeros((77, 8), jnp.int8), 8), (packed, 10), (jnp.zeros((77, 8), jnp.bfloat16), 9)):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="neither a table of such rows nor packed"):
+            jax.block_until_ready(ops.embed(table, np.zeros(3, np.int32), size))

@@ -225,3 +225,13 @@ def test_weights_that_are_not_finite_end_a_request_with_an_error():
     engine = Engine(params, small_model.MODEL, EngineConfig(**small_model.CAPACITIES, **INT8))
     (result,) = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4))
     assert result.outputs[0].finish_reason == "error"
+
+
+def test_parameters_of_several_dtypes_are_refused():
+    """The dtype that they were loaded in would not be known afterwards."""
+    name = next(iter(MODELS))
+    raw = make_params(name, "bfloat16")
+    leaves = [leaf.astype(jnp.float32) if leaf.ndim == 1 else leaf for leaf in jax.tree.leaves(raw)]
+    mixed = jax.tree.unflatten(jax.tree.structure(raw), leaves)
+    with pytest.raises(ValueError, match="for parameters of one dtype, but .* is float32 beside bfloat16"):
+        prepare(mixed, MODELS[name], "native", "int8")

@@ -176,6 +176,7 @@ def test_what_the_steps_did_is_compared_with_the_machine_and_with_weights_and_po
     assert engine["share_of_read_bandwidth"] == pytest.approx(2.1e10 / 4 / 1e10)
     assert engine["share_of_roofline"] == 0.75 and engine["roofline_tokens_per_s"] == 3.333  # 1 s + 2 s of 4 s
     assert engine["memory_over_weights_and_pool"] == pytest.approx((1300 - 200) / 1000 - 1)
+    assert engine["memory_over_weights_and_used_pages"] == pytest.approx((1300 - 200) / (600 + 400 * 3 / 6) - 1)
     assert "provenance" not in engine["peaks"]
     summary = report.summary_record(records, loaded, 77)
     assert (summary["rounds"], summary["seconds"], summary["peak_bytes"]) == (3, 4.0, 77)
