@@ -460,4 +460,8 @@ Phase PhaseOf(const Rotation& o, T* k, T* v) {
           }};
 }
 
+// Compiled once, in paged_attention.cc.
+extern template Phase PhaseOf(const Attention&, const float*, const float*, const Runs&, int64_t);
+extern template Phase PhaseOf(const Attention&, const uint16_t*, const uint16_t*, const Runs&, int64_t);
+
 }  // namespace jaxserve

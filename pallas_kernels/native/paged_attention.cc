@@ -3,6 +3,10 @@
 #include "attention.h"
 
 namespace jaxserve {
+
+template Phase PhaseOf(const Attention&, const float*, const float*, const Runs&, int64_t);
+template Phase PhaseOf(const Attention&, const uint16_t*, const uint16_t*, const Runs&, int64_t);
+
 namespace {
 
 namespace ffi = xla::ffi;

@@ -3,6 +3,11 @@
 #include "product.h"
 
 namespace jaxserve {
+
+template Phase PhaseOf(const Product<Bfloat16Weight>&, int64_t);
+template Phase PhaseOf(const Product<Int8Weight>&, int64_t);
+template Phase PhaseOf(const Product<Float32Weight>&, int64_t);
+
 namespace {
 
 namespace ffi = xla::ffi;

@@ -388,4 +388,9 @@ Phase PackingOf(const float* x, const float* scale, float eps, const PackedRows<
           }};
 }
 
+// Compiled once, in product.cc.
+extern template Phase PhaseOf(const Product<Bfloat16Weight>&, int64_t);
+extern template Phase PhaseOf(const Product<Int8Weight>&, int64_t);
+extern template Phase PhaseOf(const Product<Float32Weight>&, int64_t);
+
 }  // namespace jaxserve
