@@ -1,9 +1,7 @@
 """The Engine: text and tokens in, results out, in any order and under page pressure."""
 
 import dataclasses
-import mmap
 import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -75,29 +73,6 @@ def test_a_request_gets_the_same_tokens_alone_and_among_forty_in_a_tight_pool(en
     for index in (0, 7, 20, 38, 39):
         (alone,) = engine.generate([prompts[index]], params[index])
         assert alone.outputs[0].token_ids == crowded[index].outputs[0].token_ids
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library is asked to, on Linux")
-def test_a_pool_takes_up_memory_as_it_is_used() -> None:
-    config = EngineConfig(
-        max_slots=2, max_model_len=64, num_pages=8000, attention_backend="reference", kv_dtype="float32"
-    )
-    engine = Engine(small_model.make_params(), small_model.MODEL, config)
-    pools = jax.tree.leaves(engine._state.pool)
-    assert sum(pool.nbytes for pool in pools) > 16 << 20
-    assert sum(resident_pages(pool) for pool in pools) < 100
-    engine.generate([[1, 2, 3]], SamplingParams(max_tokens=3))
-    assert not np.any(jax.tree.leaves(engine._state.pool)[0][-1])  # what was never written to reads as zero
-
-
-def resident_pages(array: jax.Array) -> int:
-    """Of the pages that are the array's alone, those in memory, as /proc/self/pagemap has it."""
-    start = array.unsafe_buffer_pointer()
-    first, end = -(-start // mmap.PAGESIZE), (start + array.nbytes) // mmap.PAGESIZE
-    with open("/proc/self/pagemap", "rb") as pagemap:
-        pagemap.seek(8 * first)
-        entries = np.frombuffer(pagemap.read(8 * (end - first)), np.uint64)
-    return int(np.sum(entries >> np.uint64(63)))
 
 
 def test_nothing_is_compiled_after_warm_up_whatever_the_requests(engine: Engine) -> None:

@@ -1,9 +1,16 @@
 """What becomes of freed memory and of zeros, seen in a process of its own."""
 
+import mmap
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from jaxserve import Engine, EngineConfig, SamplingParams, memory
+from tests import small_model
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 
@@ -50,27 +57,33 @@ def test_without_keeping_every_use_faults():
     assert min(faults) > 20 and freed < 2_000
 
 
-RELEASING = """
-import jax, jax.numpy as jnp, numpy as np
-from jaxserve import memory
-resident = lambda: int(open("/proc/self/statm").read().split()[1])
-write = jax.jit(lambda x: x.at[7].set(5), donate_argnums=0)
-x, neighbour = jax.block_until_ready((jnp.zeros((4096, 4099), jnp.float32), jnp.ones((333,), jnp.int32)))
-before = resident()
-memory.release_zeros([x, jnp.zeros((3,), jnp.int32)])
-released = before - resident()
-assert neighbour.tolist() == [1] * 333
-x = write(x)
-used = resident() - (before - released)
-expected = np.zeros((4096, 4099), np.float32)
-expected[7] = 5
-np.testing.assert_array_equal(np.asarray(x), expected)
-print(released, used)
-"""
+def resident_pages(array: jax.Array) -> int:
+    """Of the pages that are the array's alone, those in memory, as /proc/self/pagemap has it."""
+    start = array.unsafe_buffer_pointer()
+    first, end = -(-start // mmap.PAGESIZE), (start + array.nbytes) // mmap.PAGESIZE
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(8 * first)
+        entries = np.frombuffer(pagemap.read(8 * (end - first)), np.uint64)
+    return int(np.sum(entries >> np.uint64(63)))
 
 
 def test_zeros_take_memory_where_they_were_written_to_only():
-    done = subprocess.run([sys.executable, "-c", RELEASING], capture_output=True, text=True, check=True)
-    released, used = map(int, done.stdout.split())
-    assert released > 16_000  # pages, of 16,396
-    assert used < 8_000  # one row was written
+    x, neighbour = jax.block_until_ready((jnp.zeros((4096, 4099), jnp.float32), jnp.ones((333,), jnp.int32)))
+    assert resident_pages(x) > 16_000  # of 16,396
+    memory.release_zeros([x, jnp.zeros((3,), jnp.int32)])
+    assert resident_pages(x) == 0 and neighbour.tolist() == [1] * 333
+    x = jax.jit(lambda x: x.at[7].set(5), donate_argnums=0)(x)
+    assert 4 <= resident_pages(jax.block_until_ready(x)) <= 1024  # a row; more where pages are large
+    assert np.asarray(x[7]).tolist() == [5] * 4099 and not np.any(x[:7]) and not np.any(x[8:])
+
+
+def test_a_pool_takes_up_memory_as_it_is_used() -> None:
+    config = EngineConfig(
+        max_slots=2, max_model_len=64, num_pages=8000, attention_backend="reference", kv_dtype="float32"
+    )
+    engine = Engine(small_model.make_params(), small_model.MODEL, config)
+    pools = jax.tree.leaves(engine._state.pool)
+    assert sum(pool.nbytes for pool in pools) > 16 << 20
+    assert sum(map(resident_pages, pools)) == 0
+    engine.generate([[1, 2, 3]], SamplingParams(max_tokens=3))
+    assert not np.any(jax.tree.leaves(engine._state.pool)[0][-1])  # what was never written to reads as zero
