@@ -14,9 +14,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from absl import app, flags
+from benchmark_command import run_command
 
 from jaxserve import Engine, EngineConfig, RequestOutput, SamplingParams
 from jaxserve.cache import bytes_per_page
+from jaxserve.models.params import abstract_params
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "configs/models/llama-135m.json", "A config.json file; weights are random.")
@@ -58,7 +60,8 @@ def serve(num_pages: int) -> list[RequestOutput]:
     results = engine.generate(prompts, params)
     seconds = time.perf_counter() - start
     stats = engine.stats
-    weights_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._weights.leaves))
+    weights = jax.tree.leaves(abstract_params(engine.model, FLAGS.dtype))
+    weights_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
     record = {
         "num_pages": num_pages,
         "requests": stats.num_requests,
@@ -85,7 +88,10 @@ def serve(num_pages: int) -> list[RequestOutput]:
 
 def main(argv: Sequence[str]) -> int:
     """Runs both; returns 1 if any output differs, or if the smaller pool caused no preemption."""
-    del argv
+    return run_command(argv, _compare)
+
+
+def _compare() -> int:
     if FLAGS.compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", FLAGS.compilation_cache_dir)
     whole = FLAGS.max_slots * -(-FLAGS.max_model_len // FLAGS.page_size)
