@@ -18,7 +18,7 @@ from jaxserve.models.prepare import loaded_dtype
 from jaxserve.request import SamplingParams, check_ids, check_int
 from jaxserve.rows import check_prompt
 from jaxserve.step import GPU_COMPILER_OPTIONS
-from jaxserve.tokenizer import IncrementalDecoder, Tokenizer
+from jaxserve.text.tokenizer import IncrementalDecoder, Tokenizer
 from pallas_kernels.backend import compiles_for_cuda
 
 

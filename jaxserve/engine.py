@@ -42,7 +42,7 @@ from jaxserve.scheduler import Handles, Status, check_invariants
 from jaxserve.sequence import Group, Sequence, Update
 from jaxserve.stats import EngineStats
 from jaxserve.step import Changes, StepOutputs
-from jaxserve.tokenizer import Tokenizer, load_eos_token_ids, load_tokenizer
+from jaxserve.text.tokenizer import Tokenizer, load_eos_token_ids, load_tokenizer
 
 
 class QueueFullError(RuntimeError):

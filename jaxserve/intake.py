@@ -12,7 +12,7 @@ from jaxserve.rows import check_aux, check_prompt, derived_seed, empty_submissio
 from jaxserve.scheduler import Submission
 from jaxserve.sequence import Group
 from jaxserve.sequence import Sequence as Sample
-from jaxserve.tokenizer import Tokenizer, spell
+from jaxserve.text.tokenizer import Tokenizer, spell
 
 
 class Intake:

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import IO, Any, Literal, Self
 
 from jaxserve.request import Request, SamplingParams, unknown_name
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.text.tokenizer import Tokenizer
 
 Format = Literal["text", "jsonl"]
 Message = Mapping[str, str]  # role and content

@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxserve.request import CompletionOutput, Request, RequestMetrics, RequestOutput, SamplingParams, TokenLogprob
 from jaxserve.scheduler.state import Status
-from jaxserve.stop_strings import StopScanner
-from jaxserve.tokenizer import IncrementalDecoder, Tokenizer
+from jaxserve.text.stop_strings import StopScanner
+from jaxserve.text.tokenizer import IncrementalDecoder, Tokenizer
 
 _ERROR = (
     "there was no token to draw: the model's logits were not finite (its weights are damaged, or dtype is too narrow for "

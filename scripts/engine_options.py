@@ -25,7 +25,7 @@ from jaxserve.cli import (
     parse_flags,
 )
 from jaxserve.models import checkpoint, families
-from jaxserve.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 
 BENCHMARK = "Benchmark"  # group of the flags that a benchmark has for itself
 

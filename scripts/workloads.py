@@ -17,7 +17,7 @@ from absl import flags
 
 from jaxserve import SamplingParams
 from jaxserve.prompts import ChatRequest, PromptError, read_prompts
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.text.tokenizer import Tokenizer
 
 DATASETS = ("random", "prefix", "jsonl")
 LENGTHS = ("fixed", "uniform", "loguniform", "geometric", "heavy", "bimodal")

@@ -19,7 +19,7 @@ from jaxserve.beam_request import _check_memory, _shape
 from jaxserve.beam_search import BeamState, Hypotheses, advance, pages_per_request, start, take_over
 from jaxserve.cache.page_table import PageTable, init_page_table
 from jaxserve.compile_guard import forbid_compilation
-from jaxserve.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from tests import small_model, workload
 from tests.test_step_programs import WRITES, instructions
 from tests.workload import MODEL

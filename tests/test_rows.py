@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from jaxserve import EngineConfig, ModelConfig, SamplingParams
 from jaxserve.rows import check_prompt, derived_seed, empty_submission, fill_row, make_submission, truncated
 from jaxserve.scheduler import Status, Submission, init_state, submit
-from jaxserve.tokenizer import Tokenizer, spell
+from jaxserve.text.tokenizer import Tokenizer, spell
 
 MODEL = ModelConfig("llama", 70, 2, 2, 1, 1, 1, 2)  # three words of allowed ids, the last not full
 CONFIG = EngineConfig(

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from jaxserve.request import Request, SamplingParams
 from jaxserve.scheduler import Status
 from jaxserve.sequence import Group, Sequence
-from jaxserve.tokenizer import Tokenizer
-from tests import test_tokenizer
+from jaxserve.text.tokenizer import Tokenizer
+from tests.text import test_tokenizer
 
 EOS = 1  # "</s>", a special token
 NOTHING = (0.0, 1, np.zeros(0, np.int32), np.zeros(0))

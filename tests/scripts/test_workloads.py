@@ -10,7 +10,7 @@ from absl import flags
 from workloads import LENGTHS, Workload, draw_lengths, workload_from_flags
 
 from jaxserve import DEMO_MODEL
-from jaxserve.tokenizer import load_tokenizer
+from jaxserve.text.tokenizer import load_tokenizer
 
 MEANS = {
     "uniform": (16 + 256) / 2,

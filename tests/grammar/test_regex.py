@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.regex import ByteAutomaton, compile_regex
+from jaxserve.grammar.regex import ByteAutomaton, compile_regex
 
 LITERALS = ["a", "b", "é", "日", "\\.", "\\n", "\\x61", "{", "a{x", " "]
 CLASSES = [

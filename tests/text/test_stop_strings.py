@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from jaxserve.request import Request, SamplingParams
 from jaxserve.scheduler import Status
 from jaxserve.sequence import Group, Sequence, Update
-from jaxserve.stop_strings import StopScanner
-from jaxserve.tokenizer import IncrementalDecoder, Tokenizer
-from tests import test_tokenizer
+from jaxserve.text.stop_strings import StopScanner
+from jaxserve.text.tokenizer import IncrementalDecoder, Tokenizer
+from tests.text import test_tokenizer
 
 NONE = np.zeros(0)
 

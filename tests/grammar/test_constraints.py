@@ -13,11 +13,12 @@ from jax import lax
 
 from jaxserve import Engine, EngineConfig, Request, SamplingParams, make_submission, run
 from jaxserve.compile_guard import forbid_compilation
-from jaxserve.constraints import FREE, Constraints, combine, constrain, from_answers, from_regex, token_bytes
+from jaxserve.grammar.constraints import FREE, Constraints, combine, constrain, from_answers, from_regex, token_bytes
 from jaxserve.logit_rules import Context
 from jaxserve.scheduler import Status, init_state, submit
-from jaxserve.tokenizer import IncrementalDecoder, Tokenizer, load_tokenizer
-from tests import small_model, test_tokenizer
+from jaxserve.text.tokenizer import IncrementalDecoder, Tokenizer, load_tokenizer
+from tests import small_model
+from tests.text import test_tokenizer
 
 DATE = r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"
 JSON = r'\{"name": "[a-zé日 ]{1,8}", "tags": \[("[a-z]{1,3}"(, "[a-z]{1,3}"){0,2})?\], "age": (0|[1-9]\d{0,2})\}'

@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt32
 
+from jaxserve.grammar.regex import ByteAutomaton, compile_regex
 from jaxserve.logit_rules import BITS, Context
 from jaxserve.optional import if_any
 from jaxserve.pytree import Record, record
-from jaxserve.regex import ByteAutomaton, compile_regex
-from jaxserve.tokenizer import Tokenizer, byte_level_bytes, decoder_parts, is_byte_token
+from jaxserve.text.tokenizer import Tokenizer, byte_level_bytes, decoder_parts, is_byte_token
 
 FREE = np.int32(0)  # the aux of a sequence that is not constrained
 _NOWHERE = 1  # the state after a token that was not allowed: allows none
@@ -213,7 +213,7 @@ def from_regex(pattern: str, tokenizer: Tokenizer, *, vocab_size: int, eos_token
     should end with a whole character. Special tokens are never allowed, but for the end of the sequence.
 
     Args:
-      pattern: see `jaxserve.regex`.
+      pattern: see `jaxserve.grammar.regex`.
       tokenizer: of the byte-level or of the SentencePiece kind.
       vocab_size: the model's; ids that the tokenizer does not have are not allowed.
       eos_token_ids: as the engine has them.

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from jaxserve.tokenizer import IncrementalDecoder, Tokenizer, load_eos_token_ids, load_tokenizer
+from jaxserve.text.tokenizer import IncrementalDecoder, Tokenizer, load_eos_token_ids, load_tokenizer
 
 TEXTS = [
     "the cat sat on the mat, and the dog did not.",
