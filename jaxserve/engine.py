@@ -67,7 +67,7 @@ class Engine:
       config: the configuration, with all capacities chosen.
       tokenizer: None if the engine serves token ids only.
       stats: running totals, load and latencies.
-      observer: is told of every call that is read, such as `jaxserve.timeline.Timeline.observe`; None: nobody.
+      observer: is told of every call that is read, such as `jaxserve.timeline.record.Timeline.observe`; None: nobody.
     """
 
     def __init__(

@@ -16,13 +16,13 @@ from typing import Any
 
 from absl import app, flags
 
-from jaxserve import cli
-from jaxserve.chat import Conversation, converse
+from jaxserve.commands import flags as cli
+from jaxserve.commands.chat import Conversation, converse
+from jaxserve.commands.printers import JsonWriter, Sink, StreamPrinter, TextPrinter
+from jaxserve.commands.prompts import ChatRequest, Entry, PromptError, ResultsFile, read_prompts
 from jaxserve.engine import QueueFullError
-from jaxserve.prompts import ChatRequest, Entry, PromptError, ResultsFile, read_prompts
 from jaxserve.request import Request, SamplingParams
-from jaxserve.results import JsonWriter, Sink, StreamPrinter, TextPrinter
-from jaxserve.timeline import check_path, recording
+from jaxserve.timeline.record import check_path, recording
 
 _INTERRUPTED = 130
 _STREAM_STEPS = 1  # steps per call when streaming

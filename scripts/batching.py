@@ -18,7 +18,7 @@ from workloads import LENGTHS, Workload, draw_lengths
 from jaxserve import Engine, EngineConfig
 from jaxserve.sequence import Sequence as Sample
 from jaxserve.step import StepOutputs
-from jaxserve.timeline import Steps, Timeline
+from jaxserve.timeline.record import Steps, Timeline
 
 TEXTBOOK = (10, 20, 50, 100)
 DISTRIBUTIONS = (*LENGTHS, "textbook", "workload")

@@ -14,7 +14,7 @@ import jax
 import jaxlib
 from kernel_timing import Peaks, Timing
 
-from jaxserve.prompts import ResultsFile
+from jaxserve.commands.prompts import ResultsFile
 
 Record = dict[str, Any]
 Write = Callable[[Record], None]

@@ -32,7 +32,7 @@ from scaling_timing import Bench, Pools, make_step, make_stub, stub_model
 
 from jaxserve import EngineConfig, ModelConfig, prepare
 from jaxserve.capacity import resolve_capacities
-from jaxserve.cli import DTYPES
+from jaxserve.commands.flags import DTYPES
 from jaxserve.config import read_json_object
 from jaxserve.models import families
 from jaxserve.models.params import random_params

@@ -24,7 +24,8 @@ from engine_options import EngineOptions, define_engine_flags, fitted_options, l
 from serving_load import Trace, arrival_times, offer, parse_slos, summarize
 from workloads import Workload
 
-from jaxserve import cli, timeline
+from jaxserve.commands import flags as cli
+from jaxserve.timeline.record import record as timeline
 
 _METHOD = (
     "open load in the engine's thread; times from when a request was due to when the call that brought the token was read; "

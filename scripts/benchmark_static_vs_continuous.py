@@ -29,7 +29,8 @@ from benchmark_plot import check_plot
 from benchmark_report import outputs, provenance, rounded
 from engine_options import EngineOptions, define_engine_flags, fitted_options, load_model, make_warm_engine
 
-from jaxserve import cli, timeline
+from jaxserve.commands import flags as cli
+from jaxserve.timeline.record import record as timeline
 
 _METHOD = (
     "one engine fed batch by batch or all at once; contenders in turns, medians, ratios of pairs; steps, slots and pages as "

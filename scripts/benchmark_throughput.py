@@ -35,8 +35,8 @@ from throughput_rounds import Measured, measure
 from workloads import Workload
 
 from jaxserve import DEMO_MODEL, ModelConfig
-from jaxserve.cli import define_timeline_flag
-from jaxserve.timeline import check_path
+from jaxserve.commands.flags import define_timeline_flag
+from jaxserve.timeline.record import check_path
 
 PEERS = {  # module and arguments of the driver
     "transformers": ("peers.transformers_driver", ("static",)),

@@ -13,7 +13,7 @@ from absl import app, flags
 from workloads import WORKLOAD
 
 from jaxserve import DEMO_MODEL, Engine, ModelConfig
-from jaxserve.cli import (
+from jaxserve.commands.flags import (
     ENGINE,
     MODEL,
     PROMPTS,

@@ -15,7 +15,7 @@ from jaxtyping import Int64
 
 from jaxserve import ModelConfig
 from jaxserve.models.params import Path, abstract_params, leaves_with_paths, weight_dtype
-from jaxserve.timeline import Steps
+from jaxserve.timeline.record import Steps
 
 
 @dataclasses.dataclass(frozen=True)

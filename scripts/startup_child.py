@@ -20,7 +20,7 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
 
     _stamp("jax")
     import jaxserve
-    from jaxserve.cli import EngineOptions, make_engine
+    from jaxserve.commands.flags import EngineOptions, make_engine
 
     _stamp("jaxserve")
     events: collections.Counter[str] = collections.Counter()

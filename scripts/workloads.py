@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from jaxserve import SamplingParams
-from jaxserve.prompts import ChatRequest, PromptError, read_prompts
+from jaxserve.commands.prompts import ChatRequest, PromptError, read_prompts
 from jaxserve.text.tokenizer import Tokenizer
 
 DATASETS = ("random", "prefix", "jsonl")

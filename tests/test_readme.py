@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from jaxserve import SamplingParams
-from jaxserve.prompts import ChatRequest, parse_prompts
+from jaxserve.commands.prompts import ChatRequest, parse_prompts
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ from jaxserve.capacity import resolve_capacities
 from jaxserve.models import checkpoint, families
 from jaxserve.models.params import random_params
 from jaxserve.models.prepare import prepare_and_free
-from jaxserve.timeline import Timeline
+from jaxserve.timeline.record import Timeline
 
 
 class StepClock:

@@ -14,7 +14,7 @@ from peers.protocol import answer
 from throughput_rounds import Measured, measure, run_once, same_tokens
 from workloads import WORKLOAD, Workload
 
-from jaxserve.cli import ENGINE, MODEL, describe_flags, parse_flags
+from jaxserve.commands.flags import ENGINE, MODEL, describe_flags, parse_flags
 from tests.scripts.stub_peer import Stub
 
 PEAKS = {

@@ -7,7 +7,7 @@ import numpy as np
 import roofline
 
 from jaxserve import ModelConfig
-from jaxserve.timeline import Steps
+from jaxserve.timeline.record import Steps
 
 E, F, V, H, KV, D = 16, 24, 40, 4, 2, 8
 MODEL = ModelConfig("mistral", V, E, F, 2, num_heads=H, num_kv_heads=KV, head_dim=D, windows=(None, 3))

@@ -17,7 +17,7 @@ from batching import Contender
 from workloads import Workload
 
 from jaxserve import Engine, EngineConfig
-from jaxserve.timeline import Steps
+from jaxserve.timeline.record import Steps
 from tests import small_model
 
 SLOTS = 4

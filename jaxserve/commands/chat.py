@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxserve.prompts import ChatRequest, Message
+from jaxserve.commands.prompts import ChatRequest, Message
 from jaxserve.request import Request, RequestOutput, SamplingParams
 
 SIGN = "> "

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from jaxserve.prompts import ChatRequest, PromptError, ResultsFile, read_prompts
+from jaxserve.commands.prompts import ChatRequest, PromptError, ResultsFile, read_prompts
 from jaxserve.request import Request, SamplingParams
 
 BASE = SamplingParams(temperature=0.5, max_tokens=9)

@@ -238,11 +238,11 @@ class Timeline:
         """
         check_path(path)
         if path.lower().endswith(".html"):
-            from jaxserve.timeline_html import render
+            from jaxserve.timeline.html import render
 
             content = render(self).encode("utf-8")
         else:
-            from jaxserve.timeline_plot import draw
+            from jaxserve.timeline.png import draw
 
             content = draw(self)
         try:

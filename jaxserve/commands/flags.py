@@ -150,7 +150,7 @@ def define_engine_flags(values: flags.FlagValues, **defaults: Any) -> None:
 
 
 def define_timeline_flag(values: flags.FlagValues) -> None:
-    """The flag that `jaxserve.timeline.recording` takes."""
+    """The flag that `jaxserve.timeline.record.recording` takes."""
     flags.DEFINE_string(
         "timeline",
         None,

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import pytest
 
 from jaxserve import DEMO_MODEL, Engine, EngineConfig, SamplingParams
-from jaxserve.chat import Conversation, converse
+from jaxserve.commands.chat import Conversation, converse
 from jaxserve.request import Request
 from tests import small_model
 from tests.test_generate import ROOT, command

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from absl import flags
 
-from jaxserve import Engine, EngineConfig, Request, SamplingParams, generate, timeline_html, timeline_plot
+from jaxserve import Engine, EngineConfig, Request, SamplingParams, generate
 from jaxserve.scheduler import Status
 from jaxserve.sequence import Group, Sequence
-from jaxserve.timeline import Bar, Phase, Timeline, check_path, recording
+from jaxserve.timeline.record import Bar, Phase, Timeline, check_path, recording
+from jaxserve.timeline.record import html as timeline_html
+from jaxserve.timeline.record import png as timeline_plot
 from tests import small_model
 
 NONE = 6  # rows of the queue; in a slot: no row

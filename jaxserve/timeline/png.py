@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.timeline import Bar, Phase, Timeline
-from jaxserve.timeline_html import COLOURS, MEANINGS, PAGES_COLOUR, WAITING_COLOUR
+from jaxserve.timeline.html import COLOURS, MEANINGS, PAGES_COLOUR, WAITING_COLOUR
+from jaxserve.timeline.record import Bar, Phase, Timeline
 
 _DPI = 100
 _MARGIN_PX = 160

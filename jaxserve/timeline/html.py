@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from jaxserve.timeline import Bar, Phase, Timeline
+from jaxserve.timeline.record import Bar, Phase, Timeline
 
 COLOURS = {  # of every other sequence in a slot, and of the others
     Phase.PREFILL: ("#e8a33d", "#d18a1f"),

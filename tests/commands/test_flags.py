@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from absl import flags
 
-from jaxserve import EngineConfig, SamplingParams, cli, generate
+from jaxserve import EngineConfig, SamplingParams, generate
+from jaxserve.commands import flags as cli
 
 # Field -> arguments, and the value that they set.
 PARAMETERS: dict[str, tuple[str, Any]] = {

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxserve.prompts import ChatRequest, Entry, PromptError, ResultsFile
+from jaxserve.commands.prompts import ChatRequest, Entry, PromptError, ResultsFile
 from jaxserve.request import CompletionOutput, RequestOutput, TokenLogprob
 from jaxserve.sequence import Update
 

@@ -1,0 +1,1 @@
+"""What command lines are made of: flags, prompt files, printers, the chat. No other package imports from here."""
