@@ -1,11 +1,13 @@
 """jaxserve: LLM inference as a pure function, with continuous batching inside one jitted JAX program."""
 
-from jaxserve.async_engine import AsyncEngine, EngineClosedError, RequestFailedError, RequestHandle
-from jaxserve.beam_request import BeamParams, BeamSearchOutput, BeamSequence, make_beam_rules, search_beams
 from jaxserve.beam_search import beam_search
 from jaxserve.config import EngineConfig
 from jaxserve.demo import DEMO_MODEL
-from jaxserve.engine import Engine, QueueFullError
+from jaxserve.engine.async_engine import AsyncEngine, EngineClosedError, RequestFailedError, RequestHandle
+from jaxserve.engine.beams import BeamParams, BeamSearchOutput, BeamSequence, make_beam_rules, search_beams
+from jaxserve.engine.engine import Engine, QueueFullError
+from jaxserve.engine.live_requests import Update
+from jaxserve.engine.stats import EngineStats, Histogram, Latencies
 from jaxserve.models import ModelConfig, Transformer
 from jaxserve.models.prepare import prepare
 from jaxserve.request import (
@@ -28,8 +30,6 @@ from jaxserve.scheduler import (
     init_state,
     submit,
 )
-from jaxserve.sequence import Update
-from jaxserve.stats import EngineStats, Histogram, Latencies
 from jaxserve.step import GPU_COMPILER_OPTIONS, RunResults, StepOutput, StepOutputs, run, run_steps, step
 
 __all__ = [

@@ -20,7 +20,7 @@ from jaxserve.commands import flags as cli
 from jaxserve.commands.chat import Conversation, converse
 from jaxserve.commands.printers import JsonWriter, Sink, StreamPrinter, TextPrinter
 from jaxserve.commands.prompts import ChatRequest, Entry, PromptError, ResultsFile, read_prompts
-from jaxserve.engine import QueueFullError
+from jaxserve.engine.engine import QueueFullError
 from jaxserve.request import Request, SamplingParams
 from jaxserve.timeline.record import check_path, recording
 

@@ -16,7 +16,7 @@ from roofline import computed_before
 from workloads import LENGTHS, Workload, draw_lengths
 
 from jaxserve import Engine, EngineConfig
-from jaxserve.sequence import Sequence as Sample
+from jaxserve.engine.live_requests import Sequence as Sample
 from jaxserve.step import StepOutputs
 from jaxserve.timeline.record import Steps, Timeline
 

@@ -31,9 +31,9 @@ from scaling_cases import SWEEPS, Base, Case, busy_state, make_cases
 from scaling_timing import Bench, Pools, make_step, make_stub, stub_model
 
 from jaxserve import EngineConfig, ModelConfig, prepare
-from jaxserve.capacity import resolve_capacities
 from jaxserve.commands.flags import DTYPES
 from jaxserve.config import read_json_object
+from jaxserve.engine.capacity import resolve_capacities
 from jaxserve.models import families
 from jaxserve.models.params import random_params
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from jaxserve import BeamParams, EngineConfig, beam_search, make_beam_rules, search_beams
-from jaxserve.beam_request import _check_memory, _shape
 from jaxserve.beam_search import BeamState, Hypotheses, advance, pages_per_request, start, take_over
 from jaxserve.cache.page_table import PageTable, init_page_table
 from jaxserve.compile_guard import forbid_compilation
+from jaxserve.engine.beams import _check_memory, _shape
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from tests import small_model, workload
 from tests.test_step_programs import WRITES, instructions

@@ -235,7 +235,7 @@ def make_engine(options: EngineOptions) -> Any:
     """
     import jax
 
-    from jaxserve.engine import Engine
+    from jaxserve.engine.engine import Engine
     from jaxserve.models import checkpoint
 
     logging.getLogger("jax").setLevel(logging.ERROR)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxserve.commands.prompts import ChatRequest, Entry, PromptError, ResultsFile
+from jaxserve.engine.live_requests import Update
 from jaxserve.request import CompletionOutput, RequestOutput, TokenLogprob
-from jaxserve.sequence import Update
 
 
 class Sink:

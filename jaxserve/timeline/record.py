@@ -22,9 +22,9 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine import Engine
+from jaxserve.engine.engine import Engine
+from jaxserve.engine.live_requests import Sequence
 from jaxserve.scheduler import Status
-from jaxserve.sequence import Sequence
 from jaxserve.step import StepOutputs
 
 FORMATS = (".png", ".html")

@@ -16,7 +16,7 @@ from workloads import Workload
 
 from jaxserve import Engine, EngineConfig
 from jaxserve.cache import bytes_per_page
-from jaxserve.capacity import resolve_capacities
+from jaxserve.engine.capacity import resolve_capacities
 from jaxserve.models import checkpoint, families
 from jaxserve.models.params import random_params
 from jaxserve.models.prepare import prepare_and_free

@@ -8,8 +8,8 @@ import pytest
 from jaxserve import Request, SamplingParams
 from jaxserve.commands.printers import JsonWriter, Sink, StreamPrinter, TextPrinter, as_json
 from jaxserve.commands.prompts import ChatRequest, Entry, PromptError, ResultsFile
+from jaxserve.engine.live_requests import Update
 from jaxserve.request import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
-from jaxserve.sequence import Update
 
 METRICS = RequestMetrics(arrival_time=1.0, first_token_time=1.5, finish_time=2.0, num_preemptions=3)
 

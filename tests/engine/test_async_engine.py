@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from jaxserve import Engine, EngineConfig, Request, RequestOutput, SamplingParams, Update
-from jaxserve.async_engine import AsyncEngine, EngineClosedError, RequestFailedError, RequestHandle
 from jaxserve.compile_guard import forbid_compilation
-from jaxserve.engine import QueueFullError
+from jaxserve.engine.async_engine import AsyncEngine, EngineClosedError, RequestFailedError, RequestHandle
+from jaxserve.engine.engine import QueueFullError
 from jaxserve.scheduler import Status
 from tests import small_model
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxserve.engine.live_requests import Sequence
 from jaxserve.scheduler import Status
-from jaxserve.sequence import Sequence
 from jaxserve.step import StepOutputs
 
 # Gets what a call did, in arrays of the host, which share one buffer: copy what you keep; the samples in queue rows, those that

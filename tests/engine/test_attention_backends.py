@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxserve import Engine, EngineConfig, SamplingParams
-from jaxserve.capacity import resolve_capacities
+from jaxserve.engine.capacity import resolve_capacities
 from jaxserve.step import GPU_COMPILER_OPTIONS, programs
 from pallas_kernels.backend import check_runs_here, resolve_backend
 from tests import small_model

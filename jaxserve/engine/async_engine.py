@@ -6,7 +6,7 @@
 
 The engine thread alone touches the engine's queue and the device, and waits for nobody but the device: it sleeps while there
 is nothing to do, and what it delivers is merged until somebody takes it. It wakes each event loop once per call of
-`Engine.step`, however many requests have news there. What a call costs on the device is said in `jaxserve.engine`.
+`Engine.step`, however many requests have news there. What a call costs on the device is said in `jaxserve.engine.engine`.
 """
 
 import asyncio
@@ -21,10 +21,10 @@ from collections.abc import Sequence as SequenceOf
 from types import TracebackType
 from typing import Self
 
-from jaxserve.engine import Engine, QueueFullError
+from jaxserve.engine.engine import Engine, QueueFullError
+from jaxserve.engine.live_requests import Group, Update
+from jaxserve.engine.stats import EngineStats
 from jaxserve.request import Request, RequestOutput, SamplingParams
-from jaxserve.sequence import Group, Update
-from jaxserve.stats import EngineStats
 
 
 class EngineClosedError(RuntimeError):

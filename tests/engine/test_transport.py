@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.engine_programs import Reader, engine_programs, pack
+from jaxserve.engine.transport import Reader, engine_programs, pack
 from jaxserve.scheduler import init_state
 from jaxserve.step import empty_outputs, programs
 from tests import workload
