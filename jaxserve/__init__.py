@@ -1,7 +1,20 @@
 """jaxserve: LLM inference as a pure function, with continuous batching inside one jitted JAX program."""
 
-from jaxserve.beam_search import beam_search
 from jaxserve.config import EngineConfig
+from jaxserve.core.beam_search import beam_search
+from jaxserve.core.make_submission import make_submission
+from jaxserve.core.scheduler import (
+    EngineState,
+    Handles,
+    Status,
+    Submission,
+    abort,
+    check_invariants,
+    collect,
+    init_state,
+    submit,
+)
+from jaxserve.core.step import GPU_COMPILER_OPTIONS, RunResults, StepOutput, StepOutputs, run, run_steps, step
 from jaxserve.demo import DEMO_MODEL
 from jaxserve.engine.async_engine import AsyncEngine, EngineClosedError, RequestFailedError, RequestHandle
 from jaxserve.engine.beams import BeamParams, BeamSearchOutput, BeamSequence, make_beam_rules, search_beams
@@ -18,19 +31,6 @@ from jaxserve.request import (
     SamplingParams,
     TokenLogprob,
 )
-from jaxserve.rows import make_submission
-from jaxserve.scheduler import (
-    EngineState,
-    Handles,
-    Status,
-    Submission,
-    abort,
-    check_invariants,
-    collect,
-    init_state,
-    submit,
-)
-from jaxserve.step import GPU_COMPILER_OPTIONS, RunResults, StepOutput, StepOutputs, run, run_steps, step
 
 __all__ = [
     "DEMO_MODEL",

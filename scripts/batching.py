@@ -16,8 +16,8 @@ from roofline import computed_before
 from workloads import LENGTHS, Workload, draw_lengths
 
 from jaxserve import Engine, EngineConfig
+from jaxserve.core.step import StepOutputs
 from jaxserve.engine.live_requests import Sequence as Sample
-from jaxserve.step import StepOutputs
 from jaxserve.timeline.record import Steps, Timeline
 
 TEXTBOOK = (10, 20, 50, 100)

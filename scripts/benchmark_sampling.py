@@ -22,11 +22,11 @@ import numpy as np
 from absl import app, flags
 
 from jaxserve import EngineConfig, ModelConfig, SamplingParams, init_state
-from jaxserve.logit_rules import Context
-from jaxserve.rows import empty_submission, fill_row
-from jaxserve.sampling import sample
-from jaxserve.scheduler import EngineState
-from jaxserve.scheduler.token_counts import count_tokens
+from jaxserve.core.logit_rules import Context
+from jaxserve.core.make_submission import empty_submission, fill_row
+from jaxserve.core.sampling import sample
+from jaxserve.core.scheduler import EngineState
+from jaxserve.core.scheduler.token_counts import count_tokens
 from pallas_kernels.backend import resolve_backend
 
 FLAGS = flags.FLAGS

@@ -17,7 +17,7 @@ from absl import app, flags
 from benchmark_command import run_command
 
 from jaxserve import Engine, EngineConfig, RequestOutput, SamplingParams
-from jaxserve.cache import bytes_per_page
+from jaxserve.core.cache import bytes_per_page
 from jaxserve.models.params import abstract_params
 
 FLAGS = flags.FLAGS

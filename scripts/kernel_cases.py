@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
-from jaxserve.cache.kv_pool import stores_bits
+from jaxserve.core.cache.kv_pool import stores_bits
 from pallas_kernels.paged_attention import PagedKV
 from pallas_kernels.paged_attention.pages import as_float, as_stored
 from pallas_kernels.paged_attention.reference import paged_attention

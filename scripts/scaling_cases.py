@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from jaxserve import EngineConfig, EngineState, ModelConfig, Status, init_state
-from jaxserve.cache import PageTable
+from jaxserve.core.cache import PageTable
 
 _WAITING_PROMPT = 8  # tokens of a sequence that waits
 _SHORT = 64  # tokens of the short ones beside a long one

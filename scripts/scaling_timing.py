@@ -23,11 +23,11 @@ from kernel_timing import Timing, free_bytes
 from scaling_cases import Case
 
 from jaxserve import EngineConfig, EngineState, ModelConfig, Status
-from jaxserve.cache import KVPool, bytes_per_page, init_kv_pool
-from jaxserve.cache.kv_pool import stores_bits
-from jaxserve.scheduler.token_counts import count_tokens
-from jaxserve.scheduler.transitions import samples, schedule, settle
-from jaxserve.step import programs
+from jaxserve.core.cache import KVPool, bytes_per_page, init_kv_pool
+from jaxserve.core.cache.kv_pool import stores_bits
+from jaxserve.core.scheduler.token_counts import count_tokens
+from jaxserve.core.scheduler.transitions import samples, schedule, settle
+from jaxserve.core.step import programs
 
 _MEMORY_SHARE = 0.8  # of what is free, for a pool
 
@@ -35,7 +35,7 @@ _MEMORY_SHARE = 0.8  # of what is free, for a pool
 def stub_steps(
     state: EngineState, num_steps: Int32[Array, ""], *, config: EngineConfig
 ) -> tuple[EngineState, Int32[Array, " S"]]:
-    """Steps as `jaxserve.step` composes them, with tokens out of a hat in place of model and sampler.
+    """Steps as `jaxserve.core.step` composes them, with tokens out of a hat in place of model and sampler.
 
     Returns:
       The state, and how many tokens each slot drew.

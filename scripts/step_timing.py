@@ -15,8 +15,8 @@ from kernel_cases import random_pages
 from kernel_timing import Timing, free_bytes
 
 from jaxserve import EngineConfig, EngineState, ModelConfig, SamplingParams, StepOutputs, init_state, make_submission
-from jaxserve.cache import bytes_per_page
-from jaxserve.step import Changes, programs
+from jaxserve.core.cache import bytes_per_page
+from jaxserve.core.step import Changes, programs
 
 _PREFILL_REPEATS = 3
 

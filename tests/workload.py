@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 
 from jaxserve import EngineConfig, ModelConfig, SamplingParams, Transformer
-from jaxserve.rows import make_submission
-from jaxserve.scheduler import EngineState, Handles, Status, Submission, check_invariants, init_state, submit
-from jaxserve.step import programs, run
+from jaxserve.core.make_submission import make_submission
+from jaxserve.core.scheduler import EngineState, Handles, Status, Submission, check_invariants, init_state, submit
+from jaxserve.core.step import programs, run
 
 MODEL = ModelConfig("mistral", 128, 32, 64, 2, num_heads=4, num_kv_heads=2, head_dim=8, windows=(None, 24))
 CONFIG = EngineConfig(

@@ -1,4 +1,4 @@
-"""Beam search for users: texts or tokens in, texts and scores out, around the pure `jaxserve.beam_search.beam_search`."""
+"""Beam search for users: texts or tokens in, texts and scores out, around the pure `jaxserve.core.beam_search.beam_search`."""
 
 import dataclasses
 import functools
@@ -10,14 +10,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxserve.beam_search import BeamRules, Hypotheses, beam_search, longest, pages_per_request
-from jaxserve.cache import bytes_per_page
 from jaxserve.config import EngineConfig
+from jaxserve.core.beam_search import BeamRules, Hypotheses, beam_search, longest, pages_per_request
+from jaxserve.core.cache import bytes_per_page
+from jaxserve.core.make_submission import check_prompt
+from jaxserve.core.step import GPU_COMPILER_OPTIONS
 from jaxserve.models import ModelConfig
 from jaxserve.models.prepare import loaded_dtype
 from jaxserve.request import SamplingParams, check_ids, check_int
-from jaxserve.rows import check_prompt
-from jaxserve.step import GPU_COMPILER_OPTIONS
 from jaxserve.text.tokenizer import IncrementalDecoder, Tokenizer
 from pallas_kernels.backend import compiles_for_cuda
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.cache import bytes_per_page
 from jaxserve.config import EngineConfig
+from jaxserve.core.cache import bytes_per_page
 from jaxserve.models import ModelConfig
 from jaxserve.models.prepare import loaded_dtype
 from pallas_kernels.backend import check_runs_here

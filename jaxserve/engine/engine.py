@@ -26,6 +26,11 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.config import EngineConfig
+from jaxserve.core.forward import PromptLogprobs
+from jaxserve.core.logits_fn import LogitsFn
+from jaxserve.core.make_submission import one_per_prompt
+from jaxserve.core.scheduler import Handles, Status, check_invariants
+from jaxserve.core.step import Changes, StepOutputs
 from jaxserve.engine.beams import BeamParams, BeamSearchOutput, search_beams
 from jaxserve.engine.capacity import resolve_capacities
 from jaxserve.engine.intake import Intake
@@ -34,14 +39,9 @@ from jaxserve.engine.memory import keep_buffers, release_zeros, trim
 from jaxserve.engine.readback import Observer, take_prompt_logprobs, take_tokens
 from jaxserve.engine.stats import EngineStats
 from jaxserve.engine.transport import PackedOutputs, Reader, engine_programs
-from jaxserve.forward import PromptLogprobs
-from jaxserve.logits_fn import LogitsFn
 from jaxserve.models import ModelConfig
 from jaxserve.models.prepare import prepare, prepare_and_free, unprepared
 from jaxserve.request import MAX_INT32, Request, RequestOutput, SamplingParams
-from jaxserve.rows import one_per_prompt
-from jaxserve.scheduler import Handles, Status, check_invariants
-from jaxserve.step import Changes, StepOutputs
 from jaxserve.text.tokenizer import Tokenizer, load_eos_token_ids, load_tokenizer
 
 

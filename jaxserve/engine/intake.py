@@ -6,12 +6,12 @@ from collections.abc import Container, Sequence
 from typing import Any
 
 from jaxserve.config import EngineConfig
+from jaxserve.core.make_submission import check_aux, check_prompt, derived_seed, empty_submission, fill_row, truncated
+from jaxserve.core.scheduler import Submission
 from jaxserve.engine.live_requests import Group
 from jaxserve.engine.live_requests import Sequence as Sample
 from jaxserve.models import ModelConfig
 from jaxserve.request import Request, SamplingParams
-from jaxserve.rows import check_aux, check_prompt, derived_seed, empty_submission, fill_row, truncated
-from jaxserve.scheduler import Submission
 from jaxserve.text.tokenizer import Tokenizer, spell
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxserve.core.scheduler.state import Status
 from jaxserve.request import CompletionOutput, Request, RequestMetrics, RequestOutput, SamplingParams, TokenLogprob
-from jaxserve.scheduler.state import Status
 from jaxserve.text.stop_strings import StopScanner
 from jaxserve.text.tokenizer import IncrementalDecoder, Tokenizer
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxserve.core.scheduler import Status
+from jaxserve.core.step import StepOutputs
 from jaxserve.engine.live_requests import Sequence
-from jaxserve.scheduler import Status
-from jaxserve.step import StepOutputs
 
 # Gets what a call did, in arrays of the host, which share one buffer: copy what you keep; the samples in queue rows, those that
 # end in this call included; and how many more samples waited on the host.

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from jaxserve.scheduler.state import Status
+from jaxserve.core.scheduler.state import Status
 
 if TYPE_CHECKING:
-    from jaxserve.step import StepOutputs
+    from jaxserve.core.step import StepOutputs
 
 # Seconds: five to each factor of ten, from 0.1 ms to 1000 s.
 BUCKETS = tuple(float(f"{10 ** (exponent / 5):.3g}") for exponent in range(-20, 16))

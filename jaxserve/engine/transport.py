@@ -17,12 +17,12 @@ from jax import lax
 from jaxtyping import Array, Int32
 
 from jaxserve.config import EngineConfig
-from jaxserve.forward import PromptLogprobs
-from jaxserve.logits_fn import LogitsFn
+from jaxserve.core.forward import PromptLogprobs
+from jaxserve.core.logits_fn import LogitsFn
+from jaxserve.core.pytree import Record, record
+from jaxserve.core.scheduler.state import EngineState, init_state
+from jaxserve.core.step import StepOutputs, compiler_options, empty_outputs, programs, run_steps
 from jaxserve.models import ModelConfig
-from jaxserve.pytree import Record, record
-from jaxserve.scheduler.state import EngineState, init_state
-from jaxserve.step import StepOutputs, compiler_options, empty_outputs, programs, run_steps
 
 
 @record

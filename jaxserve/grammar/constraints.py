@@ -26,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt32
 
+from jaxserve.core.logit_rules import BITS, Context
+from jaxserve.core.optional import if_any
+from jaxserve.core.pytree import Record, record
 from jaxserve.grammar.regex import ByteAutomaton, compile_regex
-from jaxserve.logit_rules import BITS, Context
-from jaxserve.optional import if_any
-from jaxserve.pytree import Record, record
 from jaxserve.text.tokenizer import Tokenizer, byte_level_bytes, decoder_parts, is_byte_token
 
 FREE = np.int32(0)  # the aux of a sequence that is not constrained

@@ -22,10 +22,10 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from jaxserve.config import EngineConfig
+from jaxserve.core.scheduler import Status
+from jaxserve.core.step import StepOutputs
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.live_requests import Sequence
-from jaxserve.scheduler import Status
-from jaxserve.step import StepOutputs
 
 FORMATS = (".png", ".html")
 

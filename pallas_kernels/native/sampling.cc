@@ -1,6 +1,6 @@
 // Choosing a token per row of logits, and reporting on it: each a few passes over the row while it is in the cache.
 //
-// What is computed is said in jaxserve/sampling.py. A row's result depends on that row alone.
+// What is computed is said in jaxserve/core/sampling.py. A row's result depends on that row alone.
 
 #include <algorithm>
 #include <cmath>

@@ -15,7 +15,7 @@ from roofline import work_of
 from workloads import Workload
 
 from jaxserve import Engine, EngineConfig
-from jaxserve.cache import bytes_per_page
+from jaxserve.core.cache import bytes_per_page
 from jaxserve.engine.capacity import resolve_capacities
 from jaxserve.models import checkpoint, families
 from jaxserve.models.params import random_params

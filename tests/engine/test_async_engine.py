@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from jaxserve import Engine, EngineConfig, Request, RequestOutput, SamplingParams, Update
-from jaxserve.compile_guard import forbid_compilation
+from jaxserve.core.compile_guard import forbid_compilation
+from jaxserve.core.scheduler import Status
 from jaxserve.engine.async_engine import AsyncEngine, EngineClosedError, RequestFailedError, RequestHandle
 from jaxserve.engine.engine import QueueFullError
-from jaxserve.scheduler import Status
 from tests import small_model
 
 CONFIG = EngineConfig(**small_model.CAPACITIES)

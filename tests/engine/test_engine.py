@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxserve import Engine, EngineConfig, Request, SamplingParams, Update
-from jaxserve.compile_guard import forbid_compilation
+from jaxserve.core.compile_guard import forbid_compilation
 from tests import small_model
 
 CONFIG = EngineConfig(**small_model.CAPACITIES)

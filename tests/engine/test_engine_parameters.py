@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxserve import BeamParams, Engine, EngineConfig, Request, SamplingParams, make_submission
-from jaxserve.compile_guard import forbid_compilation
+from jaxserve.core.compile_guard import forbid_compilation
 from jaxserve.models import causal_attend, graphdef_of
 from tests import small_model
 from tests.small_model import MODEL

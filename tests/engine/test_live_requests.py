@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxserve.core.scheduler import Status
 from jaxserve.engine.live_requests import Group, Sequence
 from jaxserve.request import Request, SamplingParams
-from jaxserve.scheduler import Status
 from jaxserve.text.tokenizer import Tokenizer
 from tests.text import test_tokenizer
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxserve.core.scheduler import Status
 from jaxserve.engine.stats import BUCKETS, EngineStats, Histogram
-from jaxserve.scheduler import Status
 
 durations = st.lists(st.floats(1e-6, 1e4), min_size=1, max_size=60)
 

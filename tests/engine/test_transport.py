@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from jaxserve.core.scheduler import init_state
+from jaxserve.core.step import empty_outputs, programs
 from jaxserve.engine.transport import Reader, engine_programs, pack
-from jaxserve.scheduler import init_state
-from jaxserve.step import empty_outputs, programs
 from tests import workload
 from tests.workload import CONFIG, MODEL, make_params
 

@@ -12,10 +12,10 @@ import pytest
 from jax import lax
 
 from jaxserve import Engine, EngineConfig, Request, SamplingParams, make_submission, run
-from jaxserve.compile_guard import forbid_compilation
+from jaxserve.core.compile_guard import forbid_compilation
+from jaxserve.core.logit_rules import Context
+from jaxserve.core.scheduler import Status, init_state, submit
 from jaxserve.grammar.constraints import FREE, Constraints, combine, constrain, from_answers, from_regex, token_bytes
-from jaxserve.logit_rules import Context
-from jaxserve.scheduler import Status, init_state, submit
 from jaxserve.text.tokenizer import IncrementalDecoder, Tokenizer, load_tokenizer
 from tests import small_model
 from tests.text import test_tokenizer

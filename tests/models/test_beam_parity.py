@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from jaxserve import BeamParams, EngineConfig, beam_search, make_beam_rules
-from jaxserve.beam_search import BeamRules, Hypotheses
-from jaxserve.compile_guard import forbid_compilation
+from jaxserve import BeamParams, EngineConfig, make_beam_rules
+from jaxserve.core import beam_search
+from jaxserve.core.beam_search import BeamRules, Hypotheses
+from jaxserve.core.compile_guard import forbid_compilation
 from jaxserve.models.checkpoint import load_hugging_face
 from jaxserve.models.families import read_model_config
 from tests.models import zoo
@@ -174,7 +175,9 @@ def all_are_first(parent: jax.Array) -> jax.Array:
     ],
 )
 def test_seeded_bugs_are_noticed(function, wrong, monkeypatch, zoo_references) -> None:
-    monkeypatch.setattr(importlib.import_module("jaxserve.beam_search"), function, wrong)  # the name is a function, too
+    monkeypatch.setattr(
+        importlib.import_module("jaxserve.core.beam_search"), function, wrong
+    )  # the name is a function, too
     search = make_search(zoo_references(case(CASES[1])), 4)
     beams = BeamParams(width=4, max_tokens=NUM_NEW, num_return=4, eos_token_ids=())
     with pytest.raises(AssertionError):

@@ -14,9 +14,9 @@ from jax import lax
 from pallas_kernels.native import library, ops
 from pallas_kernels.paged_attention import PagedKV, decode_attention
 from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape
+from tests.core.test_step_programs import assert_in_place
 from tests.pallas_kernels import cases
 from tests.pallas_kernels.cases import NUM_SLOTS, Case, assert_close
-from tests.test_step_programs import assert_in_place
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=f"native kernels: {library.why_not()}")
 make_case = functools.partial(cases.make_case, pages_per_slot=3, max_rows_per_slot=45)

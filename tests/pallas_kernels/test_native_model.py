@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxserve import Engine, EngineConfig, ModelConfig, SamplingParams, prepare, run
-from jaxserve.cache.attention import Rows, paged_attend
+from jaxserve.core.cache.attention import Rows, paged_attend
 from jaxserve.models import causal_attend, graphdef_of
 from jaxserve.models.params import abstract_params, leaves_with_paths
 from jaxserve.models.prepare import prepare_and_free, unprepared

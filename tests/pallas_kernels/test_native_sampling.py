@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve import sampling
-from jaxserve.logit_rules import plain_rules
+from jaxserve.core import sampling
+from jaxserve.core.logit_rules import plain_rules
 from pallas_kernels.native import library, ops
-from tests import test_sampling
-from tests.test_sampling import (  # noqa: F401, collected here
+from tests.core import test_sampling
+from tests.core.test_sampling import (  # noqa: F401, collected here
     K,
     random_rows,
     test_a_row_gives_the_same_in_any_place_and_beside_any_neighbours,

@@ -13,7 +13,7 @@ from scaling_cases import SWEEPS, Base, busy_state, make_cases
 from scaling_timing import Bench, Program, make_stub, stub_model
 
 from jaxserve import EngineConfig, ModelConfig, Status, check_invariants
-from jaxserve.cache import init_kv_pool
+from jaxserve.core.cache import init_kv_pool
 from tests.small_model import TINY_CONFIG
 
 MODEL = ModelConfig("llama", 64, 8, 8, 1, 1, 1, 2)

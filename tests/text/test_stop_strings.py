@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from jaxserve.core.scheduler import Status
 from jaxserve.engine.live_requests import Group, Sequence, Update
 from jaxserve.request import Request, SamplingParams
-from jaxserve.scheduler import Status
 from jaxserve.text.stop_strings import StopScanner
 from jaxserve.text.tokenizer import IncrementalDecoder, Tokenizer
 from tests.text import test_tokenizer

@@ -13,8 +13,8 @@ import pytest
 from absl import flags
 
 from jaxserve import Engine, EngineConfig, Request, SamplingParams, generate
+from jaxserve.core.scheduler import Status
 from jaxserve.engine.live_requests import Group, Sequence
-from jaxserve.scheduler import Status
 from jaxserve.timeline.record import Bar, Phase, Timeline, check_path, recording
 from jaxserve.timeline.record import html as timeline_html
 from jaxserve.timeline.record import png as timeline_plot

@@ -1,0 +1,326 @@
+"""Requests made into rows of the queue: everything a request asks for is checked here, before any device work."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxserve.config import EngineConfig
+from jaxserve.core.logit_rules import BITS, LogitRules
+from jaxserve.core.sampling import SamplingRows
+from jaxserve.core.scheduler.submission import Submission
+from jaxserve.models import ModelConfig
+from jaxserve.request import MAX_INT32, SamplingParams, check_ids, check_int
+
+
+def check_prompt(
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    *,
+    model: ModelConfig,
+    config: EngineConfig,
+    eos_token_ids: Sequence[int] = (),
+) -> None:
+    """Refuses what this engine cannot do.
+
+    Raises:
+      ValueError: naming the value, the rule and the remedy, if the prompt is empty, too long or has ids outside the
+        vocabulary, if there are more stop tokens or logprobs than the engine has room for.
+    """
+    num_tokens, vocab_size = len(prompt_token_ids), model.vocab_size
+    if not num_tokens:
+        raise ValueError("the prompt has no tokens: give at least one")
+    if num_tokens >= config.max_model_len:
+        raise ValueError(
+            f"the prompt has {num_tokens} tokens, but max_model_len={config.max_model_len} tokens hold prompt and "
+            f"output together: shorten the prompt to {config.max_model_len - 1} or raise max_model_len"
+        )
+    for name, ids in _token_ids(prompt_token_ids, params):
+        outside = [token for token in ids if not 0 <= token < vocab_size]
+        if outside:
+            raise ValueError(f"{name} has {outside[0]}, but the model's token ids go from 0 to {vocab_size - 1}")
+    num_stops = len(_stops(params, eos_token_ids))
+    if num_stops > config.max_stop_token_ids:
+        raise ValueError(
+            f"the request has {num_stops} stop tokens, end-of-sequence included, but max_stop_token_ids="
+            f"{config.max_stop_token_ids}: use fewer or raise max_stop_token_ids"
+        )
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name) or 0) > config.max_logprobs:
+            raise ValueError(
+                f"{name}={getattr(params, name)} is above max_logprobs={config.max_logprobs}: ask for fewer or raise "
+                "max_logprobs"
+            )
+    _check_room("logit_bias", "token ids", len(_bias(params)), "max_logit_bias", config)
+    for name, sequences, capacity, longest in (
+        ("bad_words", _bad_words(params), "max_bad_words", "max_bad_word_len"),
+        ("stop", params.stop_sequences, "max_stop_sequences", "max_stop_sequence_len"),
+    ):
+        _check_room(name, "token sequences", len(sequences), capacity, config)
+        _check_room(name, "tokens in one sequence", max(map(len, sequences), default=0), longest, config)
+    if not config.penalties and _has_penalties(params):
+        raise ValueError(
+            "presence_penalty, frequency_penalty and repetition_penalty need penalties=true in the engine's configuration"
+        )
+
+
+def _check_room(name: str, what: str, number: int, capacity: str, config: EngineConfig) -> None:
+    if number > getattr(config, capacity):
+        raise ValueError(
+            f"{name} has {number} {what}, but {capacity}={getattr(config, capacity)}: use fewer or raise {capacity}"
+        )
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
+
+
+def _bias(params: SamplingParams) -> tuple[tuple[int, float], ...]:
+    bias: Any = params.logit_bias  # pairs, once the parameters are made
+    return bias
+
+
+def _bad_words(params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+    for word in params.bad_words:
+        if isinstance(word, str):
+            raise ValueError(f"bad_words has the text {word!r}, which needs a tokenizer: give lists of token ids here")
+    return tuple(word for word in params.bad_words if not isinstance(word, str))
+
+
+def _token_ids(prompt_token_ids: Sequence[int], params: SamplingParams) -> Iterator[tuple[str, Sequence[int]]]:
+    """Everything that names tokens, by its name."""
+    yield "prompt_token_ids", prompt_token_ids
+    yield "stop_token_ids", params.stop_token_ids
+    yield "allowed_token_ids", params.allowed_token_ids or ()
+    yield "logit_bias", [token for token, _ in _bias(params)]
+    for word in _bad_words(params):
+        yield "bad_words", word
+    for sequence in params.stop_sequences:
+        yield "stop", sequence
+
+
+def one_per_prompt(
+    num_prompts: int,
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    priorities: Sequence[int] | None,
+) -> list[tuple[SamplingParams, int]]:
+    """Parameters and priority of each prompt, from one for all or one per prompt.
+
+    Raises:
+      ValueError: if there are more or fewer of them than prompts.
+    """
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * num_prompts
+    if len(params) != num_prompts:
+        raise ValueError(f"{len(params)} SamplingParams for {num_prompts} prompts: give one, or one per prompt")
+    if priorities is None:
+        priorities = [0] * num_prompts
+    if len(priorities) != num_prompts:
+        raise ValueError(f"{len(priorities)} priorities for {num_prompts} prompts: give one per prompt")
+    return list(zip(params, priorities, strict=True))
+
+
+def make_submission(
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    model: ModelConfig,
+    config: EngineConfig,
+    eos_token_ids: Sequence[int] = (),
+    priorities: Sequence[int] | None = None,
+    seed: int = 0,
+    num_rows: int | None = None,
+    aux: Any = None,
+) -> Submission:
+    """Rows for `jaxserve.submit`, as host arrays: per prompt, in their order, one for each of its `n` samples.
+
+    Args:
+      prompts: token ids.
+      params: for all prompts, or one per prompt; None: the defaults. Without a seed of its own, request i gets
+        `derived_seed(seed, i)`.
+      model: gives the vocabulary.
+      config: gives the capacities.
+      eos_token_ids: end the sequences of requests that do not set `ignore_eos`.
+      priorities: one per prompt; None: all 0.
+      seed: of the requests without one.
+      num_rows: rows of the submission, padding included, so that submissions of all sizes share one program;
+        None: one per sample.
+      aux: what a `LogitsFn` starts with, as in `init_state`.
+
+    Raises:
+      ValueError: as `check_prompt`, naming the prompt by its index; or if there are more samples than `num_rows`.
+    """
+    each = one_per_prompt(len(prompts), params, priorities)
+    prompts = [check_ids(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
+    each = [(wanted, check_int("priority", priority, -MAX_INT32)) for wanted, priority in each]
+    check_int("seed", seed, 0, 2**64 - 1)
+    num_samples = sum(wanted.n for wanted, _ in each)
+    width = num_samples if num_rows is None else num_rows
+    if num_samples > width:
+        raise ValueError(f"{num_samples} samples do not fit num_rows={width}: submit them in several parts")
+    row = 0
+    rows = empty_submission(width, model, config, aux)
+    for index, (prompt, (wanted, priority)) in enumerate(zip(prompts, each, strict=True)):
+        try:
+            if wanted.stop_strings:
+                raise ValueError(
+                    f"stop has the text {wanted.stop_strings[0]!r}, which needs a host: give lists of token ids"
+                )
+            prompt = truncated(prompt, wanted, config)
+            check_prompt(prompt, wanted, model=model, config=config, eos_token_ids=eos_token_ids)
+        except ValueError as error:
+            raise ValueError(f"prompt {index}: {error}") from None
+        own_seed = derived_seed(seed, index) if wanted.seed is None else wanted.seed
+        for sample_index in range(wanted.n):
+            fill_row(
+                rows,
+                row,
+                prompt,
+                wanted,
+                seed=own_seed,
+                priority=priority,
+                eos_token_ids=eos_token_ids,
+                sample_index=sample_index,
+            )
+            row += 1
+    return rows
+
+
+def truncated(prompt_token_ids: Sequence[int], params: SamplingParams, config: EngineConfig) -> tuple[int, ...]:
+    """The prompt's last tokens, as many as `truncate_prompt_tokens` asks for."""
+    limit = params.truncate_prompt_tokens
+    limit = config.max_model_len - 1 if limit == -1 else limit
+    return tuple(prompt_token_ids if limit is None else prompt_token_ids[-limit:])
+
+
+def derived_seed(seed: int, number: int) -> int:
+    """The seed of a request that has none: a hash of the engine's seed and the request's running number."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
+
+
+def key_data(seed: int) -> np.ndarray:
+    """The threefry key of a seed in [0, 2^64), uint32[2]."""
+    return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
+
+
+def empty_submission(num_rows: int, model: ModelConfig, config: EngineConfig, aux: Any = None) -> Submission:
+    """A submission of nothing: host arrays, to be filled by `fill_row`; `aux` as in `init_state`."""
+    sampling = SamplingRows(
+        temperature=_rows((num_rows,), 0, np.float32),
+        top_k=_rows((num_rows,), 0),
+        top_p=_rows((num_rows,), 1, np.float32),
+        min_p=_rows((num_rows,), 0, np.float32),
+        key_data=_rows((num_rows, 2), 0, np.uint32),
+        sample_index=_rows((num_rows,), 0),
+        num_logprobs=_rows((num_rows,), -1),
+        processed=_rows((num_rows,), False, bool),
+    )
+    rules = LogitRules(
+        presence_penalty=_rows((num_rows,), 0, np.float32),
+        frequency_penalty=_rows((num_rows,), 0, np.float32),
+        repetition_penalty=_rows((num_rows,), 1, np.float32),
+        bias_ids=_rows((num_rows, config.max_logit_bias), -1),
+        bias=_rows((num_rows, config.max_logit_bias), 0, np.float32),
+        restricted=_rows((num_rows,), False, bool),
+        allowed=_rows((num_rows, -(-model.vocab_size // BITS)), 0, np.uint32),
+        bad_words=_rows((num_rows, config.max_bad_words, config.max_bad_word_len), -1),
+        min_tokens=_rows((num_rows,), 0),
+    )
+    return Submission(
+        tokens=_rows((num_rows, config.max_model_len), 0),
+        prompt_length=_rows((num_rows,), 0),
+        max_tokens=_rows((num_rows,), 0),
+        stop_token_ids=_rows((num_rows, config.max_stop_token_ids), -1),
+        stop_sequences=_rows((num_rows, config.max_stop_sequences, config.max_stop_sequence_len), -1),
+        sampling=sampling,
+        rules=rules,
+        num_prompt_logprobs=_rows((num_rows,), -1),
+        priority=_rows((num_rows,), 0),
+        follows=_rows((num_rows,), False, bool),
+        valid=_rows((num_rows,), False, bool),
+        aux=jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], num_rows, axis=0), aux),
+    )
+
+
+def fill_row(
+    rows: Submission,
+    index: int,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    *,
+    seed: int,
+    priority: int,
+    eos_token_ids: Sequence[int],
+    sample_index: int = 0,
+    aux: Any = None,
+) -> None:
+    """Writes one sample of a checked request into row `index` of an `empty_submission`; `aux` None: as that was given."""
+    stops = _stops(params, eos_token_ids)
+    rows.tokens[index, : len(prompt_token_ids)] = prompt_token_ids
+    rows.prompt_length[index] = len(prompt_token_ids)
+    rows.max_tokens[index] = params.max_tokens
+    rows.stop_token_ids[index, : len(stops)] = stops
+    rows.priority[index] = priority
+    rows.valid[index] = True
+    sampling = rows.sampling
+    sampling.temperature[index] = params.temperature
+    sampling.top_k[index] = params.top_k
+    sampling.top_p[index] = params.top_p
+    sampling.min_p[index] = params.min_p
+    sampling.key_data[index] = key_data(seed)
+    sampling.sample_index[index] = sample_index
+    rows.follows[index] = sample_index > 0
+    sampling.num_logprobs[index] = -1 if params.logprobs is None else params.logprobs
+    sampling.processed[index] = params.logprobs_mode == "processed"
+    if params.prompt_logprobs is not None and sample_index == 0:  # the prompt is the same for all
+        rows.num_prompt_logprobs[index] = params.prompt_logprobs
+    _fill_aligned(rows.stop_sequences[index], params.stop_sequences)
+    _fill_rules(rows.rules, index, params)
+    if aux is not None:
+        jax.tree.map(functools.partial(_set_leaf, index), rows.aux, aux)
+
+
+def check_aux(aux: Any, initial: Any) -> None:
+    """Refuses an `aux` that is not like the engine's.
+
+    Raises:
+      ValueError: naming both, if structure, shapes or dtypes differ.
+    """
+    kinds = [
+        jax.tree.map(lambda leaf: f"{np.asarray(leaf).dtype}{list(np.shape(leaf))}", tree) for tree in (aux, initial)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"aux is {kinds[0]}, but the engine's is {kinds[1]}: make them alike")
+
+
+def _set_leaf(index: int, leaf: Any, value: Any) -> None:
+    leaf[index] = value
+
+
+def _fill_rules(rules: Any, index: int, params: SamplingParams) -> None:
+    rules.presence_penalty[index] = params.presence_penalty
+    rules.frequency_penalty[index] = params.frequency_penalty
+    rules.repetition_penalty[index] = params.repetition_penalty
+    for place, (token, bias) in enumerate(_bias(params)):
+        rules.bias_ids[index, place], rules.bias[index, place] = token, bias
+    if params.allowed_token_ids is not None:
+        rules.restricted[index] = True
+        ids = np.array(params.allowed_token_ids)
+        np.bitwise_or.at(rules.allowed[index], ids // BITS, np.uint32(1) << (ids % BITS).astype(np.uint32))
+    _fill_aligned(rules.bad_words[index], _bad_words(params))
+    rules.min_tokens[index] = params.min_tokens
+
+
+def _fill_aligned(target: Any, sequences: Sequence[Sequence[int]]) -> None:
+    for place, sequence in enumerate(sequences):
+        target[place, -len(sequence) :] = sequence
+
+
+def _rows(shape: tuple[int, ...], value: float, dtype: Any = np.int32) -> Any:
+    return np.full(shape, value, dtype)
+
+
+def _stops(params: SamplingParams, eos_token_ids: Sequence[int]) -> list[int]:
+    return list(dict.fromkeys([*([] if params.ignore_eos else eos_token_ids), *params.stop_token_ids]))

@@ -1,0 +1,21 @@
+"""Continuous batching as data: the records of the state, and the pure transitions between steps."""
+
+from jaxserve.core.scheduler.invariants import InvariantError, check_invariants
+from jaxserve.core.scheduler.state import EngineState, Queue, SamplingRows, Slots, Status, init_state
+from jaxserve.core.scheduler.submission import Handles, Submission, abort, collect, submit
+
+__all__ = [
+    "EngineState",
+    "Handles",
+    "InvariantError",
+    "Queue",
+    "SamplingRows",
+    "Slots",
+    "Status",
+    "Submission",
+    "abort",
+    "check_invariants",
+    "collect",
+    "init_state",
+    "submit",
+]

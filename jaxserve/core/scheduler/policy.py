@@ -1,0 +1,48 @@
+"""Who goes first, and who has to go: first come first served within a priority, lower priorities first.
+
+Everything about the order of service is decided here; the transitions only ask.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int32
+
+from jaxserve.core.scheduler.state import EngineState, Status
+
+_LAST = jnp.iinfo(jnp.int32).max
+_FIRST = jnp.iinfo(jnp.int32).min
+
+
+def next_waiting(state: EngineState) -> tuple[Int32[Array, ""], Bool[Array, ""]]:
+    """The waiting row with the lowest (priority, arrival), and whether any row waits."""
+    queue = state.queue
+    waiting = queue.status == Status.WAITING
+    lowest = jnp.min(jnp.where(waiting, queue.priority, _LAST))
+    first = waiting & (queue.priority == lowest)
+    return jnp.argmin(jnp.where(first, queue.arrival, _LAST)).astype(jnp.int32), jnp.any(waiting)
+
+
+def may_admit(state: EngineState, num_needed: Int32[Array, ""], num_decoding: Int32[Array, ""]) -> Bool[Array, ""]:
+    """Whether a sequence that needs `num_needed` pages may start now.
+
+    One page per decoding slot stays free, so that an admission does not cause a preemption in the next steps; when
+    nothing runs there is nobody to keep pages for, so the head of the queue always makes progress.
+    """
+    return (num_needed + num_decoding <= state.table.num_free) | ~jnp.any(state.active)
+
+
+def victim(state: EngineState) -> Int32[Array, ""]:
+    """The slot to preempt: of those in use, the one with the highest (priority, arrival)."""
+    row = jnp.where(state.active, state.slots.row_id, 0)
+    priority = jnp.where(state.active, state.queue.priority[row], _FIRST)
+    last = state.active & (priority == jnp.max(priority))
+    return jnp.argmax(jnp.where(last, state.queue.arrival[row], -1)).astype(jnp.int32)
+
+
+def service_order(state: EngineState, decoding: Bool[Array, " S"]) -> Int32[Array, " S"]:
+    """All slots in the order in which a step serves them: decoding, then prefilling by (priority, arrival), then unused."""
+    row = jnp.where(state.active, state.slots.row_id, 0)
+    group = jnp.where(decoding, 0, jnp.where(state.active, 1, 2)).astype(jnp.int32)
+    slots = jnp.arange(row.shape[0], dtype=jnp.int32)
+    keys = (group, state.queue.priority[row], state.queue.arrival[row], slots)
+    return lax.sort(keys, num_keys=3)[3]

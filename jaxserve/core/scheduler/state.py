@@ -1,0 +1,147 @@
+"""The records of the engine's state. A queue row owns a sequence; a slot only lends it a place in the batch.
+
+    queue row   submitted ---> WAITING <--> RUNNING ---> STOP | LENGTH | ABORT | ERROR ---> FREE (collected)
+                                   admit  preempt   finish                          collect
+
+Every fact is stored once. A slot is in use when it names a row; a slot decodes when one of its tokens has no key and
+value yet, and prefills when more have none; a finished row's reason is its status.
+"""
+
+import enum
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
+
+from jaxserve.config import EngineConfig
+from jaxserve.core.cache import KVPool, PageTable, init_kv_pool, init_page_table
+from jaxserve.core.cache.kv_pool import stores_bits
+from jaxserve.core.logit_rules import LogitRules, plain_rules
+from jaxserve.core.pytree import Record, record
+from jaxserve.core.sampling import SamplingRows, greedy_rows
+from jaxserve.models import ModelConfig
+from jaxserve.request import FinishReason
+
+
+class Status(enum.IntEnum):
+    """Where a queue row is in its life; values from STOP on are reasons for having finished."""
+
+    FREE = 0
+    WAITING = 1
+    RUNNING = 2
+    STOP = 3  # an end-of-sequence or stop token was generated
+    LENGTH = 4  # max_tokens generated, or the longest sequence reached
+    ABORT = 5  # aborted by its owner
+    ERROR = 6  # was not valid when submitted
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """The reason as users see it; None while not finished."""
+        return _REASONS.get(self)
+
+
+_REASONS: dict[Status, FinishReason] = {
+    Status.STOP: "stop",
+    Status.LENGTH: "length",
+    Status.ABORT: "abort",
+    Status.ERROR: "error",
+}
+
+
+@record
+class Queue(Record):
+    """Submitted sequences, one row each, from submission to collection."""
+
+    tokens: Int32[Array, "Q M"]  # prompt, then generated; stale beyond num_tokens
+    prompt_length: Int32[Array, " Q"]  # tokens
+    num_tokens: Int32[Array, " Q"]  # prompt + generated
+    max_length: Int32[Array, " Q"]  # num_tokens at which the sequence ends
+    stop_token_ids: Int32[Array, "Q Z"]  # generating one of these ends the sequence; -1: unused entry
+    stop_sequences: Int32[Array, "Q NS LS"]  # generating one of these does too; aligned at their end; -1: before it
+    sampling: SamplingRows
+    rules: LogitRules
+    num_prompt_logprobs: Int32[Array, " Q"]  # most likely tokens reported per prompt token; -1: none, nor logprobs
+    priority: Int32[Array, " Q"]  # lower goes first
+    arrival: Int32[Array, " Q"]  # running number; breaks ties of priority
+    group: Int32[Array, " Q"]  # arrival of the request's first sequence; samples of one request have the same
+    status: Int32[Array, " Q"]  # a `Status`
+    abort_requested: Bool[Array, " Q"]  # seen by the next step
+    num_preemptions: Int32[Array, " Q"]  # times this sequence lost its slot
+    generation: Int32[Array, " Q"]  # times the row was submitted to; with the row id it is a handle
+
+
+@record
+class Slots(Record):
+    """Places in the batch. All else about the sequence in a slot is in its queue row."""
+
+    row_id: Int32[Array, " S"]  # queue row; Q = none, the slot is not in use
+    num_computed: Int32[Array, " S"]  # tokens whose keys and values are in the pool
+    num_counted: Int32[Array, " S"]  # tokens that `EngineState.seen` tells of; 0: the slot's row of it is stale
+
+
+@record
+class EngineState(Record):
+    """All there is between two steps. A value: keep it, copy it, restore it, run it twice."""
+
+    queue: Queue
+    slots: Slots
+    table: PageTable
+    pool: KVPool
+    seen: (
+        Int32[Array, "S V"] | None
+    )  # per slot 2 * times generated + whether in the prompt; None: no penalties in the config
+    aux: Any  # what a `LogitsFn` keeps per queue row: a tree of arrays [Q, ...]; None: nothing
+    next_arrival: Int32[Array, ""]  # number for the next submission; good for 2^31 of them, then make a new state
+
+    @property
+    def active(self) -> Bool[Array, " S"]:
+        """Which slots are in use."""
+        return self.slots.row_id < self.queue.status.shape[0]
+
+
+def init_state(model: ModelConfig, config: EngineConfig, *, aux: Any = None) -> EngineState:
+    """The empty state: nothing submitted, all slots and pages free.
+
+    Args:
+      model, config: static.
+      aux: what a `LogitsFn` keeps of one sequence: arrays, or a tree of them. The state has one per queue row.
+
+    Raises:
+      ValueError: if `config.num_pages` or `config.kv_dtype` was left for the Engine to choose.
+    """
+    if config.num_pages is None or config.kv_dtype is None:
+        raise ValueError("num_pages and kv_dtype must be set: give them in EngineConfig, or let the Engine choose them")
+    rows, slots, stops = config.num_rows, config.max_slots, config.max_stop_token_ids
+    return EngineState(
+        queue=Queue(
+            tokens=jnp.zeros((rows, config.max_model_len), jnp.int32),
+            prompt_length=_zeros(rows),
+            num_tokens=_zeros(rows),
+            max_length=_zeros(rows),
+            stop_token_ids=jnp.full((rows, stops), -1, jnp.int32),
+            stop_sequences=jnp.full((rows, config.max_stop_sequences, config.max_stop_sequence_len), -1, jnp.int32),
+            sampling=greedy_rows(rows),
+            rules=plain_rules(rows, model.vocab_size, config),
+            num_prompt_logprobs=jnp.full((rows,), -1, jnp.int32),
+            priority=_zeros(rows),
+            arrival=_zeros(rows),
+            group=_zeros(rows),
+            status=_zeros(rows),
+            abort_requested=jnp.zeros((rows,), bool),
+            num_preemptions=_zeros(rows),
+            generation=_zeros(rows),
+        ),
+        slots=Slots(row_id=jnp.full((slots,), rows, jnp.int32), num_computed=_zeros(slots), num_counted=_zeros(slots)),
+        table=init_page_table(slots, config.pages_per_slot, config.num_pages),
+        pool=init_kv_pool(
+            model, config.num_pages, config.page_size, config.kv_dtype, as_bits=stores_bits(config.backend)
+        ),
+        seen=jnp.zeros((slots, model.vocab_size), jnp.int32) if config.penalties else None,
+        aux=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *jnp.shape(leaf))), aux),
+        next_arrival=jnp.asarray(0, jnp.int32),
+    )
+
+
+def _zeros(size: int) -> Int32[Array, " size"]:
+    return jnp.zeros((size,), jnp.int32)

@@ -1,0 +1,169 @@
+"""What an owner of sequences does between steps: submit, abort, collect. Pure, of fixed size, jittable.
+
+Inside jit nothing raises: a row that is not valid ends at once with status ERROR, and a submission that finds no free row
+gets the handle "none". `jaxserve.core.make_submission` builds submissions on the host, where mistakes do raise.
+"""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32
+
+from jaxserve.config import EngineConfig
+from jaxserve.core.logit_rules import LogitRules, penalised
+from jaxserve.core.pytree import Record, record
+from jaxserve.core.scheduler.state import EngineState, SamplingRows, Status
+from jaxserve.models import ModelConfig
+
+T = TypeVar("T")
+
+
+@record
+class Submission(Record):
+    """A batch of new sequences; rows with `valid` False are padding."""
+
+    tokens: Int32[Array, "W M"]  # prompts, padded at the end
+    prompt_length: Int32[Array, " W"]  # tokens, at least 1 and at most M - 1
+    max_tokens: Int32[Array, " W"]  # tokens to generate at most; clipped to what M leaves
+    stop_token_ids: Int32[Array, "W Z"]  # end-of-sequence ids among them; -1: unused entry
+    stop_sequences: Int32[Array, "W NS LS"]  # token ids, aligned at their end; -1: before it
+    sampling: SamplingRows  # of W rows
+    rules: LogitRules  # of W rows
+    num_prompt_logprobs: Int32[Array, " W"]  # -1: none asked for
+    priority: Int32[Array, " W"]  # lower goes first
+    follows: Bool[Array, " W"]  # one more sample of the request in the row before, whose prompt it repeats
+    valid: Bool[Array, " W"]
+    aux: Any = None  # where a `LogitsFn` starts: a tree like `EngineState.aux`, [W, ...]
+
+
+@record
+class Handles(Record):
+    """Names of submitted sequences: a row alone is reused, a row and its generation are not."""
+
+    row_id: Int32[Array, " W"]  # Q = none: padding, or no row was free
+    generation: Int32[Array, " W"]
+
+
+def submit(
+    state: EngineState, submission: Submission, *, model: ModelConfig, config: EngineConfig
+) -> tuple[EngineState, Handles]:
+    """Puts sequences into free queue rows, in order, while there are any; the samples of one request together or not at all.
+
+    The first request that finds too few free rows is not taken, nor is anything after it: the handles' `row_id` is Q, and
+    the state is otherwise unchanged by them. A row that follows padding, or nothing, is the first of its request.
+    """
+    if jax.tree.structure(state.aux) != jax.tree.structure(submission.aux):
+        raise ValueError(
+            f"the state's aux is {jax.tree.structure(state.aux)}, the submission's {jax.tree.structure(submission.aux)}: "
+            "give init_state and the submission the same tree"
+        )
+    queue, num_rows = state.queue, state.queue.status.shape[0]
+    width = submission.valid.shape[0]
+    order = jnp.cumsum(submission.valid.astype(jnp.int32), dtype=jnp.int32) - 1
+    first, last = _ends_of_groups(submission)
+    (free,) = jnp.nonzero(queue.status == Status.FREE, size=width, fill_value=num_rows)
+    free = free.astype(jnp.int32)
+    row = jnp.where(submission.valid & (free[order[last]] < num_rows), free[order], num_rows)
+    acceptable = _acceptable(submission, first, model, config)
+    max_length = submission.prompt_length + jnp.minimum(
+        submission.max_tokens, queue.tokens.shape[1] - submission.prompt_length
+    )
+    queue = queue.replace(
+        tokens=queue.tokens.at[row].set(submission.tokens, mode="drop"),
+        prompt_length=queue.prompt_length.at[row].set(submission.prompt_length, mode="drop"),
+        num_tokens=queue.num_tokens.at[row].set(submission.prompt_length, mode="drop"),
+        max_length=queue.max_length.at[row].set(max_length, mode="drop"),
+        stop_token_ids=queue.stop_token_ids.at[row].set(submission.stop_token_ids, mode="drop"),
+        stop_sequences=queue.stop_sequences.at[row].set(submission.stop_sequences, mode="drop"),
+        sampling=_set_rows(queue.sampling, row, submission.sampling),
+        rules=_set_rows(queue.rules, row, submission.rules),
+        num_prompt_logprobs=queue.num_prompt_logprobs.at[row].set(submission.num_prompt_logprobs, mode="drop"),
+        priority=queue.priority.at[row].set(submission.priority, mode="drop"),
+        arrival=queue.arrival.at[row].set(state.next_arrival + order, mode="drop"),
+        group=queue.group.at[row].set(state.next_arrival + order[first], mode="drop"),
+        status=queue.status.at[row].set(
+            jnp.where(acceptable, Status.WAITING.value, Status.ERROR.value).astype(jnp.int32), mode="drop"
+        ),
+        abort_requested=queue.abort_requested.at[row].set(False, mode="drop"),
+        num_preemptions=queue.num_preemptions.at[row].set(0, mode="drop"),
+        generation=queue.generation.at[row].add(1, mode="drop"),
+    )
+    handles = Handles(row_id=row, generation=queue.generation.at[row].get(mode="fill", fill_value=0))
+    num_taken = jnp.sum(row < num_rows, dtype=jnp.int32)
+    aux = _set_rows(state.aux, row, submission.aux)
+    return state.replace(queue=queue, aux=aux, next_arrival=state.next_arrival + num_taken), handles
+
+
+def abort(state: EngineState, mask: Bool[Array, " Q"], generation: Int32[Array, " Q"]) -> EngineState:
+    """Asks for rows to be aborted by the next step. Rows that finished first, or were reused since, are left alone."""
+    queue = state.queue
+    unfinished = (queue.status == Status.WAITING) | (queue.status == Status.RUNNING)
+    requested = queue.abort_requested | (mask & unfinished & (generation == queue.generation))
+    return state.replace(queue=queue.replace(abort_requested=requested))
+
+
+def collect(state: EngineState, mask: Bool[Array, " Q"], generation: Int32[Array, " Q"]) -> EngineState:
+    """Gives finished rows back to the queue, once their owner has read what he wants of them."""
+    queue = state.queue
+    collected = mask & (queue.status >= Status.STOP) & (generation == queue.generation)
+    status = jnp.where(collected, Status.FREE.value, queue.status)
+    return state.replace(queue=queue.replace(status=status))
+
+
+def _ends_of_groups(submission: Submission) -> tuple[Int32[Array, " W"], Int32[Array, " W"]]:
+    """The first and the last row of the request to which each row belongs; of padding, itself.
+
+    valid   = [1 1 1 1 0 1]      first = [0 1 1 1 4 5]
+    follows = [0 0 1 1 0 1]      last  = [0 3 3 3 4 5]
+    """
+    index = jnp.arange(submission.valid.shape[0], dtype=jnp.int32)
+    follows = submission.follows & submission.valid & jnp.roll(submission.valid, 1) & (index > 0)
+    first = lax.cummax(jnp.where(follows, 0, index))
+    last = lax.cummin(jnp.where(jnp.roll(follows, -1), index[-1:], index), reverse=True)
+    return first, last
+
+
+def _acceptable(
+    submission: Submission, first: Int32[Array, " W"], model: ModelConfig, config: EngineConfig
+) -> Bool[Array, " W"]:
+    sampling, rules, length = submission.sampling, submission.rules, submission.prompt_length
+    in_prompt = jnp.arange(submission.tokens.shape[1], dtype=jnp.int32)[None, :] < length[:, None]
+    in_vocab = (submission.tokens >= 0) & (submission.tokens < model.vocab_size)
+    return (
+        (length == length[first])
+        & jnp.all((submission.tokens == submission.tokens[first]) | ~in_prompt, axis=1)
+        & (length >= 1)
+        & (length < submission.tokens.shape[1])
+        & jnp.all(in_vocab | ~in_prompt, axis=1)
+        & (submission.max_tokens >= 1)
+        & (sampling.temperature >= 0)
+        & (sampling.temperature <= 2)
+        & (sampling.top_k >= 0)
+        & (sampling.top_p > 0)
+        & (sampling.top_p <= 1)
+        & (sampling.min_p >= 0)
+        & (sampling.min_p <= 1)
+        & (sampling.num_logprobs >= -1)
+        & (sampling.num_logprobs <= config.max_logprobs)
+        & (submission.num_prompt_logprobs >= -1)
+        & (submission.num_prompt_logprobs <= config.max_logprobs)
+        & _within(rules.presence_penalty, 2)
+        & _within(rules.frequency_penalty, 2)
+        & (rules.repetition_penalty > 0)
+        & jnp.isfinite(rules.repetition_penalty)
+        & (config.penalties | ~penalised(rules))
+        & jnp.all(_within(rules.bias, 100), axis=1)
+        & jnp.all((rules.bias_ids >= -1) & (rules.bias_ids < model.vocab_size), axis=1)
+        & jnp.all(rules.bad_words < model.vocab_size, axis=(1, 2))
+        & (rules.min_tokens >= 0)
+    )
+
+
+def _within(values: Float32[Array, "*W"], bound: float) -> Bool[Array, "*W"]:
+    return jnp.abs(values) <= bound
+
+
+def _set_rows(rows: T, row: Int32[Array, " W"], new: T) -> T:
+    return jax.tree.map(lambda old, leaf: old.at[row].set(leaf, mode="drop"), rows, new)
