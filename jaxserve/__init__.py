@@ -15,7 +15,7 @@ from jaxserve.core.scheduler import (
     submit,
 )
 from jaxserve.core.step import GPU_COMPILER_OPTIONS, RunResults, StepOutput, StepOutputs, run, run_steps, step
-from jaxserve.demo import DEMO_MODEL
+from jaxserve.demo_model import DEMO_MODEL
 from jaxserve.engine.async_engine import AsyncEngine, EngineClosedError, RequestFailedError, RequestHandle
 from jaxserve.engine.beams import BeamParams, BeamSearchOutput, BeamSequence, make_beam_rules, search_beams
 from jaxserve.engine.engine import Engine, QueueFullError

@@ -305,7 +305,7 @@ def write_weights(options: Options, directory: str) -> None:
     """The random weights as a checkpoint that every engine loads."""
     import jax
 
-    from jaxserve.models.checkpoint import save_hugging_face
+    from jaxserve.models.checkpoint.hugging_face import save_hugging_face
     from jaxserve.models.params import random_params
 
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # the accelerator is the engines'

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from jaxserve.models import Attend, ModelConfig, RopeConfig, Transformer, graphdef_of, rotated_heads
-from jaxserve.models.checkpoint import load_hugging_face, save_hugging_face
+from jaxserve.models.checkpoint.hugging_face import load_hugging_face, save_hugging_face
 
 CONFIG = ModelConfig(
     family="qwen3",

@@ -12,7 +12,7 @@ from gate_compiler import Program, Target
 
 from jaxserve import EngineConfig, ModelConfig, SamplingParams, init_state, make_submission
 from jaxserve.core.step import Changes, programs
-from jaxserve.models.families import read_model_config
+from jaxserve.models.families.hugging_face import read_model_config
 from jaxserve.models.params import abstract_params
 from pallas_kernels.paged_attention import PagedKV, chunk_attention, decode_attention, jax_triton_decode
 from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape

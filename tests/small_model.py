@@ -10,7 +10,7 @@ from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxserve import ModelConfig, Transformer
-from jaxserve.models.checkpoint import save_hugging_face
+from jaxserve.models.checkpoint.hugging_face import save_hugging_face
 
 MODEL = ModelConfig(
     family="llama",

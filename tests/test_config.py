@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from jaxserve.config import EngineConfig
-from jaxserve.models.families import read_model_config
+from jaxserve.models.families.hugging_face import read_model_config
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 

@@ -26,7 +26,7 @@ def test_importing_starts_no_backend_sets_no_option_and_loads_nothing_heavy() ->
 def test_importing_defines_no_flag_of_its_own() -> None:
     output = run(
         "from absl import flags\n"
-        "import jaxserve, jaxserve.commands.flags, jaxserve.models.checkpoint\n"
+        "import jaxserve, jaxserve.commands.flags, jaxserve.models.checkpoint.hugging_face\n"
         "own = [name for name in flags.FLAGS.flags_by_module_dict() if name.startswith('jaxserve')]\n"
         "print(own)\n"
     )

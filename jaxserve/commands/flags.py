@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from jaxserve.config import KV_DTYPES, WEIGHT_DTYPES, EngineConfig, read_json_object
-from jaxserve.demo import DEMO_MODEL
+from jaxserve.demo_model import DEMO_MODEL
 from jaxserve.request import SamplingParams
 from pallas_kernels.backend import BACKENDS
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 import transformers
 
-from jaxserve.models.checkpoint import save_hugging_face
+from jaxserve.models.checkpoint.hugging_face import save_hugging_face
 from tests.models import tiny, zoo
 
 

@@ -20,8 +20,8 @@ from jaxserve import BeamParams, EngineConfig, make_beam_rules
 from jaxserve.core import beam_search
 from jaxserve.core.beam_search import BeamRules, Hypotheses
 from jaxserve.core.compile_guard import forbid_compilation
-from jaxserve.models.checkpoint import load_hugging_face
-from jaxserve.models.families import read_model_config
+from jaxserve.models.checkpoint.hugging_face import load_hugging_face
+from jaxserve.models.families.hugging_face import read_model_config
 from tests.models import zoo
 
 TOLERANCE = 1e-4  # of scores

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from jaxserve import EngineConfig, SamplingParams, Status, init_state, make_submission, run, submit
-from jaxserve.models.checkpoint import load_hugging_face
-from jaxserve.models.families import read_model_config
+from jaxserve.models.checkpoint.hugging_face import load_hugging_face
+from jaxserve.models.families.hugging_face import read_model_config
 from tests.models import zoo
 
 TOLERANCE = 1e-4  # of the largest logit of a row; design.md, P5

@@ -11,8 +11,8 @@ import torch
 from flax import nnx
 
 from jaxserve.models import ModelConfig, causal_attend, graphdef_of
-from jaxserve.models.checkpoint import load_hugging_face
-from jaxserve.models.families import read_model_config
+from jaxserve.models.checkpoint.hugging_face import load_hugging_face
+from jaxserve.models.families.hugging_face import read_model_config
 from tests.models import zoo
 
 TOLERANCE = 1e-4

@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from jaxserve.models import RopeConfig, rotated_heads
-from jaxserve.models.hf_rope import read_rope, write_rope
+from jaxserve.models.families.rope_blocks import read_rope, write_rope
 from jaxserve.models.rope import frequencies, rotations
 
 LLAMA3 = {

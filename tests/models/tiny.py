@@ -11,7 +11,7 @@ import safetensors.numpy
 from flax import nnx
 
 from jaxserve.models import ModelConfig
-from jaxserve.models.checkpoint import CheckpointError, load_hugging_face
+from jaxserve.models.checkpoint.hugging_face import CheckpointError, load_hugging_face
 from jaxserve.models.params import abstract_params, leaves_with_paths
 
 CONFIG = ModelConfig("qwen3", 50, 16, 24, 2, num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=True, windows=(None, 4))

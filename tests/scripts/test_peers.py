@@ -22,7 +22,7 @@ from peers.jaxserve_driver import Jaxserve, StepClock
 from peers.protocol import Settings, answer
 
 from jaxserve import EngineConfig, ModelConfig, Transformer
-from jaxserve.models.checkpoint import save_hugging_face
+from jaxserve.models.checkpoint.hugging_face import save_hugging_face
 
 MODEL = ModelConfig("llama", 300, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8, max_position=128)
 PROMPTS = [[5, 6, 7], [8] * 20, [9, 10], list(range(40, 51)), [3]]

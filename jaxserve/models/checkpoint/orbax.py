@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxserve.models.checkpoint.tensor_files import CheckpointError
 from jaxserve.models.config import ModelConfig, RopeConfig
 from jaxserve.models.params import Placement, abstract_params, check_params, leaves_with_paths, shardings_of
-from jaxserve.models.tensor_files import CheckpointError
 
 _CONFIG, _PARAMS = "model_config.json", "params"
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxserve.models.config import RopeConfig
-from jaxserve.models.fields import FLAG, NAME, OBJECT, POSITIVE, SIZE, read
+from jaxserve.models.families.fields import FLAG, NAME, OBJECT, POSITIVE, SIZE, read
 
 KINDS = ("default", "linear", "llama3", "yarn")
 LENGTH_DEPENDENT_KINDS = ("dynamic", "longrope", "su")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxserve.models.checkpoint import load_hugging_face
+from jaxserve.models.checkpoint.hugging_face import load_hugging_face
 from tests.models.tiny import INDEX, Q_PROJ, SINGLE, assert_equal, assert_refused
 
 

@@ -16,8 +16,8 @@ import transformers
 from flax import nnx
 
 from jaxserve.models import ModelConfig, Transformer, graphdef_of
-from jaxserve.models.checkpoint import CheckpointError, load_hugging_face, save_hugging_face
-from jaxserve.models.families import read_model_config
+from jaxserve.models.checkpoint.hugging_face import CheckpointError, load_hugging_face, save_hugging_face
+from jaxserve.models.families.hugging_face import read_model_config
 from jaxserve.models.params import random_params
 from tests.models import zoo
 from tests.models.tiny import CONFIG, Q_PROJ, SINGLE, TIED, assert_equal, assert_refused, randomised, rewrite
@@ -146,7 +146,7 @@ def test_code_and_pickles_beside_the_weights_are_never_run(saved):
 
 def test_heavy_libraries_are_imported_on_first_use_only():
     code = (
-        "import sys, jaxserve.models.checkpoint, jaxserve.models.orbax_checkpoint;"
+        "import sys, jaxserve.models.checkpoint.hugging_face, jaxserve.models.checkpoint.orbax;"
         "heavy = ('torch', 'transformers', 'orbax.checkpoint', 'huggingface_hub');"
         "print([name for name in heavy if name in sys.modules])"
     )
@@ -157,8 +157,8 @@ def test_heavy_libraries_are_imported_on_first_use_only():
 _MEASURE = """
 import sys
 import jax, jax.numpy as jnp
-from jaxserve.models.checkpoint import load_hugging_face
-from jaxserve.models.families import read_model_config
+from jaxserve.models.checkpoint.hugging_face import load_hugging_face
+from jaxserve.models.families.hugging_face import read_model_config
 from jaxserve.models.params import abstract_params
 
 def peak_bytes():  # not ru_maxrss, which begins at the parent's

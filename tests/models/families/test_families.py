@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from jaxserve.models import ModelConfig, RopeConfig
-from jaxserve.models.families import FAMILIES, from_hugging_face, read_model_config, to_hugging_face
+from jaxserve.models.families.hugging_face import FAMILIES, from_hugging_face, read_model_config, to_hugging_face
 
 SIZES = {
     "vocab_size": 100,

@@ -2,4 +2,4 @@
 
 import pathlib
 
-DEMO_MODEL = str(pathlib.Path(__file__).parent / "demo_model")
+DEMO_MODEL = str(pathlib.Path(__file__).parent)

@@ -11,9 +11,17 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxserve.models.checkpoint.layout import Fusion, fusion_of
+from jaxserve.models.checkpoint.tensor_files import (
+    SINGLE_FILE,
+    CheckpointError,
+    StoredTensor,
+    cast,
+    open_tensors,
+    write_tensors,
+)
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.families import read_model_config, to_hugging_face
-from jaxserve.models.hf_layout import Fusion, fusion_of
+from jaxserve.models.families.hugging_face import read_model_config, to_hugging_face
 from jaxserve.models.params import (
     Placement,
     abstract_params,
@@ -21,14 +29,6 @@ from jaxserve.models.params import (
     leaves_with_paths,
     shardings_of,
     weight_dtype,
-)
-from jaxserve.models.tensor_files import (
-    SINGLE_FILE,
-    CheckpointError,
-    StoredTensor,
-    cast,
-    open_tensors,
-    write_tensors,
 )
 
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.models.checkpoint import CheckpointError
-from jaxserve.models.orbax_checkpoint import load_orbax, save_orbax
+from jaxserve.models.checkpoint.hugging_face import CheckpointError
+from jaxserve.models.checkpoint.orbax import load_orbax, save_orbax
 from tests.models.tiny import CONFIG, TIED, assert_equal, randomised
 
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.fields import COUNT, FLAG, NAME, NAMES, NON_NEGATIVE, SIZE, read, require, short
-from jaxserve.models.hf_rope import read_rope, write_rope
+from jaxserve.models.families.fields import COUNT, FLAG, NAME, NAMES, NON_NEGATIVE, SIZE, read, require, short
+from jaxserve.models.families.rope_blocks import read_rope, write_rope
 
 
 @dataclasses.dataclass(frozen=True)
