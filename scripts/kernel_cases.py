@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from jaxserve.core.cache.kv_pool import stores_bits
 from pallas_kernels.paged_attention import PagedKV
-from pallas_kernels.paged_attention.pages import as_float, as_stored
 from pallas_kernels.paged_attention.reference import paged_attention
 from pallas_kernels.paged_attention.shapes import AttentionShape
+from pallas_kernels.pages import as_float, as_stored
 from pallas_kernels.rotary_write.reference import rotary_write
 
 OPS = ("decode", "chunk", "rotary_write")

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float32, Int32, Shaped
 from kernel_cases import Case, Data
 
 from pallas_kernels.paged_attention import chunk_attention, chunk_blocks, decode_attention
-from pallas_kernels.paged_attention.pages import PagedKV
+from pallas_kernels.pages import PagedKV
 from pallas_kernels.rotary_write import rotary_write
 
 BASELINES = ("reference", "cudnn", "torch")

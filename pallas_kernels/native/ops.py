@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int8, Int32, Num, Shaped
 
 from pallas_kernels.native import library
-from pallas_kernels.paged_attention.pages import PagedKV
+from pallas_kernels.pages import PagedKV
 
 _LANES = 16
 _PANEL = 64  # columns

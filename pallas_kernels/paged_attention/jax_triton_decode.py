@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.paged_attention import triton_decode
 from pallas_kernels.paged_attention import triton_tiles as tiles
-from pallas_kernels.paged_attention.pages import PagedKV
+from pallas_kernels.pages import PagedKV
 
 
 def decode_attention(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.paged_attention.pages import PagedKV, as_float
+from pallas_kernels.pages import PagedKV, as_float
 
 _EXACT = lax.Precision.HIGHEST  # float32 means float32 on accelerators too
 _BLOCK_POSITIONS = 64  # fastest of 16..256 on CPU

@@ -18,9 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.paged_attention import tpu_tiles
-from pallas_kernels.paged_attention.pages import PagedKV
 from pallas_kernels.paged_attention.query_blocks import QueryBlocks
 from pallas_kernels.paged_attention.tpu_tiles import LANES, NUM_BUFFERS, Schedule, SoftmaxState, Tiles
+from pallas_kernels.pages import PagedKV
 
 _TILE_SIZE = 256  # positions
 _SUBLANES = 8

@@ -10,8 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.paged_attention import tpu_tiles
-from pallas_kernels.paged_attention.pages import PagedKV
 from pallas_kernels.paged_attention.tpu_tiles import NUM_BUFFERS, Schedule, SoftmaxState, Tiles
+from pallas_kernels.pages import PagedKV
 
 _TILE_BYTES = 2**20  # of K and V together: about a microsecond of HBM bandwidth, far above a copy's fixed cost
 _MIN_TILE, _MAX_TILE = 128, 512  # lanes of the scores; what a short sequence is rounded up to

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
-from pallas_kernels.paged_attention.pages import PagedKV
+from pallas_kernels.pages import PagedKV
 
 NUM_BUFFERS = 2
 LANES = 128

@@ -23,8 +23,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.paged_attention import triton_tiles as tiles
-from pallas_kernels.paged_attention.pages import PagedKV
 from pallas_kernels.paged_attention.query_blocks import QueryBlocks
+from pallas_kernels.pages import PagedKV
 
 _BLOCK_QUERIES = 128
 

@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.paged_attention import triton_tiles as tiles
-from pallas_kernels.paged_attention.pages import PagedKV
+from pallas_kernels.pages import PagedKV
 
 _NUM_SMS = 132  # of an H100 or H200 (SXM)
 _PROGRAMS_PER_SM = 3  # to have loads in flight while others compute

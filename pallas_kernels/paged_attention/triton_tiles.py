@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
-from pallas_kernels.paged_attention.pages import PagedKV
+from pallas_kernels.pages import PagedKV
 
 LOG2_E = math.log2(math.e)
 MAX_HEAD_DIM = 256  # beyond it the accumulators do not fit the registers

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
-from pallas_kernels.paged_attention.pages import PagedKV, as_stored
+from pallas_kernels.pages import PagedKV, as_stored
 
 
 def rotary_write(

@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
-from pallas_kernels.paged_attention.pages import PagedKV
 from pallas_kernels.paged_attention.triton_tiles import check_converts_e4m3
+from pallas_kernels.pages import PagedKV
 
 _STORED = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint16")
 _MAX_HEAD_DIM = 256
