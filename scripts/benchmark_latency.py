@@ -17,12 +17,12 @@ import benchmark_report as report
 import machine_peaks
 import numpy as np
 from absl import app, flags
-from benchmark_command import PERCENTILES, Table, integers, run_command, spread
-from benchmark_plot import Line, Panel, check_plot, save_plot
-from benchmark_report import Record, rounded
-from engine_options import EngineOptions, define_engine_flags, fitted_options, load_model, make_warm_engine
-from roofline import is_matrix
-from serving_load import Trace, offer
+from lib.command import PERCENTILES, Table, integers, run_command, spread
+from lib.engine_options import EngineOptions, define_engine_flags, fitted_options, load_model, make_warm_engine
+from lib.plot import Line, Panel, check_plot, save_plot
+from lib.report import Record, rounded
+from lib.roofline import is_matrix
+from lib.serving_load import Trace, offer
 
 from jaxserve import ModelConfig, SamplingParams
 from jaxserve.models.params import abstract_params, leaves_with_paths

@@ -24,11 +24,11 @@ from typing import Any
 import benchmark_report as report
 import numpy as np
 from absl import app, flags
-from benchmark_command import Table, first_line, integers, names, run_command
-from benchmark_plot import Line, Panel, check_plot, save_plot
-from benchmark_report import Record, rounded
-from scaling_cases import SWEEPS, Base, Case, busy_state, make_cases
-from scaling_timing import Bench, Pools, make_step, make_stub, stub_model
+from lib.command import Table, first_line, integers, names, run_command
+from lib.plot import Line, Panel, check_plot, save_plot
+from lib.report import Record, rounded
+from lib.scaling_cases import SWEEPS, Base, Case, busy_state, make_cases
+from lib.scaling_timing import Bench, Pools, make_step, make_stub, stub_model
 
 from jaxserve import EngineConfig, ModelConfig, prepare
 from jaxserve.commands.flags import DTYPES

@@ -15,14 +15,14 @@ from typing import Any
 
 import benchmark_report as report
 import numpy as np
-import workloads
 from absl import app, flags
-from benchmark_command import PERCENTILES, Table, positive, run_command
-from benchmark_plot import Line, Panel, check_plot, save_plot
-from benchmark_report import Record
-from engine_options import EngineOptions, define_engine_flags, fitted_options, load_model, make_warm_engine
-from serving_load import Trace, arrival_times, offer, parse_slos, summarize
-from workloads import Workload
+from lib import workloads
+from lib.command import PERCENTILES, Table, positive, run_command
+from lib.engine_options import EngineOptions, define_engine_flags, fitted_options, load_model, make_warm_engine
+from lib.plot import Line, Panel, check_plot, save_plot
+from lib.report import Record
+from lib.serving_load import Trace, arrival_times, offer, parse_slos, summarize
+from lib.workloads import Workload
 
 from jaxserve.commands import flags as cli
 from jaxserve.timeline.record import record as timeline

@@ -25,9 +25,9 @@ from typing import Any
 
 import benchmark_report as report
 from absl import app, flags
-from benchmark_command import Table, run_command
-from benchmark_report import Record, rounded
-from engine_options import EngineOptions, define_engine_flags, fitted_options, load_model
+from lib.command import Table, run_command
+from lib.engine_options import EngineOptions, define_engine_flags, fitted_options, load_model
+from lib.report import Record, rounded
 
 from jaxserve import DEMO_MODEL
 from jaxserve.models import checkpoint
@@ -41,7 +41,7 @@ PHASES = (
     "compile",
     "first_token",
 )  # in this order, each from the end of the one before
-_CHILD = pathlib.Path(__file__).with_name("startup_child.py")
+_CHILD = pathlib.Path(__file__).parent / "lib" / "startup_child.py"
 _METHOD = (
     "fresh processes, kinds of start in turns; seconds from the spawn of the process: python: to its first line; jax and "
     "jaxserve: imports; load: Engine made, weights and pool there; compile: warm_up; first_token: of one prompt; medians"

@@ -18,16 +18,14 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import batching
-import batching_report
 import numpy as np
-import workloads
 from absl import app, flags
-from batching import DISTRIBUTIONS, Contender
-from benchmark_command import Table, names, run_command
-from benchmark_plot import check_plot
-from benchmark_report import outputs, provenance, rounded
-from engine_options import EngineOptions, define_engine_flags, fitted_options, load_model, make_warm_engine
+from lib import batching, batching_report, workloads
+from lib.batching import DISTRIBUTIONS, Contender
+from lib.command import Table, names, run_command
+from lib.engine_options import EngineOptions, define_engine_flags, fitted_options, load_model, make_warm_engine
+from lib.plot import check_plot
+from lib.report import outputs, provenance, rounded
 
 from jaxserve.commands import flags as cli
 from jaxserve.timeline.record import record as timeline

@@ -23,16 +23,16 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import benchmark_report
 import throughput_report as report
-import workloads
 from absl import flags
-from benchmark_command import run_command
-from engine_options import BENCHMARK, EngineOptions, define_engine_flags, fitted_options, load_model, run_app
-from peer_process import Peer, PeerError, PeerProcess, PeerUnavailable
-from throughput_report import OURS
-from throughput_rounds import Measured, measure
-from workloads import Workload
+from lib import report as benchmark_report
+from lib import workloads
+from lib.command import run_command
+from lib.engine_options import BENCHMARK, EngineOptions, define_engine_flags, fitted_options, load_model, run_app
+from lib.workloads import Workload
+from peers.process import Peer, PeerError, PeerProcess, PeerUnavailable
+from peers.report import OURS
+from peers.rounds import Measured, measure
 
 from jaxserve import DEMO_MODEL, ModelConfig
 from jaxserve.commands.flags import define_timeline_flag

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from absl import app, flags
-from benchmark_command import run_command
+from lib.command import run_command
 
 from jaxserve import Engine, EngineConfig, RequestOutput, SamplingParams
 from jaxserve.core.cache import bytes_per_page

@@ -7,7 +7,7 @@
 Needs the compilers' packages, in an environment of their own or beside the rest; `--requirements` prints them for this one's
 JAX. Prints a table of kernels and one of programs; the exit status is 1 if a program does not compile, a kernel spills
 registers or wants too much shared memory, the pool is copied, or part of a step is outside its command buffer.
-`scripts/gate_compiler.py` says how it is found.
+`scripts/gate/compiler.py` says how it is found.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from typing import Any
 
 import jax
 from absl import app, flags
-from gate_compiler import TARGETS, Program, Report, Target, compile_program, faults, requirements
-from gate_dump import Kernel
-from gate_programs import DTYPES, ENGINE_PROGRAMS, GPU_OPS, named_programs
+from gate.compiler import TARGETS, Program, Report, Target, compile_program, faults, requirements
+from gate.dump import Kernel
+from gate.programs import DTYPES, ENGINE_PROGRAMS, GPU_OPS, named_programs
 
 from pallas_kernels.paged_attention.shapes import SHAPES
 

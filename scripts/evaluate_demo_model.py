@@ -13,15 +13,15 @@ import json
 import math
 import pathlib
 
-import demo_completions
-import demo_corpus
-import demo_model
-import demo_tokenizer
 import jax
 import jax.numpy as jnp
-import kneser_ney
 import numpy as np
 from absl import app, flags, logging
+from demo import completions as demo_completions
+from demo import corpus as demo_corpus
+from demo import kneser_ney
+from demo import model as demo_model
+from demo import tokenizer as demo_tokenizer
 
 from jaxserve.models import Transformer
 

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
-from benchmark_report import provenance
-from kernel_timing import measure_peaks
+from lib.report import provenance
+from lib.timing import measure_peaks
 
 _CACHE_MB = {"cpu": 64, "gpu": 64}
 _SIZES = (512, 1024, 2048)

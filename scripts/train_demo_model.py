@@ -1,6 +1,6 @@
 """Trains the demo model with optax on the nnx model that the engine serves; stops and resumes at any time.
 
-    python scripts/demo_corpus.py --work_dir=../demo_work && python scripts/demo_tokenizer.py --work_dir=../demo_work
+    python scripts/demo/corpus.py --work_dir=../demo_work && python scripts/demo/tokenizer.py --work_dir=../demo_work
     python scripts/train_demo_model.py --work_dir=../demo_work --minutes=90                    # constant learning rate
     python scripts/train_demo_model.py --work_dir=../demo_work --minutes=30 --decay            # then down to zero
     python scripts/train_demo_model.py --work_dir=../demo_work --export_to=jaxserve/demo_model
@@ -21,8 +21,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import demo_model
-import demo_tokenizer
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +28,8 @@ import optax
 import safetensors
 import safetensors.numpy
 from absl import app, flags, logging
+from demo import model as demo_model
+from demo import tokenizer as demo_tokenizer
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 

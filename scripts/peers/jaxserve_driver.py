@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jaxlib.version
 import numpy as np
+from lib.roofline import work_of
+from lib.workloads import Workload
 from peers.memory import forget_peak, peak_bytes, resident_bytes
 from peers.protocol import Round, Settings, serve
-from roofline import work_of
-from workloads import Workload
 
 from jaxserve import Engine, EngineConfig
 from jaxserve.core.cache import bytes_per_page

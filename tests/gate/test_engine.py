@@ -1,8 +1,8 @@
 """The engine's programs as compiled for a GPU and a TPU: the pool in place, and on the GPU one command buffer in all."""
 
 import pytest
-from gate_compiler import TARGETS, compile_program, faults
-from gate_programs import engine_program
+from gate.compiler import TARGETS, compile_program, faults
+from gate.programs import engine_program
 
 pytestmark = pytest.mark.gate
 

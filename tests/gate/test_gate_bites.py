@@ -6,8 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from gate_compiler import TARGETS, Program, compile_program, faults
-from gate_programs import engine_program, kernel_program
+from gate.compiler import TARGETS, Program, compile_program, faults
+from gate.programs import engine_program, kernel_program
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu

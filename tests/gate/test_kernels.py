@@ -1,8 +1,8 @@
 """Every kernel compiles for real GPUs without spilling registers, and for real TPUs; none makes XLA copy the pool."""
 
 import pytest
-from gate_compiler import TARGETS, Report, compile_program, faults
-from gate_programs import GPU_OPS, kernel_program
+from gate.compiler import TARGETS, Report, compile_program, faults
+from gate.programs import GPU_OPS, kernel_program
 
 from pallas_kernels.paged_attention.shapes import SHAPES
 

@@ -1,8 +1,8 @@
 """What the engine's benchmarks share: flags, errors, percentiles, tables, plots."""
 
 import pytest
-from benchmark_command import Table, integers, names, positive, run_command, spread
-from benchmark_plot import Line, Panel, _decade, check_plot, save_plot
+from lib.command import Table, integers, names, positive, run_command, spread
+from lib.plot import Line, Panel, _decade, check_plot, save_plot
 
 
 def test_lists_in_flags_become_numbers_each_once():

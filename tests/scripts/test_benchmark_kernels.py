@@ -8,14 +8,14 @@ import pathlib
 import benchmark_kernels
 import jax
 import jax.numpy as jnp
-import kernel_cases
-import kernel_contenders
-import kernel_timing
 import numpy as np
 import pytest
 from absl import flags
-from benchmark_options import define_flags, parse_options
-from kernel_cases import Case
+from kernel_bench import cases as kernel_cases
+from kernel_bench import contenders as kernel_contenders
+from kernel_bench.cases import Case
+from kernel_bench.options import define_flags, parse_options
+from lib import timing as kernel_timing
 
 from jaxserve import DEMO_MODEL
 from pallas_kernels.backend import resolve_backend

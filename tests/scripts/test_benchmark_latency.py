@@ -8,7 +8,7 @@ import machine_peaks
 import pytest
 from absl import flags
 from benchmark_latency import Case, summarize, weight_bytes
-from serving_load import Served, Trace
+from lib.serving_load import Served, Trace
 
 from jaxserve import ModelConfig
 

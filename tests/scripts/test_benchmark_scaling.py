@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from absl import flags
 from benchmark_scaling import describe_fit, fit_line, fits_of
-from scaling_cases import SWEEPS, Base, busy_state, make_cases
-from scaling_timing import Bench, Program, make_stub, stub_model
+from lib.scaling_cases import SWEEPS, Base, busy_state, make_cases
+from lib.scaling_timing import Bench, Program, make_stub, stub_model
 
 from jaxserve import EngineConfig, ModelConfig, Status, check_invariants
 from jaxserve.core.cache import init_kv_pool

@@ -10,7 +10,7 @@ import benchmark_serving
 import numpy as np
 import pytest
 from absl import flags
-from serving_load import (
+from lib.serving_load import (
     Served,
     Trace,
     arrival_times,

@@ -7,12 +7,12 @@ import benchmark_throughput
 import pytest
 import throughput_report as report
 from absl import flags
-from engine_options import BENCHMARK
-from peer_process import PeerError, PeerUnavailable, Usage
+from lib.engine_options import BENCHMARK
+from lib.workloads import WORKLOAD, Workload
 from peers.jaxserve_driver import Jaxserve
+from peers.process import PeerError, PeerUnavailable, Usage
 from peers.protocol import answer
-from throughput_rounds import Measured, measure, run_once, same_tokens
-from workloads import WORKLOAD, Workload
+from peers.rounds import Measured, measure, run_once, same_tokens
 
 from jaxserve.commands.flags import ENGINE, MODEL, describe_flags, parse_flags
 from tests.scripts.stub_peer import Stub

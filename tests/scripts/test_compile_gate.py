@@ -1,13 +1,13 @@
 """The compile gate's readers, on texts as XLA writes them, and its command line. `tests/gate` compiles."""
 
 import compile_gate
-import gate_compiler
-import gate_dump
 import jax
 import jax.numpy as jnp
 import pytest
-from gate_compiler import TARGETS, Program, Report
-from gate_dump import Kernel, Launches, large_sorts, pool_copies
+from gate import compiler as gate_compiler
+from gate import dump as gate_dump
+from gate.compiler import TARGETS, Program, Report
+from gate.dump import Kernel, Launches, large_sorts, pool_copies
 
 LAUNCH_LIST = """\
 000: kCommandBuffer [source       | next=002 (1)]

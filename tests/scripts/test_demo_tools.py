@@ -3,17 +3,17 @@
 import dataclasses
 import random
 
-import demo_completions
-import demo_corpus
-import demo_model
-import demo_tokenizer
 import evaluate_demo_model
 import jax
 import jax.numpy as jnp
-import kneser_ney
 import numpy as np
 import pytest
 import train_demo_model
+from demo import completions as demo_completions
+from demo import corpus as demo_corpus
+from demo import kneser_ney
+from demo import model as demo_model
+from demo import tokenizer as demo_tokenizer
 from flax import nnx
 
 from jaxserve.models import Projection, RopeConfig, Transformer, causal_attend

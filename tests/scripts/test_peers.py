@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import peer_process
 import pytest
 from flax import nnx
-from peer_process import PeerError, PeerProcess, PeerUnavailable, session_processes
 from peers import gguf_weights, llama_cpp_driver, memory, transformers_driver, vllm_driver
+from peers import process as peer_process
 from peers.jaxserve_driver import Jaxserve, StepClock
+from peers.process import PeerError, PeerProcess, PeerUnavailable, session_processes
 from peers.protocol import Settings, answer
 
 from jaxserve import EngineConfig, ModelConfig, Transformer

@@ -4,7 +4,7 @@ import importlib.util
 
 import machine_peaks
 import numpy as np
-import roofline
+from lib import roofline
 
 from jaxserve import ModelConfig
 from jaxserve.timeline.record import Steps

@@ -6,15 +6,14 @@ import pathlib
 import types
 from typing import Any
 
-import batching
-import batching_report
 import benchmark_static_vs_continuous as benchmark
 import jax
 import numpy as np
 import pytest
 from absl import flags
-from batching import Contender
-from workloads import Workload
+from lib import batching, batching_report
+from lib.batching import Contender
+from lib.workloads import Workload
 
 from jaxserve import Engine, EngineConfig
 from jaxserve.timeline.record import Steps

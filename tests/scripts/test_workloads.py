@@ -2,12 +2,11 @@
 
 import json
 
-import engine_options
 import numpy as np
 import pytest
-import workloads
 from absl import flags
-from workloads import LENGTHS, Workload, draw_lengths, workload_from_flags
+from lib import engine_options, workloads
+from lib.workloads import LENGTHS, Workload, draw_lengths, workload_from_flags
 
 from jaxserve import DEMO_MODEL
 from jaxserve.text.tokenizer import load_tokenizer

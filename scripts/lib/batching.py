@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from roofline import computed_before
-from workloads import LENGTHS, Workload, draw_lengths
+from lib.roofline import computed_before
+from lib.workloads import LENGTHS, Workload, draw_lengths
 
 from jaxserve import Engine, EngineConfig
 from jaxserve.core.step import StepOutputs

@@ -22,7 +22,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gate_jax_triton import compiled_kernels
+from gate.jax_triton_runs import compiled_kernels
 from jax.extend.mlir import ir
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from kernel_cases import random_pages
-from kernel_timing import Timing, free_bytes
+from kernel_bench.cases import random_pages
+from lib.timing import Timing, free_bytes
 
 from jaxserve import EngineConfig, EngineState, ModelConfig, SamplingParams, StepOutputs, init_state, make_submission
 from jaxserve.core.cache import bytes_per_page

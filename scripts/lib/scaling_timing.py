@@ -18,9 +18,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Int32
-from kernel_cases import random_pages
-from kernel_timing import Timing, free_bytes
-from scaling_cases import Case
+from kernel_bench.cases import random_pages
+from lib.scaling_cases import Case
+from lib.timing import Timing, free_bytes
 
 from jaxserve import EngineConfig, EngineState, ModelConfig, Status
 from jaxserve.core.cache import KVPool, bytes_per_page, init_kv_pool

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from benchmark_command import spread
-from benchmark_report import Record, rounded
+from lib.command import spread
+from lib.report import Record, rounded
 
 from jaxserve import QueueFullError, SamplingParams
 

@@ -7,8 +7,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from peer_process import Peer, PeerError
-from workloads import Workload
+from lib.workloads import Workload
+from peers.process import Peer, PeerError
 
 
 @dataclasses.dataclass(frozen=True)

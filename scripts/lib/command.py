@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from benchmark_report import Record, rounded
+from lib.report import Record, rounded
 
 PERCENTILES = {"median": 50, "p90": 90, "p99": 99}
 

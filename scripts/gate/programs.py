@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from gate_compiler import Program, Target
+from gate.compiler import Program, Target
 
 from jaxserve import EngineConfig, ModelConfig, SamplingParams, init_state, make_submission
 from jaxserve.core.step import Changes, programs
@@ -26,7 +26,7 @@ _BACKENDS = {"cuda": "triton", "tpu": "tpu"}
 _NUM_PAGES = 4099  # a prime, so that no other array has the pool's shape; and a pool that outweighs everything else
 _PAGES_PER_SLOT = 128
 _ROWS = {"decode": 32, "jax_triton_decode": 32, "chunk": 512, "rotary_write": 32}
-_MODELS = pathlib.Path(__file__).resolve().parents[1] / "configs" / "models"
+_MODELS = pathlib.Path(__file__).resolve().parents[2] / "configs" / "models"
 
 
 def kernel_program(op: str, shape: AttentionShape, dtype: str, target: Target, **options: Any) -> Program:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 from peers.memory import status_bytes
 
 _PROC = pathlib.Path("/proc")
-_SCRIPTS = pathlib.Path(__file__).parent
+_SCRIPTS = pathlib.Path(__file__).parents[1]
 _END_SECONDS = 10
 
 

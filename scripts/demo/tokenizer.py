@@ -1,6 +1,6 @@
 """Trains the demo model's byte-level BPE tokenizer and encodes the corpus with it.
 
-    python scripts/demo_tokenizer.py --work_dir=../demo_work
+    python scripts/demo/tokenizer.py --work_dir=../demo_work
 
 reads what `demo_corpus.py` wrote and writes `<work_dir>/tokenizer/` (Hugging Face layout) and `<work_dir>/train.npy`,
 `<work_dir>/heldout.npy`: uint16 token ids, every file led by `<|endoftext|>`; `<work_dir>/sizes.json`: bytes of text.
@@ -10,10 +10,10 @@ import json
 import pathlib
 from collections.abc import Iterable
 
-import demo_corpus
 import numpy as np
 import tokenizers
 from absl import app, flags, logging
+from demo import corpus as demo_corpus
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"

@@ -1,10 +1,10 @@
 """Builds the corpus of the demo model: Python source of the standard library and of pinned PyPI packages.
 
-    python scripts/demo_corpus.py --work_dir=../demo_work
+    python scripts/demo/corpus.py --work_dir=../demo_work
 
 downloads the wheels in `PACKAGES` to `<work_dir>/wheels`, keeps hand-written modules, drops duplicates, and writes
 `<work_dir>/train.jsonl`, `<work_dir>/heldout.jsonl` (one `{"name", "text"}` per file) and the fixed list
-`scripts/demo_heldout.txt`. Every licence below allows training on and quoting from the text.
+`scripts/demo/heldout.txt`. Every licence below allows training on and quoting from the text.
 """
 
 import collections
@@ -71,7 +71,7 @@ _MIN_BYTES = 400
 _MAX_BYTES = 160_000
 _MAX_LINE = 240
 _MAX_SHARED_LINES = 0.5
-HELDOUT_FILE = pathlib.Path(__file__).parent / "demo_heldout.txt"
+HELDOUT_FILE = pathlib.Path(__file__).parent / "heldout.txt"
 HELDOUT_ONE_IN = 20
 
 Source = tuple[str, str]  # Package-relative name ("django/http/request.py"), text.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags
-from workloads import WORKLOAD
+from lib.workloads import WORKLOAD
 
 from jaxserve import DEMO_MODEL, Engine, ModelConfig
 from jaxserve.commands.flags import (

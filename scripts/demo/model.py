@@ -4,10 +4,10 @@ import functools
 import json
 import pathlib
 
-import demo_tokenizer
 import jax
 import jax.numpy as jnp
 import tokenizers
+from demo import tokenizer as demo_tokenizer
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float32, Int32

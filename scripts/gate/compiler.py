@@ -22,10 +22,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from gate_dump import Kernel, Launches, jax_triton_kernels, large_sorts, pool_copies, read_dump
+from gate.dump import Kernel, Launches, jax_triton_kernels, large_sorts, pool_copies, read_dump
 from jax.experimental import topologies
 
-CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs" / "targets"
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs" / "targets"
 # What the gate needs beside jaxlib's version of the CUDA plugin, by JAX's version. Installed with --no-deps: no toolkit.
 PACKAGES = {
     "0.10": ("libtpu==0.0.42.*", "jax-triton==0.3.1", "triton==3.9.*"),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32, Shaped
-from kernel_cases import Case, Data
+from kernel_bench.cases import Case, Data
 
 from pallas_kernels.paged_attention import chunk_attention, chunk_blocks, decode_attention
 from pallas_kernels.pages import PagedKV

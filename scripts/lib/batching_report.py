@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from benchmark_command import Table
+from lib.command import Table
 
 Record = dict[str, Any]
 LITERATURE = (2, 24)  # times the throughput of static batches

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from benchmark_report import Record, rounded
-from roofline import Work
-from throughput_rounds import Measured, same_tokens
-from workloads import Workload
+from lib.report import Record, rounded
+from lib.roofline import Work
+from lib.workloads import Workload
+from peers.rounds import Measured, same_tokens
 
 OURS = "jaxserve"
 _METHOD = (

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jaxlib
-from kernel_timing import Peaks, Timing
+from lib.timing import Peaks, Timing
 
 from jaxserve.commands.prompts import ResultsFile
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 from absl import flags
-from kernel_cases import DTYPES, OPS
-from kernel_contenders import BASELINES, SPLITTING
+from kernel_bench.cases import DTYPES, OPS
+from kernel_bench.contenders import BASELINES, SPLITTING
 
 from pallas_kernels.backend import BACKENDS, check_runs_here, resolve_backend
 from pallas_kernels.paged_attention.shapes import SHAPES
