@@ -17,7 +17,6 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import benchmark_report as report
 import jax
 from absl import app, flags
 from kernel_bench import options as benchmark_options
@@ -25,6 +24,7 @@ from kernel_bench.cases import OPS, Case, Data, errors, make_data
 from kernel_bench.contenders import SPLITTING, Unavailable, make_contender
 from kernel_bench.options import Options, define_flags, parse_options
 from kernel_bench.step_timing import StepBench, StepCase, decode_work, prefill_flops
+from lib import report
 from lib.command import first_line, run_command
 from lib.report import Record, Write
 from lib.timing import Peaks, Timer, free_bytes, measure, measure_peaks

@@ -13,10 +13,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import benchmark_report as report
 import machine_peaks
 import numpy as np
 from absl import app, flags
+from lib import report
 from lib.command import PERCENTILES, Table, integers, run_command, spread
 from lib.engine_options import EngineOptions, define_engine_flags, fitted_options, load_model, make_warm_engine
 from lib.plot import Line, Panel, check_plot, save_plot

@@ -21,9 +21,9 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import benchmark_report as report
 import numpy as np
 from absl import app, flags
+from lib import report
 from lib.command import Table, first_line, integers, names, run_command
 from lib.plot import Line, Panel, check_plot, save_plot
 from lib.report import Record, rounded

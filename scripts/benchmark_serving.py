@@ -13,10 +13,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import benchmark_report as report
 import numpy as np
 from absl import app, flags
-from lib import workloads
+from lib import report, workloads
 from lib.command import PERCENTILES, Table, positive, run_command
 from lib.engine_options import EngineOptions, define_engine_flags, fitted_options, load_model, make_warm_engine
 from lib.plot import Line, Panel, check_plot, save_plot
@@ -24,8 +23,8 @@ from lib.report import Record
 from lib.serving_load import Trace, arrival_times, offer, parse_slos, summarize
 from lib.workloads import Workload
 
+from jaxserve import timeline
 from jaxserve.commands import flags as cli
-from jaxserve.timeline.record import record as timeline
 
 _METHOD = (
     "open load in the engine's thread; times from when a request was due to when the call that brought the token was read; "

@@ -23,8 +23,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import benchmark_report as report
 from absl import app, flags
+from lib import report
 from lib.command import Table, run_command
 from lib.engine_options import EngineOptions, define_engine_flags, fitted_options, load_model
 from lib.report import Record, rounded

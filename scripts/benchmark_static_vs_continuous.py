@@ -27,8 +27,8 @@ from lib.engine_options import EngineOptions, define_engine_flags, fitted_option
 from lib.plot import check_plot
 from lib.report import outputs, provenance, rounded
 
+from jaxserve import timeline
 from jaxserve.commands import flags as cli
-from jaxserve.timeline.record import record as timeline
 
 _METHOD = (
     "one engine fed batch by batch or all at once; contenders in turns, medians, ratios of pairs; steps, slots and pages as "

@@ -23,13 +23,13 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import throughput_report as report
 from absl import flags
 from lib import report as benchmark_report
 from lib import workloads
 from lib.command import run_command
 from lib.engine_options import BENCHMARK, EngineOptions, define_engine_flags, fitted_options, load_model, run_app
 from lib.workloads import Workload
+from peers import report
 from peers.process import Peer, PeerError, PeerProcess, PeerUnavailable
 from peers.report import OURS
 from peers.rounds import Measured, measure

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from jaxserve import Engine, EngineConfig, SamplingParams
-from jaxserve.engine.engine import memory
+from jaxserve.engine import memory
 from tests import small_model
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 
 PROGRAM = """
 import ctypes, resource, sys
-from jaxserve.engine.engine import memory
+from jaxserve.engine import memory
 c_library = ctypes.CDLL(None)
 c_library.malloc.restype, c_library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 c_library.free.argtypes = [ctypes.c_void_p]

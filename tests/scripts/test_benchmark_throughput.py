@@ -5,10 +5,10 @@ from typing import Any
 
 import benchmark_throughput
 import pytest
-import throughput_report as report
 from absl import flags
 from lib.engine_options import BENCHMARK
 from lib.workloads import WORKLOAD, Workload
+from peers import report
 from peers.jaxserve_driver import Jaxserve
 from peers.process import PeerError, PeerUnavailable, Usage
 from peers.protocol import answer

@@ -15,9 +15,9 @@ from absl import flags
 from jaxserve import Engine, EngineConfig, Request, SamplingParams, generate
 from jaxserve.core.scheduler import Status
 from jaxserve.engine.live_requests import Group, Sequence
+from jaxserve.timeline import html as timeline_html
+from jaxserve.timeline import png as timeline_plot
 from jaxserve.timeline.record import Bar, Phase, Timeline, check_path, recording
-from jaxserve.timeline.record import html as timeline_html
-from jaxserve.timeline.record import png as timeline_plot
 from tests import small_model
 
 NONE = 6  # rows of the queue; in a slot: no row
