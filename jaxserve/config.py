@@ -79,7 +79,7 @@ class EngineConfig:
         for name in ("penalties", "deterministic", "debug_checks", "interpret_kernels"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
-        if self.num_rows < self.max_slots:
+        if self.queue_size < self.max_slots:
             raise ValueError(
                 f"max_queue={self.max_queue} must be at least max_slots={self.max_slots}: a slot needs a row"
             )
@@ -112,7 +112,7 @@ class EngineConfig:
         return -(-self.max_model_len // self.page_size)
 
     @property
-    def num_rows(self) -> int:
+    def queue_size(self) -> int:
         """Q, rows of the queue."""
         return 4 * self.max_slots if self.max_queue is None else self.max_queue
 
@@ -137,7 +137,7 @@ class EngineConfig:
         return backend
 
     @property
-    def rows_per_tile(self) -> int:
+    def tile_size(self) -> int:
         """R, rows of the narrowest tile of the forward pass.
 
         On an accelerator a tile costs one read of the weights, so one holds all decode rows, in multiples of 16.
@@ -149,13 +149,13 @@ class EngineConfig:
     @property
     def tile_sizes(self) -> tuple[int, ...]:
         """Rows per tile of the forward pass, widest first; one size only if deterministic: bits depend on it."""
-        rows = self.rows_per_tile
-        return (rows,) if self.deterministic or 4 * rows > self.max_rows else (4 * rows, rows)
+        rows = self.tile_size
+        return (rows,) if self.deterministic or 4 * rows > self.max_batch_size else (4 * rows, rows)
 
     @property
-    def max_rows(self) -> int:
+    def max_batch_size(self) -> int:
         """B, rows of the largest step: one per decoding slot and a full chunk, in whole tiles."""
-        return -(-(self.max_slots + self.chunk_size) // self.rows_per_tile) * self.rows_per_tile
+        return -(-(self.max_slots + self.chunk_size) // self.tile_size) * self.tile_size
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:

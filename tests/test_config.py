@@ -13,8 +13,8 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 def test_derived_sizes_round_up():
     config = EngineConfig(max_slots=5, page_size=16, max_model_len=33, chunk_size=12, tile_rows=8)
-    assert (config.pages_per_slot, config.num_rows, config.max_rows) == (3, 20, 24)
-    assert EngineConfig(max_slots=4, max_queue=7).num_rows == 7
+    assert (config.pages_per_slot, config.queue_size, config.max_batch_size) == (3, 20, 24)
+    assert EngineConfig(max_slots=4, max_queue=7).queue_size == 7
 
 
 def test_deterministic_engine_has_one_tile_size():

@@ -107,7 +107,7 @@ def submission_of(requests: Sequence[Asked], config: EngineConfig) -> Submission
         priorities=[request.priority for request in requests],
         model=MODEL,
         config=config,
-        num_rows=config.num_rows,
+        num_rows=config.queue_size,
     )
 
 

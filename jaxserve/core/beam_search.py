@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxserve.config import EngineConfig
 from jaxserve.core.cache import KVPool, PageTable, copy_pages, init_kv_pool, init_page_table
-from jaxserve.core.cache.attention import Rows, paged_attend
+from jaxserve.core.cache.attention import BatchLayout, paged_attend
 from jaxserve.core.cache.kv_pool import stores_bits
 from jaxserve.core.cache.page_table import allocate, allocate_each
 from jaxserve.core.pytree import Record, record
@@ -187,7 +187,7 @@ def start(
         ),
         done=~valid,
     )
-    return _forward(params, state, rows, ends[-1], Rows.CHUNKS, model=model, config=config)
+    return _forward(params, state, rows, ends[-1], BatchLayout.CHUNKS, model=model, config=config)
 
 
 def advance(
@@ -209,7 +209,7 @@ def advance(
         tokens = new.tokens.reshape(num_slots, -1).at[slot, new.num_generated - 1].get(mode="fill", fill_value=0)
         return slot, position, tokens, slot < num_slots
 
-    return _forward(params, new, rows, jnp.sum(active, dtype=jnp.int32), Rows.SINGLE, model=model, config=config)
+    return _forward(params, new, rows, jnp.sum(active, dtype=jnp.int32), BatchLayout.SINGLE, model=model, config=config)
 
 
 def take_over(table: PageTable, parent: Int32[Array, " S"], num_pages: Int32[Array, " S"]) -> PageTable:
@@ -409,20 +409,20 @@ def _forward(
     params: nnx.State,
     state: BeamState,
     rows: Callable[[Int32[Array, " B"]], tuple[Array, Array, Array, Array]],
-    num_rows: Int32[Array, ""],
-    kind: Rows,
+    batch_size: Int32[Array, ""],
+    layout: BatchLayout,
     *,
     model: ModelConfig,
     config: EngineConfig,
 ) -> BeamState:
-    """The model on rows 0 .. num_rows - 1, in tiles.
+    """The model on rows 0 .. batch_size - 1, in tiles.
 
     Args:
       rows: from row numbers to slots (S = none), positions, tokens, and whether the slot's hidden state is the row's.
     """
     forward = nnx.merge(graphdef_of(model), params)
     num_slots = state.hidden.shape[0]
-    size = config.tile_sizes[0 if kind is Rows.CHUNKS else -1]
+    size = config.tile_sizes[0 if layout is BatchLayout.CHUNKS else -1]
 
     def tile(carry: tuple[Array, KVPool, Array]) -> tuple[Array, KVPool, Array]:
         first, pool, hidden = carry
@@ -431,7 +431,7 @@ def _forward(
             state.table.page_ids,
             slot,
             position,
-            kind,
+            layout,
             group_size=model.group_size,
             backend=config.backend,
             interpret=config.interpret_kernels,
@@ -442,5 +442,5 @@ def _forward(
         return first + size, KVPool(k=k, v=v), hidden
 
     carry = (jnp.int32(0), state.pool, state.hidden)
-    _, pool, hidden = lax.while_loop(lambda carry: carry[0] < num_rows, tile, carry)
+    _, pool, hidden = lax.while_loop(lambda carry: carry[0] < batch_size, tile, carry)
     return state.replace(pool=pool, hidden=hidden)

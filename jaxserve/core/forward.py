@@ -23,7 +23,7 @@ from jaxtyping import Array, Float32, Int32
 
 from jaxserve.config import EngineConfig
 from jaxserve.core.cache import KVPool
-from jaxserve.core.cache.attention import Rows, paged_attend
+from jaxserve.core.cache.attention import BatchLayout, paged_attend
 from jaxserve.core.optional import if_any
 from jaxserve.core.pytree import Record, record
 from jaxserve.core.sampling import token_logprobs
@@ -33,18 +33,18 @@ from jaxserve.models import ModelConfig, Transformer, graphdef_of
 
 
 @record
-class PartedRows(Record):
+class SplitBatch(Record):
     """Rows of a step, those of chunks before single ones, each part in its old order."""
 
     slot: Int32[Array, " B"]  # S = none
     position: Int32[Array, " B"]
     num_chunk_rows: Int32[Array, ""]
-    num_rows: Int32[Array, ""]
+    batch_size: Int32[Array, ""]
 
 
-def part(state: EngineState, plan: Plan, *, config: EngineConfig) -> PartedRows:
+def split_by_kernel(state: EngineState, plan: Plan, *, config: EngineConfig) -> SplitBatch:
     """Parts the rows of a plan by the kernel that they need."""
-    num_slots, num_rows = state.slots.row_id.shape[0], plan.slot.shape[0]
+    num_slots, max_batch_size = state.slots.row_id.shape[0], plan.slot.shape[0]
     row = state.slots.row_id.at[plan.slot].get(mode="fill", fill_value=state.queue.status.shape[0])
     if config.deterministic:
         single = plan.position >= state.queue.prompt_length.at[row].get(mode="fill", fill_value=0)
@@ -54,12 +54,12 @@ def part(state: EngineState, plan: Plan, *, config: EngineConfig) -> PartedRows:
     in_chunk = used & ~single
     num_chunk_rows = jnp.sum(in_chunk, dtype=jnp.int32)
     before = jnp.cumsum(jnp.stack([in_chunk, used & single]).astype(jnp.int32), axis=1, dtype=jnp.int32) - 1
-    place = jnp.where(in_chunk, before[0], jnp.where(used, num_chunk_rows + before[1], num_rows))
-    return PartedRows(
+    place = jnp.where(in_chunk, before[0], jnp.where(used, num_chunk_rows + before[1], max_batch_size))
+    return SplitBatch(
         slot=jnp.full_like(plan.slot, num_slots).at[place].set(plan.slot, mode="drop"),
         position=jnp.zeros_like(plan.position).at[place].set(plan.position, mode="drop"),
         num_chunk_rows=num_chunk_rows,
-        num_rows=plan.num_rows,
+        batch_size=plan.batch_size,
     )
 
 
@@ -76,7 +76,7 @@ class PromptLogprobs(Record):
 
 
 @record
-class Found(Record):
+class ForwardOutput(Record):
     """What the forward pass of a step is for, the pages aside."""
 
     hidden: Float32[Array, "S E"]  # of each slot's last known token, if that is among the rows
@@ -85,9 +85,9 @@ class Found(Record):
 
 def no_prompt_logprobs(config: EngineConfig) -> PromptLogprobs:
     """Entries for the rows of one step, none of which asked for anything."""
-    rows, tops = config.max_rows, config.max_logprobs
+    rows, tops = config.max_batch_size, config.max_logprobs
     return PromptLogprobs(
-        row_id=jnp.full((rows,), config.num_rows, jnp.int32),
+        row_id=jnp.full((rows,), config.queue_size, jnp.int32),
         position=jnp.zeros((rows,), jnp.int32),
         logprob=jnp.zeros((rows,), jnp.float32),
         rank=jnp.zeros((rows,), jnp.int32),
@@ -96,42 +96,42 @@ def no_prompt_logprobs(config: EngineConfig) -> PromptLogprobs:
     )
 
 
-def forward_rows(
+def forward_batch(
     params: nnx.State, state: EngineState, plan: Plan, *, model: ModelConfig, config: EngineConfig
-) -> tuple[KVPool, Found]:
+) -> tuple[KVPool, ForwardOutput]:
     """The model on the rows of the plan; tile by tile, or natively all at once."""
     if config.backend == "native":
         return _all_rows(params, state, plan, model=model, config=config)
     hidden = jnp.zeros((state.slots.row_id.shape[0], model.embed_dim), jnp.float32)
-    found = Found(hidden=hidden, prompt=no_prompt_logprobs(config))
+    found = ForwardOutput(hidden=hidden, prompt=no_prompt_logprobs(config))
     run = functools.partial(_tiles, params, state, model=model, config=config)
     if config.backend == "reference":
-        rows = (plan.slot, plan.position, jnp.int32(0), plan.num_rows)
-        return run(rows, Rows.SINGLE, config.tile_sizes, state.pool, found)
-    parted = part(state, plan, config=config)
+        rows = (plan.slot, plan.position, jnp.int32(0), plan.batch_size)
+        return run(rows, BatchLayout.SINGLE, config.tile_sizes, state.pool, found)
+    parted = split_by_kernel(state, plan, config=config)
     chunks = (parted.slot, parted.position, jnp.int32(0), parted.num_chunk_rows)
-    pool, found = run(chunks, Rows.CHUNKS, config.tile_sizes, state.pool, found)
-    single = (parted.slot, parted.position, parted.num_chunk_rows, parted.num_rows)
-    return run(single, Rows.SINGLE, config.tile_sizes[-1:], pool, found)
+    pool, found = run(chunks, BatchLayout.CHUNKS, config.tile_sizes, state.pool, found)
+    single = (parted.slot, parted.position, parted.num_chunk_rows, parted.batch_size)
+    return run(single, BatchLayout.SINGLE, config.tile_sizes[-1:], pool, found)
 
 
 def _all_rows(
     params: nnx.State, state: EngineState, plan: Plan, *, model: ModelConfig, config: EngineConfig
-) -> tuple[KVPool, Found]:
+) -> tuple[KVPool, ForwardOutput]:
     """All rows in one pass, of which native kernels do those in use."""
     queue, pool = state.queue, state.pool
-    num_slots, num_rows = state.slots.row_id.shape[0], queue.status.shape[0]
+    num_slots, queue_size = state.slots.row_id.shape[0], queue.status.shape[0]
     forward = nnx.merge(graphdef_of(model), params)
-    row = state.slots.row_id.at[plan.slot].get(mode="fill", fill_value=num_rows)
+    row = state.slots.row_id.at[plan.slot].get(mode="fill", fill_value=queue_size)
     tokens = queue.tokens.at[row, plan.position].get(mode="fill", fill_value=0)
     attend = paged_attend(
         state.table.page_ids,
         plan.slot,
         plan.position,
-        Rows.SINGLE,
+        BatchLayout.SINGLE,
         group_size=model.group_size,
         backend="native",
-        num_rows=plan.num_rows,
+        batch_size=plan.batch_size,
     )
     kv = tuple(zip(pool.k, pool.v, strict=True))
     out, pages = forward(tokens, plan.position, attend=attend, kv=kv)
@@ -140,7 +140,7 @@ def _all_rows(
     hidden = jnp.zeros((num_slots, model.embed_dim), jnp.float32)
     hidden = hidden.at[jnp.where(last, plan.slot, num_slots)].set(out, mode="drop")
 
-    size = config.rows_per_tile  # logits of so many rows are alive at once
+    size = config.tile_size  # logits of so many rows are alive at once
 
     def tile(carry: tuple[Array, PromptLogprobs]) -> tuple[Array, PromptLogprobs]:
         first, found = carry
@@ -149,43 +149,43 @@ def _all_rows(
         return first + size, _prompt_logprobs(forward, rows, ids, positions, index, queue, found, config)
 
     prompt = (jnp.int32(0), no_prompt_logprobs(config))
-    prompt = lax.while_loop(lambda carry: carry[0] < plan.num_rows, tile, prompt)[1]
-    return KVPool(k=k, v=v), Found(hidden=hidden, prompt=prompt)
+    prompt = lax.while_loop(lambda carry: carry[0] < plan.batch_size, tile, prompt)[1]
+    return KVPool(k=k, v=v), ForwardOutput(hidden=hidden, prompt=prompt)
 
 
 def _tiles(
     params: nnx.State,
     state: EngineState,
     rows: tuple[Int32[Array, " B"], Int32[Array, " B"], Int32[Array, ""], Int32[Array, ""]],
-    kind: Rows,
+    layout: BatchLayout,
     sizes: tuple[int, ...],
     pool: KVPool,
-    found: Found,
+    found: ForwardOutput,
     *,
     model: ModelConfig,
     config: EngineConfig,
-) -> tuple[KVPool, Found]:
+) -> tuple[KVPool, ForwardOutput]:
     """Rows from `start` to `end` of (slot, position, start, end), in tiles of `sizes`, the widest first."""
     slots, positions, start, end = rows
     queue = state.queue
-    num_slots, num_rows = state.slots.row_id.shape[0], queue.status.shape[0]
+    num_slots, queue_size = state.slots.row_id.shape[0], queue.status.shape[0]
     padding = (0, sizes[0])  # a tile may start anywhere
     slots = jnp.pad(slots, padding, constant_values=num_slots)
     positions = jnp.pad(positions, padding)
     forward = nnx.merge(graphdef_of(model), params)
 
-    def tile(size: int, carry: tuple[Array, KVPool, Found]) -> tuple[Array, KVPool, Found]:
+    def tile(size: int, carry: tuple[Array, KVPool, ForwardOutput]) -> tuple[Array, KVPool, ForwardOutput]:
         first, pool, found = carry
         index = first + jnp.arange(size, dtype=jnp.int32)
         slot = jnp.where(index < end, lax.dynamic_slice_in_dim(slots, first, size), num_slots)
         position = lax.dynamic_slice_in_dim(positions, first, size)
-        row = state.slots.row_id.at[slot].get(mode="fill", fill_value=num_rows)
+        row = state.slots.row_id.at[slot].get(mode="fill", fill_value=queue_size)
         tokens = queue.tokens.at[row, position].get(mode="fill", fill_value=0)
         attend = paged_attend(
             state.table.page_ids,
             slot,
             position,
-            kind,
+            layout,
             group_size=model.group_size,
             backend=config.backend,
             interpret=config.interpret_kernels,
@@ -195,7 +195,7 @@ def _tiles(
         hidden = found.hidden.at[jnp.where(last, slot, num_slots)].set(out, mode="drop")
         prompt = _prompt_logprobs(forward, out, row, position, index, queue, found.prompt, config)
         k, v = zip(*pages, strict=True)
-        return first + size, KVPool(k=k, v=v), Found(hidden=hidden, prompt=prompt)
+        return first + size, KVPool(k=k, v=v), ForwardOutput(hidden=hidden, prompt=prompt)
 
     carry = (start, pool, found)
     for size in sizes:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxserve.config import EngineConfig
 from jaxserve.core.logit_rules import BITS, LogitRules
-from jaxserve.core.sampling import SamplingRows
+from jaxserve.core.sampling import SamplingArrays
 from jaxserve.core.scheduler.submission import Submission
 from jaxserve.models import ModelConfig
 from jaxserve.request import MAX_INT32, SamplingParams, check_ids, check_int
@@ -207,7 +207,7 @@ def key_data(seed: int) -> np.ndarray:
 
 def empty_submission(num_rows: int, model: ModelConfig, config: EngineConfig, aux: Any = None) -> Submission:
     """A submission of nothing: host arrays, to be filled by `fill_row`; `aux` as in `init_state`."""
-    sampling = SamplingRows(
+    sampling = SamplingArrays(
         temperature=_rows((num_rows,), 0, np.float32),
         top_k=_rows((num_rows,), 0),
         top_p=_rows((num_rows,), 1, np.float32),

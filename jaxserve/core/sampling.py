@@ -3,7 +3,7 @@
 The order of operations is vLLM's: the rules of `logit_rules`, a user's function, temperature, then min-p, then top-k,
 then top-p on what is left, renormalised. Nothing sorts the vocabulary. Both thresholds are found bit by bit: an
 order-preserving map takes a float32 to a uint32, and 32
-passes that each count (top-k) or add up (top-p) what lies below a candidate settle its 32 bits. The draw needs two
+passes that each count (top-k) or add up (top-p) what lies below a candidate finish_step its 32 bits. The draw needs two
 uniforms per row: one picks a block of the vocabulary, one a token within it. Whatever no row asks for is a loop of no trips.
 
 A row's result depends on that row alone. Randomness is counter-based: the key of a draw is made of the request's seed, the
@@ -32,7 +32,7 @@ _ALL = 1 << 30
 
 
 @record
-class SamplingRows(Record):
+class SamplingArrays(Record):
     """Sampling parameters, one row per sequence; meanings and ranges as in `jaxserve.SamplingParams`."""
 
     temperature: Float32[Array, " Q"]  # below 1e-5: greedy
@@ -62,9 +62,9 @@ class Sampled(Record):
     failed: Bool[Array, " R"]  # no distribution to draw from: logits not finite, or every token ruled out
 
 
-def greedy_rows(num_rows: int) -> SamplingRows:
+def greedy_arrays(num_rows: int) -> SamplingArrays:
     """Greedy rows that ask for no logprobs."""
-    return SamplingRows(
+    return SamplingArrays(
         temperature=jnp.zeros((num_rows,), jnp.float32),
         top_k=jnp.zeros((num_rows,), jnp.int32),
         top_p=jnp.ones((num_rows,), jnp.float32),
@@ -78,7 +78,7 @@ def greedy_rows(num_rows: int) -> SamplingRows:
 
 def sample(
     logits: Float32[Array, "R V"],
-    rows: SamplingRows,
+    rows: SamplingArrays,
     rules: LogitRules,
     context: Context,
     active: Bool[Array, " R"],
@@ -128,7 +128,7 @@ def sample(
         logits: Array,
         rules: LogitRules,
         context: Context,
-        rows: SamplingRows,
+        rows: SamplingArrays,
         *of_rows: Array,
     ) -> tuple[Array, ...]:
         token, active, asked = of_rows
@@ -167,7 +167,7 @@ def _each_in_turn(
 
 
 def _choose(
-    logits: Float32[Array, "R V"], rows: SamplingRows, context: Context, wanted: Bool[Array, " R"]
+    logits: Float32[Array, "R V"], rows: SamplingArrays, context: Context, wanted: Bool[Array, " R"]
 ) -> tuple[Int32[Array, " R"], Bool[Array, " R"]]:
     """A token for each wanted row, and whether there is none to be had; meaningless elsewhere."""
 
@@ -180,7 +180,7 @@ def _choose(
 
 
 def _choose_natively(
-    logits: Float32[Array, "R V"], rows: SamplingRows, context: Context, wanted: Bool[Array, " R"]
+    logits: Float32[Array, "R V"], rows: SamplingArrays, context: Context, wanted: Bool[Array, " R"]
 ) -> tuple[Int32[Array, " R"], Bool[Array, " R"]]:
     """As `_choose`."""
     random = wanted & rows.random
@@ -288,7 +288,7 @@ def _top(k: int, piece: int) -> Callable[[Float32[Array, "R V"]], tuple[Float32[
     return top
 
 
-def _weights(logits: Float32[Array, "R V"], rows: SamplingRows, random: Bool[Array, " R"]) -> Float32[Array, "R V"]:
+def _weights(logits: Float32[Array, "R V"], rows: SamplingArrays, random: Bool[Array, " R"]) -> Float32[Array, "R V"]:
     """What random rows draw in proportion to: 0 for dropped tokens, 1 for the most likely one."""
     temperature = jnp.where(random, rows.temperature, 1.0)
     scaled = logits / temperature[:, None]
@@ -319,7 +319,7 @@ def _weights(logits: Float32[Array, "R V"], rows: SamplingRows, random: Bool[Arr
 
 
 def _processed_logprobs(
-    logits: Float32[Array, "R V"], rows: SamplingRows, active: Bool[Array, " R"]
+    logits: Float32[Array, "R V"], rows: SamplingArrays, active: Bool[Array, " R"]
 ) -> Float32[Array, "R V"]:
     """Log probabilities that tokens are drawn with; greedy rows: of the logits at temperature 1."""
     random = active & rows.random
@@ -365,7 +365,7 @@ def _largest(holds: Callable[[UInt32[Array, "R 1"]], Bool[Array, " R"]], shape: 
     return lax.fori_loop(0, 32, settle_bit, jnp.zeros(shape, jnp.uint32))
 
 
-def _uniforms(rows: SamplingRows, context: Context) -> Float32[Array, "R 2"]:
+def _uniforms(rows: SamplingArrays, context: Context) -> Float32[Array, "R 2"]:
     def one(key_data: UInt32[Array, " 2"], sample_index: Int32[Array, ""], position: Int32[Array, ""]):
         key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
         key = jax.random.fold_in(jax.random.fold_in(key, sample_index), position)
@@ -376,8 +376,8 @@ def _uniforms(rows: SamplingRows, context: Context) -> Float32[Array, "R 2"]:
 
 def _pick(weights: Float32[Array, "R V"], uniforms: Float32[Array, "R 2"]) -> Int32[Array, " R"]:
     """Inverse transform sampling in two levels. A token of weight 0 is never picked, whatever the rounding."""
-    num_rows, vocab_size = weights.shape
-    blocks = jnp.pad(weights, ((0, 0), (0, -vocab_size % _BLOCK))).reshape(num_rows, -1, _BLOCK)
+    _, vocab_size = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab_size % _BLOCK))).reshape(weights.shape[0], -1, _BLOCK)
     block = _inverse(jnp.sum(blocks, axis=-1), uniforms[:, 0])
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     return block * _BLOCK + _inverse(inside, uniforms[:, 1])

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from jaxserve.config import EngineConfig
 from jaxserve.core import logit_rules
 from jaxserve.core.cache import copy_pages
-from jaxserve.core.forward import PromptLogprobs, forward_rows, no_prompt_logprobs
+from jaxserve.core.forward import PromptLogprobs, forward_batch, no_prompt_logprobs
 from jaxserve.core.logit_rules import Context
 from jaxserve.core.logits_fn import LogitsFn
 from jaxserve.core.pytree import Record, record
@@ -29,7 +29,7 @@ from jaxserve.core.sampling import Sampled, sample
 from jaxserve.core.scheduler.state import EngineState, Status
 from jaxserve.core.scheduler.submission import Handles, Submission, abort, collect, submit
 from jaxserve.core.scheduler.token_counts import count_tokens
-from jaxserve.core.scheduler.transitions import samples, schedule, settle
+from jaxserve.core.scheduler.transitions import finish_step, samples, schedule
 from jaxserve.models import ModelConfig, graphdef_of
 from jaxserve.models.prepare import prepare
 from pallas_kernels.backend import compiles_for_cuda
@@ -103,11 +103,11 @@ def step(
     state, plan = schedule(state, config=config)
     state = state.replace(pool=copy_pages(state.pool, plan.copy_from, plan.copy_to))
     sampled = samples(state, plan.num_new)
-    pool, found = forward_rows(params, state, plan, model=model, config=config)
+    pool, found = forward_batch(params, state, plan, model=model, config=config)
     state = count_tokens(state, sampled)
     aux, drawn = _sample(params, state, found.hidden, sampled, logits_fn, model=model, config=config)
     before, state = state, state.replace(aux=aux)
-    state = settle(state.replace(pool=pool), plan.num_new, drawn.token, drawn.failed)
+    state = finish_step(state.replace(pool=pool), plan.num_new, drawn.token, drawn.failed)
     output = StepOutput(
         row_id=before.slots.row_id,
         num_new=plan.num_new,
@@ -196,19 +196,19 @@ def run(
             "raise max_logprobs in EngineConfig"
         )
     params = prepare(params, model, config.backend, config.weight_dtype)
-    num_rows = config.num_rows
-    shape = (num_rows, max_new_tokens)
+    queue_size = config.queue_size
+    shape = (queue_size, max_new_tokens)
     kept = (
         jnp.zeros(shape, jnp.float32),
         jnp.full((*shape, num_top_logprobs), -1, jnp.int32),
         jnp.zeros((*shape, num_top_logprobs), jnp.float32),
     )
-    of_prompt = jnp.full((num_rows, config.max_model_len if prompt_logprobs else 0), jnp.nan, jnp.float32)
+    of_prompt = jnp.full((queue_size, config.max_model_len if prompt_logprobs else 0), jnp.nan, jnp.float32)
 
     def one_step(carry: tuple[EngineState, tuple[Array, ...], Array]) -> tuple[EngineState, tuple[Array, ...], Array]:
         state, (*kept, of_prompt), index = carry
         state, output = step(params, state, model=model, config=config, logits_fn=logits_fn)
-        row = jnp.where(output.sampled, output.row_id, num_rows)
+        row = jnp.where(output.sampled, output.row_id, queue_size)
         column = (state.queue.num_tokens - state.queue.prompt_length).at[row].get(mode="fill", fill_value=0) - 1
         new = (
             output.drawn.logprob,
@@ -239,7 +239,7 @@ def run(
 def _check_shapes(state: EngineState, config: EngineConfig) -> None:
     queue, table, pages = state.queue, state.table, state.pool.k[0]
     shapes = {
-        "num_rows": (queue.tokens.shape[0], config.num_rows),
+        "queue_size": (queue.tokens.shape[0], config.queue_size),
         "max_model_len": (queue.tokens.shape[1], config.max_model_len),
         "max_slots": (table.page_ids.shape[0], config.max_slots),
         "page_size": (pages.shape[2], config.page_size),
@@ -275,7 +275,7 @@ def empty_outputs(num_steps: int, config: EngineConfig) -> StepOutputs:
     def stacked(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: zeros(num_steps, *leaf.shape, dtype=leaf.dtype), tree)
 
-    slots, rows = config.max_slots, config.num_rows
+    slots, rows = config.max_slots, config.queue_size
     steps = StepOutput(
         row_id=zeros(num_steps, slots),
         num_new=zeros(num_steps, slots),
@@ -320,7 +320,7 @@ def _sample(
     config: EngineConfig,
 ) -> tuple[Any, Sampled]:
     """Output projection and sampling, in tiles of slots that sample: logits of one tile only are alive."""
-    num_slots, size = hidden.shape[0], config.rows_per_tile
+    num_slots, size = hidden.shape[0], config.tile_size
     forward = nnx.merge(graphdef_of(model), params)
     (order,) = jnp.nonzero(sampled, size=-(-num_slots // size) * size, fill_value=num_slots)
     num_sampling = jnp.sum(sampled, dtype=jnp.int32)

@@ -16,13 +16,12 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
 from jaxserve.engine.engine import Engine, QueueFullError
-from jaxserve.engine.live_requests import Group, Update
+from jaxserve.engine.live_requests import LiveRequest, Update
 from jaxserve.engine.stats import EngineStats
 from jaxserve.request import Request, RequestOutput, SamplingParams
 
@@ -171,7 +170,7 @@ class AsyncEngine:
         self._steps_per_call = engine._checked_steps(steps_per_call)
         self._changed = threading.Condition()  # guards what follows
         self._handles: dict[str, RequestHandle] = {}  # unfinished
-        self._incoming: collections.deque[Group] = collections.deque()
+        self._incoming: collections.deque[LiveRequest] = collections.deque()
         self._aborts: list[RequestHandle] = []
         self._room: collections.deque[Callable[[], None]] = collections.deque()  # tell those who wait for room
         self._closing = False
@@ -186,7 +185,7 @@ class AsyncEngine:
 
     def submit(
         self,
-        prompt: str | SequenceOf[int] | Request,
+        prompt: str | Sequence[int] | Request,
         params: SamplingParams | None = None,
         *,
         id: str | None = None,
@@ -213,7 +212,7 @@ class AsyncEngine:
 
     async def stream(
         self,
-        prompt: str | SequenceOf[int] | Request,
+        prompt: str | Sequence[int] | Request,
         params: SamplingParams | None = None,
         *,
         id: str | None = None,
@@ -241,10 +240,10 @@ class AsyncEngine:
 
     async def generate(
         self,
-        prompts: str | SequenceOf[str] | SequenceOf[SequenceOf[int]],
-        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        priorities: SequenceOf[int] | None = None,
+        priorities: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Results for prompts, in their order, as `Engine.generate`; waits for room when the queue is full.
 
@@ -314,7 +313,7 @@ class AsyncEngine:
             self._closing = True
             self._changed.notify()
 
-    async def _start(self, group: Group, wait: bool) -> RequestHandle:
+    async def _start(self, group: LiveRequest, wait: bool) -> RequestHandle:
         listener = _Listener()
         handle = RequestHandle(group.request.id, self._abort, listener)
         while not self._add(group, handle, listener.notify if wait else None):
@@ -322,7 +321,7 @@ class AsyncEngine:
             listener.event.clear()
         return handle
 
-    def _add(self, group: Group, handle: RequestHandle, notify: Callable[[], None] | None) -> bool:
+    def _add(self, group: LiveRequest, handle: RequestHandle, notify: Callable[[], None] | None) -> bool:
         """Hands a request to the engine thread. If the queue is full: raises, or returns False and calls `notify` later."""
         with self._changed:
             if self._closing:

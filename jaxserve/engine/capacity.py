@@ -50,7 +50,7 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
     if num_pages is None:
         useful = config.max_slots * config.pages_per_slot
         num_pages = max(min(_pool_bytes(weight) // page_bytes, useful), config.pages_per_slot)
-    resolved = dataclasses.replace(config, num_pages=num_pages, tile_rows=config.rows_per_tile)
+    resolved = dataclasses.replace(config, num_pages=num_pages, tile_rows=config.tile_size)
     check_runs_here(config.backend, interpret=config.interpret_kernels)
     if resolved == given:
         return resolved  # nothing was left open
@@ -63,7 +63,7 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
         num_pages * config.page_size,
         num_pages * page_bytes / 1e6,
         config.max_slots,
-        config.num_rows,
+        config.queue_size,
         config.max_model_len,
         config.chunk_size,
         config.max_logprobs,

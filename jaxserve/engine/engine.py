@@ -17,8 +17,7 @@ import dataclasses
 import heapq
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import jax
@@ -34,7 +33,7 @@ from jaxserve.core.step import Changes, StepOutputs
 from jaxserve.engine.beams import BeamParams, BeamSearchOutput, search_beams
 from jaxserve.engine.capacity import resolve_capacities
 from jaxserve.engine.intake import Intake
-from jaxserve.engine.live_requests import Group, Sequence, Update
+from jaxserve.engine.live_requests import LiveRequest, LiveSample, Update
 from jaxserve.engine.memory import keep_buffers, release_zeros, trim
 from jaxserve.engine.readback import Observer, take_prompt_logprobs, take_tokens
 from jaxserve.engine.stats import EngineStats
@@ -54,7 +53,7 @@ class _Call:
     """One call in flight."""
 
     dispatch_time: float
-    submitted: list[Sequence]
+    submitted: list[LiveSample]
     handles: Handles | None  # of `submitted`
     outputs: PackedOutputs
 
@@ -77,7 +76,7 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         tokenizer: Tokenizer | None = None,
-        eos_token_ids: SequenceOf[int] = (),
+        eos_token_ids: Sequence[int] = (),
         seed: int = 0,
         logits_fn: LogitsFn | None = None,
         aux: Any = None,
@@ -121,10 +120,12 @@ class Engine:
         """Forgets all requests, and everything on the device but the weights."""
         self._state = jax.device_put(self._programs["init"](aux=self._aux), _replicated(self._weights))
         release_zeros(jax.tree.leaves((self._state.pool, self._state.seen)))
-        self._waiting: list[tuple[int, int, Group]] = []  # not on the device yet: a heap of (priority, number, ...)
-        self._unfinished: dict[str, Group] = {}
-        self._by_row: dict[int, Sequence] = {}
-        self._generation: Any = np.zeros(self.config.num_rows, np.int32)  # of rows in `_by_row` and `_to_collect`
+        self._waiting: list[
+            tuple[int, int, LiveRequest]
+        ] = []  # not on the device yet: a heap of (priority, number, ...)
+        self._unfinished: dict[str, LiveRequest] = {}
+        self._by_row: dict[int, LiveSample] = {}
+        self._generation: Any = np.zeros(self.config.queue_size, np.int32)  # of rows in `_by_row` and `_to_collect`
         self._to_collect: list[int] = []  # finished rows
         self._num_on_device = 0  # rows that are not free
         self._num_aborts = 0  # requested since the last step
@@ -180,10 +181,10 @@ class Engine:
 
     def generate(
         self,
-        prompts: str | SequenceOf[str] | SequenceOf[SequenceOf[int]],
-        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        priorities: SequenceOf[int] | None = None,
+        priorities: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Results for prompts, in their order.
 
@@ -202,10 +203,10 @@ class Engine:
 
     def _accept_all(
         self,
-        prompts: str | SequenceOf[str] | SequenceOf[SequenceOf[int]],
-        params: SamplingParams | SequenceOf[SamplingParams] | None,
-        priorities: SequenceOf[int] | None,
-    ) -> list[Group]:
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priorities: Sequence[int] | None,
+    ) -> list[LiveRequest]:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         groups = []
         for index, (prompt, (wanted, priority)) in enumerate(
@@ -219,8 +220,8 @@ class Engine:
 
     def score(
         self,
-        prompts: SequenceOf[str] | SequenceOf[SequenceOf[int]],
-        completions: SequenceOf[str] | SequenceOf[SequenceOf[int]],
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        completions: Sequence[str] | Sequence[Sequence[int]],
     ) -> list[tuple[float, ...]]:
         """Log probabilities of given completions, token by token, of the model's own distribution.
 
@@ -248,7 +249,7 @@ class Engine:
         ]
 
     def beam_search(
-        self, prompts: SequenceOf[str] | SequenceOf[SequenceOf[int]], params: BeamParams | None = None
+        self, prompts: Sequence[str] | Sequence[Sequence[int]], params: BeamParams | None = None
     ) -> list[BeamSearchOutput]:
         """The best continuations that a search over beams finds, as transformers finds them.
 
@@ -272,7 +273,7 @@ class Engine:
             eos_token_ids=self.eos_token_ids,
         )
 
-    def _encoded(self, text: str | SequenceOf[int], *, special: bool) -> list[int]:
+    def _encoded(self, text: str | Sequence[int], *, special: bool) -> list[int]:
         if not isinstance(text, str):
             return list(text)
         if self.tokenizer is None:
@@ -292,14 +293,14 @@ class Engine:
         Raises:
           ValueError: on the first `next`, if a request is not valid; none is added then.
         """
-        groups: dict[str, Group] = {}
+        groups: dict[str, LiveRequest] = {}
         for request in requests:
             if request.id in groups:
                 raise ValueError(f"request id {request.id!r} is there twice: ids must differ")
             groups[request.id] = self._accept(request)
         yield from self._serve(list(groups.values()), steps_per_call)
 
-    def _serve(self, groups: list[Group], steps_per_call: int | None = None) -> Iterator[Update]:
+    def _serve(self, groups: list[LiveRequest], steps_per_call: int | None = None) -> Iterator[Update]:
         for group in groups:
             self._enqueue(group)
         unfinished = {group.request.id for group in groups}
@@ -323,7 +324,7 @@ class Engine:
 
     def stream(
         self,
-        prompt: str | SequenceOf[int] | Request,
+        prompt: str | Sequence[int] | Request,
         params: SamplingParams | None = None,
         *,
         id: str | None = None,
@@ -347,7 +348,7 @@ class Engine:
 
     def add_request(
         self,
-        prompt: str | SequenceOf[int] | Request,
+        prompt: str | Sequence[int] | Request,
         params: SamplingParams | None = None,
         *,
         id: str | None = None,
@@ -388,11 +389,11 @@ class Engine:
 
     def _accept(
         self,
-        prompt: str | SequenceOf[int] | Request,
+        prompt: str | Sequence[int] | Request,
         params: SamplingParams | None = None,
         id: str | None = None,
         priority: int = 0,
-    ) -> Group:
+    ) -> LiveRequest:
         """Checks a request. May be called in any thread: nothing is added yet."""
         return self._intake.accept(prompt, params, id, priority, in_use=self._unfinished)
 
@@ -400,7 +401,7 @@ class Engine:
         if self._driver not in (None, threading.get_ident()):
             raise RuntimeError("this engine works for an AsyncEngine: ask that one, or close it first")
 
-    def _enqueue(self, group: Group) -> None:
+    def _enqueue(self, group: LiveRequest) -> None:
         self._check_driver()
         self._unfinished[group.request.id] = group
         heapq.heappush(self._waiting, (group.request.priority, self._num_added, group))
@@ -538,9 +539,9 @@ class Engine:
     def _dispatch(self, max_steps: int) -> None:
         # Those that ended with a stop string run on until the device hears of it.
         aborted = [row for row, sequence in self._by_row.items() if sequence.group.abort_requested or sequence.finished]
-        num_free = self.config.num_rows - self._num_on_device + len(self._to_collect)
+        num_free = self.config.queue_size - self._num_on_device + len(self._to_collect)
         room = min(num_free, self.config.max_slots)
-        submitted: list[Sequence] = []
+        submitted: list[LiveSample] = []
         while self._waiting and len(submitted) + self._waiting[0][2].params.n <= room:
             submitted += heapq.heappop(self._waiting)[2].samples
         handles = None
@@ -554,7 +555,7 @@ class Engine:
         self.stats.num_device_calls += 1
         self._calls.append(_Call(time.monotonic(), submitted, handles if submitted else None, outputs))
 
-    def _changes(self, submitted: list[Sequence], collected: list[int], aborted: list[int]) -> Changes:
+    def _changes(self, submitted: list[LiveSample], collected: list[int], aborted: list[int]) -> Changes:
         return Changes(
             submission=self._intake.submission(submitted),
             collected=self._mask(collected),
@@ -563,7 +564,7 @@ class Engine:
         )
 
     def _mask(self, rows: Any) -> Any:
-        mask = np.zeros(self.config.num_rows, bool)
+        mask = np.zeros(self.config.queue_size, bool)
         mask[rows] = True
         return mask
 
@@ -610,7 +611,7 @@ class Engine:
                 group.admitted = True
                 self.stats.latencies.queue.observe(start - group.arrival_time)
 
-    def _take_updates(self, sequences: Iterable[Sequence], now: float) -> list[Update]:
+    def _take_updates(self, sequences: Iterable[LiveSample], now: float) -> list[Update]:
         updates = []
         for sequence in sequences:
             update = sequence.take_update()
@@ -619,7 +620,7 @@ class Engine:
                 self._observe(sequence, len(update.token_ids), now)
         return updates
 
-    def _observe(self, sequence: Sequence, num_tokens: int, now: float) -> None:
+    def _observe(self, sequence: LiveSample, num_tokens: int, now: float) -> None:
         latencies, group, last = self.stats.latencies, sequence.group, sequence.last_token_time
         if not num_tokens:
             return
@@ -636,7 +637,7 @@ class Engine:
         wanted = any(group.params.prompt_logprobs is not None for group in self._unfinished.values())
         return outputs.packed, outputs.prompt if wanted else None
 
-    def _finish(self, group: Group) -> None:
+    def _finish(self, group: LiveRequest) -> None:
         del self._unfinished[group.request.id]
         self.stats.num_requests += 1
         self.stats.num_prompt_tokens += len(group.prompt_token_ids)

@@ -8,8 +8,7 @@ from typing import Any
 from jaxserve.config import EngineConfig
 from jaxserve.core.make_submission import check_aux, check_prompt, derived_seed, empty_submission, fill_row, truncated
 from jaxserve.core.scheduler import Submission
-from jaxserve.engine.live_requests import Group
-from jaxserve.engine.live_requests import Sequence as Sample
+from jaxserve.engine.live_requests import LiveRequest, LiveSample
 from jaxserve.models import ModelConfig
 from jaxserve.request import Request, SamplingParams
 from jaxserve.text.tokenizer import Tokenizer, spell
@@ -47,7 +46,7 @@ class Intake:
         priority: int,
         *,
         in_use: Container[str],
-    ) -> Group:
+    ) -> LiveRequest:
         """Checks a request.
 
         Args:
@@ -77,7 +76,7 @@ class Intake:
         seed = derived_seed(self._seed, number) if request.params.seed is None else request.params.seed
         prompt_token_ids, params = self._prompt_tokens(request), self._spelled(request.params)
         check_prompt(prompt_token_ids, params, model=self._model, config=self._config, eos_token_ids=self.eos_token_ids)
-        return Group(request, prompt_token_ids, params, seed, self._tokenizer, self.eos_token_ids)
+        return LiveRequest(request, prompt_token_ids, params, seed, self._tokenizer, self.eos_token_ids)
 
     def _prompt_tokens(self, request: Request) -> tuple[int, ...]:
         token_ids = request.prompt_token_ids
@@ -97,7 +96,7 @@ class Intake:
             return params
         return dataclasses.replace(params, bad_words=spell(params.bad_words, self._tokenizer))
 
-    def submission(self, samples: Sequence[Sample]) -> Submission:
+    def submission(self, samples: Sequence[LiveSample]) -> Submission:
         """Rows for at most `max_slots` samples, those of one request side by side; the rest is padding."""
         rows = empty_submission(self._config.max_slots, self._model, self._config, self._aux)
         for index, sequence in enumerate(samples):

@@ -28,7 +28,7 @@ class Update:
     index: int = 0  # which sample
 
 
-class Group:
+class LiveRequest:
     """A request on its way: its samples, and what they have in common. Made when the request is accepted."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Group:
         self.eos_token_ids = eos_token_ids
         self.arrival_time = time.monotonic()
         self.admitted = False  # to a slot, at least one sample, at least once
-        self.samples = [Sequence(self, index) for index in range(params.n)]
+        self.samples = [LiveSample(self, index) for index in range(params.n)]
         self._prompt_logprobs: list[Mapping[int, TokenLogprob] | None] = [None] * len(prompt_token_ids)
 
     @property
@@ -109,10 +109,10 @@ class Group:
         )
 
 
-class Sequence:
+class LiveSample:
     """Collects tokens of one sample of a request."""
 
-    def __init__(self, group: Group, index: int) -> None:
+    def __init__(self, group: LiveRequest, index: int) -> None:
         self.group = group
         self.index = index  # which sample
         self.token_ids: list[int] = []

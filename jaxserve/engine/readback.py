@@ -7,14 +7,14 @@ import numpy as np
 
 from jaxserve.core.scheduler import Status
 from jaxserve.core.step import StepOutputs
-from jaxserve.engine.live_requests import Sequence
+from jaxserve.engine.live_requests import LiveSample
 
 # Gets what a call did, in arrays of the host, which share one buffer: copy what you keep; the samples in queue rows, those that
 # end in this call included; and how many more samples waited on the host.
-Observer = Callable[[StepOutputs, Mapping[int, Sequence], int], None]
+Observer = Callable[[StepOutputs, Mapping[int, LiveSample], int], None]
 
 
-def take_prompt_logprobs(outputs: StepOutputs, by_row: Mapping[int, Sequence]) -> None:
+def take_prompt_logprobs(outputs: StepOutputs, by_row: Mapping[int, LiveSample]) -> None:
     """Hands what is known of prompt tokens to the requests that asked; `by_row` maps queue rows to sequences."""
     prompt: Any = outputs.steps.prompt
     if prompt is None:
@@ -29,7 +29,7 @@ def take_prompt_logprobs(outputs: StepOutputs, by_row: Mapping[int, Sequence]) -
         )
 
 
-def take_tokens(outputs: StepOutputs, by_row: Mapping[int, Sequence]) -> dict[int, Sequence]:
+def take_tokens(outputs: StepOutputs, by_row: Mapping[int, LiveSample]) -> dict[int, LiveSample]:
     """Hands every drawn token to its sequence; returns the sequences that got some, by row."""
     steps, touched = outputs.steps, {}
     drawn: Any = steps.drawn

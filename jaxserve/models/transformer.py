@@ -40,13 +40,13 @@ class Transformer(nnx.Module):
         Args:
           tokens: token id per row, in [0, V).
           positions: position of each row in its sequence, counted from 0.
-          attend: see `Attend`. With parameters that `prepare` packed it must be `native.PagedRows`: one kernel does all blocks.
+          attend: see `Attend`. With prepared parameters it must be `native.PagedBatch`: one kernel does all blocks.
           kv: one entry per layer, or None for an `attend` that carries nothing.
         """
         config = self.config
         rotation = rotations(config.rope, config.head_dim, positions)
-        if isinstance(attend, native.PagedRows) and is_prepared(self.blocks[0].attention.qkv[...]):
-            x = native.embed(self.embedding[...], tokens, config.embed_dim, attend.num_rows)
+        if isinstance(attend, native.PagedBatch) and is_prepared(self.blocks[0].attention.qkv[...]):
+            x = native.embed(self.embedding[...], tokens, config.embed_dim, attend.batch_size)
             weights = [block.weights() for block in self.blocks]
             options: dict[str, Any] = {
                 "group_size": config.group_size,
@@ -57,7 +57,7 @@ class Transformer(nnx.Module):
             return self.final_norm(x), tuple(layers)
         if any(is_prepared(block.attention.qkv[...]) for block in self.blocks):
             raise ValueError(
-                "these parameters are prepared for native kernels: use them with native.PagedRows as `attend`"
+                "these parameters are prepared for native kernels: use them with native.PagedBatch as `attend`"
             )
         x = self.embedding[...][tokens].astype(jnp.float32)
         layers = [None] * config.num_layers if kv is None else list(kv)
@@ -65,11 +65,13 @@ class Transformer(nnx.Module):
             x, layers[layer] = block(x, rotation, layers[layer], attend, layer=layer, window=config.windows[layer])
         return self.final_norm(x), tuple(layers)
 
-    def logits(self, hidden: Float32[Array, "B E"], num_rows: Int32[Array, ""] | None = None) -> Float32[Array, "B V"]:
-        """Next-token logits of final hidden states; `num_rows` as in `native.product`."""
+    def logits(
+        self, hidden: Float32[Array, "B E"], batch_size: Int32[Array, ""] | None = None
+    ) -> Float32[Array, "B V"]:
+        """Next-token logits of final hidden states; `batch_size` as in `native.product`."""
         weight = (self.embedding if self.lm_head is None else self.lm_head)[...]
         if is_prepared(weight):
-            return native.product(hidden, weight, num_columns=self.config.vocab_size, num_rows=num_rows)
+            return native.product(hidden, weight, num_columns=self.config.vocab_size, batch_size=batch_size)
         return matmul_transposed(hidden, weight)
 
 

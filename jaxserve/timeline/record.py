@@ -25,7 +25,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.core.scheduler import Status
 from jaxserve.core.step import StepOutputs
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.live_requests import Sequence
+from jaxserve.engine.live_requests import LiveSample
 
 FORMATS = (".png", ".html")
 
@@ -118,7 +118,7 @@ class Timeline:
         self._calls = [Steps(slots, slots, slots.astype(bool), none, none, none)]
         self.num_steps = 0
 
-    def observe(self, outputs: StepOutputs, by_row: Mapping[int, Sequence], num_waiting: int) -> None:
+    def observe(self, outputs: StepOutputs, by_row: Mapping[int, LiveSample], num_waiting: int) -> None:
         """Takes what a call did; an engine's `observer`."""
         done: Any = outputs
         steps, num_steps = done.steps, int(done.num_steps)
@@ -142,7 +142,7 @@ class Timeline:
         )
         self.num_steps += num_steps
 
-    def _index_of(self, row: int, generation: int, sequence: Sequence) -> int:
+    def _index_of(self, row: int, generation: int, sequence: LiveSample) -> int:
         group = sequence.group
         key = (row, generation, group.request.id, sequence.index)
         if key not in self._index:
@@ -151,7 +151,7 @@ class Timeline:
             self.occupants.append(Occupant(group.request.id, sample, len(group.prompt_token_ids)))
         return self._index[key]
 
-    def _end(self, row: int, generation: int, sequence: Sequence, status: Status) -> None:
+    def _end(self, row: int, generation: int, sequence: LiveSample, status: Status) -> None:
         index = self._index.get((row, generation, sequence.group.request.id, sequence.index))
         if index is None:
             return  # aborted before it had a slot

@@ -1,6 +1,6 @@
 """The native kernels as functions of JAX arrays. Shapes, meanings and results are those of the plain functions named.
 
-Rows from `num_rows` on cost nothing and come back undefined. All run on CPU only, and have no derivatives.
+Rows from `batch_size` on cost nothing and come back undefined. All run on CPU only, and have no derivatives.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,8 +42,8 @@ def pack(w: Num[Array, "K N"]) -> Num[Array, "N/64 K/2 _ _"]:
 
     For each 64 columns all pairs of rows lie together: [N/64, K/2, 64, 2] in bfloat16 and int8, [N/64, K/2, 2, 64] in float32.
     """
-    num_rows, num_columns = w.shape
-    w = jnp.pad(w, ((0, num_rows % 2), (0, -num_columns % _PANEL)))
+    batch_size, num_columns = w.shape
+    w = jnp.pad(w, ((0, batch_size % 2), (0, -num_columns % _PANEL)))
     w = w.reshape(w.shape[0] // 2, 2, -1, _PANEL)
     return w.transpose((2, 0, 3, 1) if w.dtype != jnp.float32 else (2, 0, 1, 3))
 
@@ -87,7 +87,7 @@ def _interleaved(w: Float[Array, "K 2 F"]) -> Float[Array, "K 2F"]:
 
 
 def embed(
-    w: Num[Array, "..."], ids: Int32[Array, " B"], size: int, num_rows: Int32[Array, ""] | None = None
+    w: Num[Array, "..."], ids: Int32[Array, " B"], size: int, batch_size: Int32[Array, ""] | None = None
 ) -> Float32[Array, "B K"]:
     """Rows `ids` of a table [V, K]; or, which is the same, columns of the packed weight made of its transpose.
 
@@ -97,10 +97,10 @@ def embed(
       w: the table or packed weight.
       ids: in [0, V); what others get is meaningless, but nothing outside of the table is read.
       size: K.
-      num_rows: ids that count, as rows in `product`.
+      batch_size: ids that count, as rows in `product`.
     """
     call = _ffi("jaxserve_embed", jax.ShapeDtypeStruct((ids.shape[0], size), jnp.float32))
-    return call(w, ids, _count(num_rows, ids.shape[0]))
+    return call(w, ids, _count(batch_size, ids.shape[0]))
 
 
 def product(
@@ -108,7 +108,7 @@ def product(
     w: Num[Array, "N/64 K/2 _ _"],
     *,
     num_columns: int,
-    num_rows: Int32[Array, ""] | None = None,
+    batch_size: Int32[Array, ""] | None = None,
     scale: Float32[Array, " K"] | None = None,
     eps: float = 1e-6,
     bias: Float32[Array, " N"] | None = None,
@@ -124,7 +124,7 @@ def product(
       x: rows.
       w: from `pack` or `pack_int8`, or if gated from `pack_gated` or `pack_int8_gated`.
       num_columns: N, or F if gated.
-      num_rows: rows that count; None: all.
+      batch_size: rows that count; None: all.
       scale: of an RMSNorm of x; None: there is none.
       eps: of that.
       bias: [2F] if gated; None: there is none.
@@ -134,17 +134,17 @@ def product(
     call = _ffi("jaxserve_product", jax.ShapeDtypeStruct((x.shape[0], num_columns), jnp.float32))
     if residual is None:
         residual = jnp.zeros((0, 0), jnp.float32)
-    count = _count(num_rows, x.shape[0])
+    count = _count(batch_size, x.shape[0])
     return call(x, w, count, _or_none(scale), _or_none(bias), residual, eps=np.float32(eps), gated=gated)
 
 
-class PagedRows(NamedTuple):
+class PagedBatch(NamedTuple):
     """Rows of sequences whose keys and values lie in pages. Called, it is a `jaxserve.models.Attend`."""
 
     page_ids: Int32[Array, "S P"]  # the page table
     slot: Int32[Array, " B"]  # S: none, the row's keys and values go nowhere
     position: Int32[Array, " B"]
-    num_rows: Int32[Array, ""] | None = None  # that count; None: all
+    batch_size: Int32[Array, ""] | None = None  # that count; None: all
 
     def __call__(
         self, projection: Any, kv: tuple[Array, Array], *, layer: int, window: int | None
@@ -154,8 +154,8 @@ class PagedRows(NamedTuple):
         qkv, cos, sin, q_norm, k_norm, norm_eps = projection
         norms = {"q_norm": q_norm, "k_norm": k_norm, "norm_eps": norm_eps}
         pages, rows = PagedKV(*kv, self.page_ids), (self.slot, self.position)
-        q, k, v = rotary_write(qkv, cos, sin, pages, *rows, **norms, num_rows=self.num_rows)
-        out = paged_attention(q, pages._replace(k=k, v=v), *rows, window=window, num_rows=self.num_rows)
+        q, k, v = rotary_write(qkv, cos, sin, pages, *rows, **norms, batch_size=self.batch_size)
+        out = paged_attention(q, pages._replace(k=k, v=v), *rows, window=window, batch_size=self.batch_size)
         return out, (k, v)
 
 
@@ -182,7 +182,7 @@ def blocks(
     sin: Float32[Array, "B D/2"],
     weights: Sequence[BlockWeights],
     pages: Sequence[tuple[Shaped[Array, "P K T D"], Shaped[Array, "P K T D"]]],
-    rows: PagedRows,
+    rows: PagedBatch,
     *,
     ffw_dim: int,
     group_size: int,
@@ -208,14 +208,14 @@ def blocks(
       ValueError: if a weight is not packed, or is not of the others' dtype, or an array has not the size that fits the rest.
     """
     _check_blocks(x, weights, pages, ffw_dim=ffw_dim, group_size=group_size)
-    num_rows, half = x.shape[0], pages[0][0].shape[3] // 2
+    batch_size, half = x.shape[0], pages[0][0].shape[3] // 2
     found = [array.shape for array in (cos, sin, rows.slot, rows.position)]
-    if found != [(num_rows, half)] * 2 + [(num_rows,)] * 2:
-        raise ValueError(f"cos, sin, slot and position of {num_rows} rows have the shapes {found}")
+    if found != [(batch_size, half)] * 2 + [(batch_size,)] * 2:
+        raise ValueError(f"cos, sin, slot and position of {batch_size} rows have the shapes {found}")
     layers = []
     for layer, (k, v) in zip(weights, pages, strict=True):
         layers += [w if w is not None and w.ndim == 4 else _or_none(w) for w in layer] + [k, v]
-    head = (x, cos, sin, rows.page_ids, rows.slot, rows.position, _count(rows.num_rows, x.shape[0]))
+    head = (x, cos, sin, rows.page_ids, rows.slot, rows.position, _count(rows.batch_size, x.shape[0]))
     stride, first = len(BlockWeights._fields) + 2, len(head) + len(BlockWeights._fields)
     results = [jax.ShapeDtypeStruct(x.shape, jnp.float32)]
     results += [jax.ShapeDtypeStruct(array.shape, array.dtype) for pair in pages for array in pair]
@@ -252,12 +252,12 @@ def _check_blocks(x: Any, weights: Any, pages: Any, *, ffw_dim: int, group_size:
     for number, (layer, arrays) in enumerate(zip(weights, pages, strict=True)):
         for name, w in layer._asdict().items():
             if name in sizes:
-                num_rows, num_columns = sizes[name]
+                num_inputs, num_columns = sizes[name]
                 if w.ndim != 4:
                     raise ValueError(
                         f"{name} is not packed: its shape is {w.shape}; `pack` it, or `prepare` all parameters"
                     )
-                wanted = -(-num_columns // _PANEL), head + -(-num_rows // 2)
+                wanted = -(-num_columns // _PANEL), head + -(-num_inputs // 2)
                 if (w.dtype, w.shape[:2]) != (dtype, wanted):
                     raise ValueError(
                         f"{name} of layer {number} is {w.dtype}{list(w.shape)}, where {dtype}{list(wanted)} and two more axes "
@@ -287,7 +287,7 @@ def rotary_write(
     q_norm: Float[Array, " D"] | None = None,
     k_norm: Float[Array, " D"] | None = None,
     norm_eps: float = 1e-6,
-    num_rows: Int32[Array, ""] | None = None,
+    batch_size: Int32[Array, ""] | None = None,
 ) -> tuple[Float32[Array, "B H D"], Shaped[Array, "N K T D"], Shaped[Array, "N K T D"]]:
     """`rotary_write.reference.rotary_write` in one pass, pages written in place."""
     num_heads = qkv.shape[1] * (qkv.shape[2] - 2)
@@ -297,7 +297,7 @@ def rotary_write(
         jax.ShapeDtypeStruct(kv.v.shape, kv.v.dtype),
     )
     call = _ffi("jaxserve_rotary_write", results, input_output_aliases={3: 1, 4: 2})
-    count = _count(num_rows, qkv.shape[0])
+    count = _count(batch_size, qkv.shape[0])
     norms = (_or_none(q_norm), _or_none(k_norm))
     q, k, v = call(qkv, cos, sin, kv.k, kv.v, kv.page_ids, slot, position, count, *norms, eps=np.float32(norm_eps))
     return q, k, v
@@ -312,11 +312,11 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Float32[Array, " H"] | None = None,
-    num_rows: Int32[Array, ""] | None = None,
+    batch_size: Int32[Array, ""] | None = None,
 ) -> Float32[Array, "B H D"]:
     """`paged_attention.reference.paged_attention`; adjacent rows of one slot share their reads."""
     call = _ffi("jaxserve_paged_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32))
-    count = _count(num_rows, q.shape[0])
+    count = _count(batch_size, q.shape[0])
     options = {"window": np.int64(window or 0), "softcap": np.float32(softcap or 0)}
     return call(q.astype(jnp.float32), kv.k, kv.v, kv.page_ids, slot, position, count, _or_none(sinks), **options)
 
@@ -350,12 +350,12 @@ def report(
 
     Others get 0, 0, -1 and 0.
     """
-    num_rows = token.shape[0]
+    batch_size = token.shape[0]
     results = (
-        jax.ShapeDtypeStruct((num_rows,), jnp.float32),
-        jax.ShapeDtypeStruct((num_rows,), jnp.int32),
-        jax.ShapeDtypeStruct((num_rows, max_logprobs), jnp.int32),
-        jax.ShapeDtypeStruct((num_rows, max_logprobs), jnp.float32),
+        jax.ShapeDtypeStruct((batch_size,), jnp.float32),
+        jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        jax.ShapeDtypeStruct((batch_size, max_logprobs), jnp.int32),
+        jax.ShapeDtypeStruct((batch_size, max_logprobs), jnp.float32),
     )
     logprob, rank, ids, values = _ffi("jaxserve_report", results)(logits, active, token, asked)
     return logprob, rank, ids, values
@@ -372,8 +372,8 @@ def _ffi(name: str, results: Any, **options: Any) -> Callable[..., Any]:
     return jax.ffi.ffi_call(name, results, **options)
 
 
-def _count(num_rows: Int32[Array, ""] | None, every: int) -> Int32[Array, ""]:
-    return jnp.asarray(every, jnp.int32) if num_rows is None else num_rows
+def _count(batch_size: Int32[Array, ""] | None, every: int) -> Int32[Array, ""]:
+    return jnp.asarray(every, jnp.int32) if batch_size is None else batch_size
 
 
 def _or_none(vector: Any) -> Float32[Array, " _"]:

@@ -113,7 +113,7 @@ def engine_program(name: str, target: Target, *, num_layers: int = 4, **fields: 
 
 def _changes(model: ModelConfig, config: EngineConfig) -> Changes:
     rows = make_submission([[1]], SamplingParams(), model=model, config=config, num_rows=config.max_slots)
-    of_rows, generation = _array("bool", config.num_rows), _array("int32", config.num_rows)
+    of_rows, generation = _array("bool", config.queue_size), _array("int32", config.queue_size)
     shapes = jax.tree.map(lambda leaf: _array(leaf.dtype, *leaf.shape), rows)
     return Changes(submission=shapes, collected=of_rows, aborted=of_rows, generation=generation)
 

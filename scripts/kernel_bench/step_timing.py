@@ -110,7 +110,7 @@ class StepBench:
         case = self.case
         state = self._submitted(case.slots, case.prompt_length, case.total_steps + 1)
         state, outputs = self._run(state, 1)
-        if (np.asarray(outputs.steps.row_id[0]) >= self.config.num_rows).any():
+        if (np.asarray(outputs.steps.row_id[0]) >= self.config.queue_size).any():
             raise RuntimeError("not all sequences were admitted in the first step")
         state = self._as_if_prefilled(state)
         state, _ = self._run(state, 1)
@@ -141,8 +141,10 @@ class StepBench:
         prompts = rng.integers(0, model.vocab_size, (num_prompts, length)).tolist()
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         rows = make_submission(prompts, params, model=model, config=config, num_rows=config.max_slots)
-        none = np.zeros(config.num_rows, bool)
-        changes = Changes(submission=rows, collected=none, aborted=none, generation=np.zeros(config.num_rows, np.int32))
+        none = np.zeros(config.queue_size, bool)
+        changes = Changes(
+            submission=rows, collected=none, aborted=none, generation=np.zeros(config.queue_size, np.int32)
+        )
         return self._programs["update"](init_state(model, config), changes)[0]
 
     def _as_if_prefilled(self, state: EngineState) -> EngineState:

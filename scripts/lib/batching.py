@@ -17,7 +17,7 @@ from lib.workloads import LENGTHS, Workload, draw_lengths
 
 from jaxserve import Engine, EngineConfig
 from jaxserve.core.step import StepOutputs
-from jaxserve.engine.live_requests import Sequence as Sample
+from jaxserve.engine.live_requests import LiveSample
 from jaxserve.timeline.record import Steps, Timeline
 
 TEXTBOOK = (10, 20, 50, 100)
@@ -54,7 +54,7 @@ class _Watch:
         self.marks = [(0, 0.0)]  # steps so far, seconds
         self._start = time.perf_counter()
 
-    def observe(self, outputs: StepOutputs, by_row: Mapping[int, Sample], num_waiting: int) -> None:
+    def observe(self, outputs: StepOutputs, by_row: Mapping[int, LiveSample], num_waiting: int) -> None:
         self.timeline.observe(outputs, by_row, num_waiting + self.num_held)
         if self.timeline.num_steps > self.marks[-1][0]:
             self.marks.append((self.timeline.num_steps, time.perf_counter() - self._start))

@@ -26,7 +26,7 @@ from jaxserve import EngineConfig, EngineState, ModelConfig, Status
 from jaxserve.core.cache import KVPool, bytes_per_page, init_kv_pool
 from jaxserve.core.cache.kv_pool import stores_bits
 from jaxserve.core.scheduler.token_counts import count_tokens
-from jaxserve.core.scheduler.transitions import samples, schedule, settle
+from jaxserve.core.scheduler.transitions import finish_step, samples, schedule
 from jaxserve.core.step import programs
 
 _MEMORY_SHARE = 0.8  # of what is free, for a pool
@@ -49,7 +49,7 @@ def stub_steps(
         row = jnp.where(sampled, state.slots.row_id, 0)
         # The sampler needs the counts; without that, XLA would copy all tokens, to count in them while they are written to.
         token = (state.queue.arrival[row] * 40503 + state.queue.num_tokens[row] + state.slots.num_counted) % 65521
-        return settle(state, plan.num_new, token), drawn + sampled.astype(jnp.int32)
+        return finish_step(state, plan.num_new, token), drawn + sampled.astype(jnp.int32)
 
     drawn = jnp.zeros_like(state.slots.row_id)
     return lax.fori_loop(0, num_steps, lambda _, carry: step(carry), (state, drawn))

@@ -13,7 +13,7 @@ import numpy as np
 from jaxserve import EngineConfig, ModelConfig, SamplingParams
 from jaxserve.core.logit_rules import Context, LogitRules
 from jaxserve.core.make_submission import make_submission
-from jaxserve.core.sampling import SamplingRows
+from jaxserve.core.sampling import SamplingArrays
 
 EOS = 3
 AMBIGUOUS = 1e-6  # closer to a threshold than this, float32 may round to either side
@@ -73,7 +73,7 @@ class Support:
         return self.probs > 0
 
 
-def support_of(logits: np.ndarray, rows: SamplingRows) -> Support:
+def support_of(logits: np.ndarray, rows: SamplingArrays) -> Support:
     """Support of rows that draw at random."""
     limits = rows.temperature, rows.top_k, rows.top_p, rows.min_p
     probs, ambiguous = _limited(logits, *limits, slack=0.0)
@@ -155,7 +155,7 @@ def random_rules(rng: np.random.Generator) -> list[str]:
     return [rule for rule in RULES if rng.random() < probability]
 
 
-def arrays_of(cases: Sequence[Case], vocab_size: int) -> tuple[SamplingRows, LogitRules, Context]:
+def arrays_of(cases: Sequence[Case], vocab_size: int) -> tuple[SamplingArrays, LogitRules, Context]:
     """The rows of cases, one per case, each in a slot of another number; what is stale is random."""
     model = ModelConfig("llama", vocab_size, 2, 2, 1, 1, 1, 2)
     rows = make_submission(

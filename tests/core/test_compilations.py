@@ -48,8 +48,8 @@ class Host:
         """Submits, aborts one row, collects what has finished, runs some steps."""
         status, generation = (np.asarray(leaf) for leaf in (self.state.queue.status, self.state.queue.generation))
         requests = workload.crowd(int(self.rng.integers(2**31)), num_new)
-        aborted = np.zeros(CONFIG.num_rows, bool)
-        aborted[self.rng.integers(CONFIG.num_rows)] = aborting
+        aborted = np.zeros(CONFIG.queue_size, bool)
+        aborted[self.rng.integers(CONFIG.queue_size)] = aborting
         changes = Changes(
             submission=workload.submission_of(requests, CONFIG),
             collected=status >= 3,
@@ -72,7 +72,7 @@ def warm_host() -> Host:
 def test_no_workload_compiles_anything_after_warm_up(warm_host):
     with compilations() as names:
         for index in range(120):
-            num_new = int(warm_host.rng.integers(0, 4)) if index % 10 else CONFIG.num_rows
+            num_new = int(warm_host.rng.integers(0, 4)) if index % 10 else CONFIG.queue_size
             warm_host.turn(num_new, int(warm_host.rng.integers(0, 20)), aborting=index % 3 == 0)
     check_invariants(warm_host.state)
     assert warm_host.num_finished > 100

@@ -47,7 +47,7 @@ def asked(length: int, params: SamplingParams, **changes) -> Asked:
 def single(request: Asked, sample_index: int, config: EngineConfig) -> Submission:
     """One sample of a request, as a request of its own."""
     params = dataclasses.replace(request.params, n=1)
-    rows = make_submission([request.prompt], [params], model=MODEL, config=config, num_rows=config.num_rows)
+    rows = make_submission([request.prompt], [params], model=MODEL, config=config, num_rows=config.queue_size)
     rows.sampling.sample_index[0] = sample_index
     return rows
 
@@ -67,12 +67,12 @@ def follow(
     while index <= max(submissions) or workload.has_unfinished(state):
         if index in submissions:
             state, handles = workload.submit_program(config)(state, submissions[index])
-            taken = [row for row in handles.row_id.tolist() if row < config.num_rows]
+            taken = [row for row in handles.row_id.tolist() if row < config.queue_size]
             assert len(taken) == submissions[index].valid.sum()
             rows |= {row: len(history.samples) + i for i, row in enumerate(taken)}
             history.samples += [Traced() for _ in taken]
         if index == abort_at and aborted:
-            state = abort(state, jnp.isin(jnp.arange(config.num_rows), jnp.array(aborted)), state.queue.generation)
+            state = abort(state, jnp.isin(jnp.arange(config.queue_size), jnp.array(aborted)), state.queue.generation)
         state, output = step(params, state)
         check_invariants(state)
         output = jax.device_get(output)
@@ -263,5 +263,5 @@ def test_rows_are_given_to_all_samples_of_a_request_or_to_none():
     state: EngineState = init_state(MODEL, config)
     rows = make_submission([fits.prompt, too_many.prompt], [fits.params, too_many.params], model=MODEL, config=config)
     state, handles = workload.submit_program(config)(state, rows)
-    assert handles.row_id.tolist() == [*range(9), *[config.num_rows] * 4]
+    assert handles.row_id.tolist() == [*range(9), *[config.queue_size] * 4]
     assert state.queue.status.tolist() == [Status.WAITING] * 9 + [Status.FREE] * 3

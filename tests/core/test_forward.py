@@ -26,8 +26,8 @@ def make_plan(rng: np.random.Generator, config=PARTED) -> tuple:
     """A state and a plan as `transitions.plan` packs it: decode rows, then runs of prefill rows, then padding."""
     state = init_state(MODEL, config)
     slots = rng.permutation(config.max_slots)
-    row_id = rng.permutation(config.num_rows)[: config.max_slots].astype(np.int32)
-    prompt_length = rng.integers(1, 30, config.num_rows).astype(np.int32)
+    row_id = rng.permutation(config.queue_size)[: config.max_slots].astype(np.int32)
+    prompt_length = rng.integers(1, 30, config.queue_size).astype(np.int32)
     num_new = np.zeros(config.max_slots, np.int32)
     rows = []
     for place, slot in enumerate(slots):
@@ -35,14 +35,17 @@ def make_plan(rng: np.random.Generator, config=PARTED) -> tuple:
         first = int(rng.integers(0, 40))
         num_new[slot] = count
         rows += [(slot, first + i) for i in range(count)]
-    slot, position = np.full(config.max_rows, config.max_slots, np.int32), np.zeros(config.max_rows, np.int32)
+    slot, position = (
+        np.full(config.max_batch_size, config.max_slots, np.int32),
+        np.zeros(config.max_batch_size, np.int32),
+    )
     slot[: len(rows)], position[: len(rows)] = zip(*rows, strict=True)
     state = state.replace(
         slots=state.slots.replace(row_id=jnp.asarray(row_id)),
         queue=state.queue.replace(prompt_length=jnp.asarray(prompt_length)),
     )
     plan = Plan(
-        slot=slot, position=position, num_rows=np.int32(len(rows)), num_new=num_new, copy_from=None, copy_to=None
+        slot=slot, position=position, batch_size=np.int32(len(rows)), num_new=num_new, copy_from=None, copy_to=None
     )
     return state, jax.tree.map(jnp.asarray, plan), rows, prompt_length[row_id]
 
@@ -64,7 +67,7 @@ def test_rows_of_chunks_come_first_and_each_part_keeps_its_order(deterministic):
         actual = list(zip(parted.slot.tolist(), parted.position.tolist(), strict=True))
         assert actual[: len(rows)] == expected
         assert set(actual[len(rows) :]) <= {(config.max_slots, 0)}
-        assert (int(parted.num_chunk_rows), int(parted.num_rows)) == (num_chunk_rows, len(rows))
+        assert (int(parted.num_chunk_rows), int(parted.batch_size)) == (num_chunk_rows, len(rows))
         sizes.add(num_chunk_rows)
     assert len(sizes) > 5
 

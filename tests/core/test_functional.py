@@ -34,7 +34,7 @@ def params() -> nnx.State:
 def requests() -> list[workload.Asked]:
     """Twelve of them, half greedy and half random, for four slots and a pool that is too small."""
     kinds = [greedy(max_tokens=NUM_NEW), greedy(max_tokens=NUM_NEW, temperature=1.0, seed=5)]
-    crowd = enumerate(workload.crowd(3, CONFIG.num_rows))
+    crowd = enumerate(workload.crowd(3, CONFIG.queue_size))
     return [dataclasses.replace(asked, params=kinds[i % 2]) for i, asked in crowd]
 
 
@@ -142,7 +142,7 @@ OPTIMISER = optax.adam(0.02)
 @functools.partial(jax.jit, donate_argnums=(0, 1))
 def train_step(params, optimiser_state, submission, seed):
     """Samples with `run`, then REINFORCE on what it sampled: one program, the weights that were just updated included."""
-    number = CONFIG.num_rows
+    number = CONFIG.queue_size
     key_data = jnp.stack([jnp.full(number, seed), jnp.arange(number, dtype=jnp.uint32)], axis=1)
     submission = submission.replace(sampling=submission.sampling.replace(key_data=key_data))
     state, _ = submit(init_state(MODEL, CONFIG), submission, model=MODEL, config=CONFIG)

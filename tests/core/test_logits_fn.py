@@ -13,7 +13,7 @@ from flax import nnx
 from jaxserve import EngineConfig, run
 from jaxserve.core.compile_guard import forbid_compilation
 from jaxserve.core.logit_rules import Context, apply, plain_rules
-from jaxserve.core.sampling import greedy_rows, sample
+from jaxserve.core.sampling import greedy_arrays, sample
 from jaxserve.core.scheduler import EngineState, Status, check_invariants, init_state, submit
 from jaxserve.core.step import programs
 from tests import workload
@@ -66,7 +66,7 @@ def submit_program(config: EngineConfig):
 
 
 def submission_of(requests: Sequence[Asked], auxes: Sequence[Any]) -> Any:
-    padded = [*auxes, *[PLAIN] * (CONFIG.num_rows - len(auxes))]
+    padded = [*auxes, *[PLAIN] * (CONFIG.queue_size - len(auxes))]
     aux = jax.tree.map(lambda *leaves: np.stack(leaves), *padded)
     return workload.submission_of(requests, CONFIG).replace(aux=aux)
 
@@ -113,7 +113,7 @@ def test_the_identity_adds_no_work_on_the_vocabulary():
         slot=jnp.arange(rows, dtype=jnp.int32),
         seen=jnp.zeros((rows, vocab_size), jnp.int32),
     )
-    asks, rules, active = greedy_rows(rows), plain_rules(rows, vocab_size, config), jnp.ones(rows, bool)
+    asks, rules, active = greedy_arrays(rows), plain_rules(rows, vocab_size, config), jnp.ones(rows, bool)
 
     def by(logits_fn):
         def step(logits, asks, rules, context, active):

@@ -10,7 +10,7 @@ from jax import lax
 from jaxserve import EngineConfig
 from jaxserve.core.logit_rules import Context, plain_rules
 from jaxserve.core.optional import if_any
-from jaxserve.core.sampling import greedy_rows, sample
+from jaxserve.core.sampling import greedy_arrays, sample
 
 ROWS, VOCAB = 6, 4099  # no other array has this shape
 PASSES_ON = {"parameter", "get-tuple-element", "tuple", "while", "copy", "bitcast", "opt-barrier"}
@@ -74,7 +74,7 @@ def test_the_sampler_does_no_work_on_the_vocabulary_but_the_most_likely_token_an
 
     arguments = (
         jnp.zeros((ROWS, VOCAB)),
-        greedy_rows(ROWS),
+        greedy_arrays(ROWS),
         plain_rules(ROWS, VOCAB, config),
         context,
         jnp.ones(ROWS, bool),

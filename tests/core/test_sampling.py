@@ -15,7 +15,7 @@ from jax import lax
 from jaxserve import EngineConfig, SamplingParams
 from jaxserve.core import logit_rules, sampling
 from jaxserve.core.logit_rules import Context, LogitRules, plain_rules
-from jaxserve.core.sampling import Sampled, SamplingRows, greedy_rows, sample
+from jaxserve.core.sampling import Sampled, SamplingArrays, greedy_arrays, sample
 from tests.core import sampling_cases
 from tests.core.sampling_cases import Case, Support, softmax, support_of
 
@@ -46,9 +46,9 @@ def sample_plainly(logits, rows, position, active, *, max_logprobs: int) -> Samp
 SAMPLE = jax.jit(functools.partial(sample_plainly, max_logprobs=K))
 
 
-def rows(number: int, **values: Any) -> SamplingRows:
+def rows(number: int, **values: Any) -> SamplingArrays:
     """Rows that sample from the whole distribution with a key of 1, with some fields changed; scalars are repeated."""
-    plain = jax.device_get(greedy_rows(number)).replace(temperature=np.ones(number, np.float32))
+    plain = jax.device_get(greedy_arrays(number)).replace(temperature=np.ones(number, np.float32))
     plain = plain.replace(key_data=np.ones((number, 2), np.uint32))
     changes = {}
     for name, value in values.items():
@@ -57,7 +57,7 @@ def rows(number: int, **values: Any) -> SamplingRows:
     return plain.replace(**changes)
 
 
-def draw(logits: Any, wanted: SamplingRows, position: Any = 0, active: Any = True) -> Sampled:
+def draw(logits: Any, wanted: SamplingArrays, position: Any = 0, active: Any = True) -> Sampled:
     """`sample`; a single row of logits, or position, serves all rows.
 
     Few rows are filled up with inactive ones, so that they share a program.
@@ -72,7 +72,7 @@ def draw(logits: Any, wanted: SamplingRows, position: Any = 0, active: Any = Tru
     return jax.tree.map(lambda leaf: leaf[:number], drawn)
 
 
-def random_limits(rng: np.random.Generator, number: int, vocab_size: int) -> SamplingRows:
+def random_limits(rng: np.random.Generator, number: int, vocab_size: int) -> SamplingArrays:
     """Sampling parameters from one end of their ranges to the other."""
     some_p = rng.choice([1.0, 0.999, 0.9, 0.5, 0.1, 1e-3, 1e-6], number)
     return rows(
@@ -98,7 +98,7 @@ def random_logits(rng: np.random.Generator, number: int, vocab_size: int) -> np.
 
 
 @functools.cache
-def random_rows(seed: int, number: int, vocab_size: int) -> tuple[np.ndarray, SamplingRows, Support]:
+def random_rows(seed: int, number: int, vocab_size: int) -> tuple[np.ndarray, SamplingArrays, Support]:
     """Logits, parameters, and what the oracle makes of them."""
     rng = np.random.default_rng(seed)
     logits, wanted = random_logits(rng, number, vocab_size), random_limits(rng, number, vocab_size)
@@ -116,7 +116,7 @@ def test_the_kept_tokens_and_their_weights_are_the_oracles(seed, number, vocab_s
     assert_weights_agree(jax.jit(sampling._weights), *random_rows(seed, number, vocab_size))
 
 
-def assert_weights_agree(program: Callable[..., Any], logits: np.ndarray, wanted: SamplingRows, support: Support):
+def assert_weights_agree(program: Callable[..., Any], logits: np.ndarray, wanted: SamplingArrays, support: Support):
     """Rows whose thresholds rounding could move aside, of which there are few."""
     weights = np.asarray(program(logits, wanted, np.ones(len(logits), bool)), np.float64)
     certain, probs = ~support.ambiguous, support.probs
@@ -402,7 +402,7 @@ class Batch:
     """Rows with rules, and what the oracle makes of their logits."""
 
     logits: np.ndarray
-    wanted: SamplingRows
+    wanted: SamplingArrays
     rules: LogitRules
     context: Context
     changed: np.ndarray  # logits after the rules, float64

@@ -97,7 +97,7 @@ def assert_dense_agrees(
     params: nnx.State, requests: Sequence[Asked], tokens: Sequence[Sequence[int]], logprobs
 ) -> None:
     """Each token is the dense model's most likely one after those before it, near-ties aside."""
-    rows = np.zeros((CONFIG.num_rows, LENGTH), np.int32)
+    rows = np.zeros((CONFIG.queue_size, LENGTH), np.int32)
     for row, request, generated in zip(rows, requests, tokens, strict=False):
         row[: len(request.prompt) + len(generated)] = (*request.prompt, *generated)
     all_logits = np.asarray(dense_logits()(params, rows))
@@ -110,7 +110,7 @@ def assert_dense_agrees(
 
 
 def test_greedy_tokens_are_those_of_dense_attention_in_a_crowd_with_preemptions_and_chunks(params):
-    requests = [dataclasses.replace(asked, params=greedy()) for asked in workload.crowd(1, CONFIG.num_rows)]
+    requests = [dataclasses.replace(asked, params=greedy()) for asked in workload.crowd(1, CONFIG.queue_size)]
     state, results = jax.device_get(workload.run_program(CONFIG)(params, workload.start(requests, CONFIG)))
     assert state.queue.num_preemptions.sum() >= 3
     assert max(len(asked.prompt) for asked in requests) > 3 * CONFIG.chunk_size
@@ -294,7 +294,7 @@ def test_run_steps_goes_on_after_a_finish_while_rows_wait(params):
 
 def test_run_steps_returns_when_a_row_was_aborted_and_none_waits(params):
     state = workload.start([short(2, 12), short(2, 12)], CONFIG)
-    state = abort(state, jnp.arange(CONFIG.num_rows) == 0, state.queue.generation)
+    state = abort(state, jnp.arange(CONFIG.queue_size) == 0, state.queue.generation)
     state, num_steps = run_steps(params, state, 16)
     assert num_steps == 1
     assert state.queue.status[:2].tolist() == [Status.ABORT, Status.RUNNING]

@@ -246,7 +246,9 @@ def play_trace(engine: Engine, victim: str | None, abort_at: int) -> tuple[dict[
         if num_steps == abort_at:
             assert victim in results, "the step that sees the abort tells of it"
             held = {
-                engine._by_row[int(row)].group.request.id for row in engine._state.slots.row_id if row < CONFIG.num_rows
+                engine._by_row[int(row)].group.request.id
+                for row in engine._state.slots.row_id
+                if row < CONFIG.queue_size
             }
             assert victim not in held and num_pages_of_slots(engine) == CONFIG.num_pages - num_free_pages(engine)
         num_steps += 1

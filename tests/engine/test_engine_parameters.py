@@ -185,7 +185,9 @@ def test_a_users_function_runs_with_its_own_memory_per_request():
             assert max(generated) < 20
         else:
             assert generated == plain.generate([tokens], greedy(max_tokens=20))[0].outputs[0].token_ids
-    assert np.asarray(engine._state.aux["calls"])[: config.num_rows].max() == 20  # one call per token, preempted or not
+    assert (
+        np.asarray(engine._state.aux["calls"])[: config.queue_size].max() == 20
+    )  # one call per token, preempted or not
     with pytest.raises(ValueError, match=r"aux is .*'limit': 'int64\[\]'.* make them alike"):
         engine.add_request(Request("x", prompt_token_ids=(1,), aux={"limit": 5, "calls": np.int32(0)}))
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.core.scheduler import Status
-from jaxserve.engine.live_requests import Group, Sequence
+from jaxserve.engine.live_requests import LiveRequest, LiveSample
 from jaxserve.request import Request, SamplingParams
 from jaxserve.text.tokenizer import Tokenizer
 from tests.text import test_tokenizer
@@ -26,15 +26,15 @@ def tokenizer_of(kind: str = "byte level") -> Tokenizer:
     return test_tokenizer._tokenizer(kind)
 
 
-def group_of(prompt: str = "the", *, tokenizer: Tokenizer | None = None, **params) -> Group:
+def group_of(prompt: str = "the", *, tokenizer: Tokenizer | None = None, **params) -> LiveRequest:
     tokenizer = tokenizer or tokenizer_of()
     wanted = SamplingParams(**{"max_tokens": 99} | params)
     prompt_token_ids = tuple(tokenizer.encode(prompt))
     request = Request(id="r", prompt=prompt, params=wanted)
-    return Group(request, prompt_token_ids, wanted, 7, tokenizer, eos_token_ids=(EOS,))
+    return LiveRequest(request, prompt_token_ids, wanted, 7, tokenizer, eos_token_ids=(EOS,))
 
 
-def push(sequence: Sequence, token_ids: list[int], status: Status = Status.RUNNING) -> None:
+def push(sequence: LiveSample, token_ids: list[int], status: Status = Status.RUNNING) -> None:
     """Gives tokens as a call of the device does; `status` comes with the last one."""
     for token in token_ids[:-1]:
         sequence.append(token, *NOTHING, Status.RUNNING)

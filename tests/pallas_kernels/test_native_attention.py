@@ -35,10 +35,10 @@ def _compiled(window: int | None, softcap: float | None):
     return jax.jit(functools.partial(ops.paged_attention, window=window, softcap=softcap))
 
 
-def run(case: Case, num_rows: int | None = None) -> np.ndarray:
-    count = len(case.slot) if num_rows is None else num_rows
+def run(case: Case, batch_size: int | None = None) -> np.ndarray:
+    count = len(case.slot) if batch_size is None else batch_size
     attend = _compiled(case.shape.window, case.shape.softcap)
-    return np.asarray(attend(*case.rows, sinks=case.options["sinks"], num_rows=np.int32(count)))
+    return np.asarray(attend(*case.rows, sinks=case.options["sinks"], batch_size=np.int32(count)))
 
 
 def take(case: Case, rows: np.ndarray) -> Case:
@@ -64,15 +64,15 @@ def test_a_rows_bits_do_not_depend_on_the_rows_that_it_shares_reads_with(name, d
 def test_rows_in_use_have_the_same_bits_however_many_they_are(name):
     case = make_case(ALL_SHAPES[name], "bfloat16", chunks=True, seed=1)
     expected, number = run(case), len(case.slot)
-    for num_rows in (-1, 0, 1, 2, 7, 8, 9, 31, number - 1, number, number + 9):
-        used = max(num_rows, 0)
+    for batch_size in (-1, 0, 1, 2, 7, 8, 9, 31, number - 1, number, number + 9):
+        used = max(batch_size, 0)
         rest = np.arange(number) >= used
         wild = case.replace(  # what the others hold is not looked at
             q=np.where(rest[:, None, None], np.float32(np.nan), case.q),
             slot=np.where(rest, -5, case.slot).astype(np.int32),
             position=np.where(rest, 10**9, case.position).astype(np.int32),
         )
-        np.testing.assert_array_equal(run(wild, num_rows)[:used], expected[:used])
+        np.testing.assert_array_equal(run(wild, batch_size)[:used], expected[:used])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint16"])
@@ -87,15 +87,15 @@ def test_writes_stop_at_the_rows_in_use_and_take_narrow_norms(dtype):
     slot, position = np.repeat(np.arange(4, dtype=np.int32), 4), np.tile(np.int32([7, 8, 0, 15]), 4)
 
     @jax.jit
-    def write(q_norm, k_norm, num_rows):
-        return ops.rotary_write(qkv, cos, sin, kv, slot, position, q_norm=q_norm, k_norm=k_norm, num_rows=num_rows)
+    def write(q_norm, k_norm, batch_size):
+        return ops.rotary_write(qkv, cos, sin, kv, slot, position, q_norm=q_norm, k_norm=k_norm, batch_size=batch_size)
 
     all_rows = [np.asarray(array) for array in write(*norms, np.int32(16))]
     for wide, whole in zip(write(*(norm.astype(np.float32) for norm in norms), np.int32(16)), all_rows, strict=True):
         np.testing.assert_array_equal(np.asarray(wide), whole)
-    for num_rows in (-1, 0, 1, 8, 9, 16, 99):
-        q, *written = (np.asarray(array) for array in write(*norms, np.int32(num_rows)))
-        used = min(max(num_rows, 0), 16)
+    for batch_size in (-1, 0, 1, 8, 9, 16, 99):
+        q, *written = (np.asarray(array) for array in write(*norms, np.int32(batch_size)))
+        used = min(max(batch_size, 0), 16)
         np.testing.assert_array_equal(q[:used], all_rows[0][:used])
         for pages, whole in zip(written, all_rows[1:], strict=True):
             expected = stored.copy()
@@ -114,18 +114,20 @@ def test_values_are_rounded_to_the_nearest_bfloat16_halves_to_even(dtype):
     largest = float(jnp.finfo(jnp.bfloat16).max)
     values = np.append(values, np.float32([0, -0.0, largest, 3.4e38, -3.4e38, np.inf, -np.inf])).astype(np.float32)
     values = np.resize(values, (-(-values.size // 64), 1, 1, 64))
-    num_rows = len(values)
-    qkv = np.concatenate([np.zeros((num_rows, 1, 2, 64), np.float32), values], axis=2)
-    pages = np.zeros((-(-num_rows // 8), 1, 8, 64), jnp.dtype(dtype))
+    batch_size = len(values)
+    qkv = np.concatenate([np.zeros((batch_size, 1, 2, 64), np.float32), values], axis=2)
+    pages = np.zeros((-(-batch_size // 8), 1, 8, 64), jnp.dtype(dtype))
     kv = PagedKV(pages, pages, np.arange(len(pages), dtype=np.int32)[None])
-    angles = np.zeros((num_rows, 32), np.float32)
+    angles = np.zeros((batch_size, 32), np.float32)
     write = jax.jit(lambda qkv: ops.rotary_write(qkv, angles, angles, kv, *where))
-    where = np.zeros(num_rows, np.int32), np.arange(num_rows, dtype=np.int32)
-    stored = np.asarray(write(qkv)[2]).view(np.uint16).reshape(-1, 64)[:num_rows]
+    where = np.zeros(batch_size, np.int32), np.arange(batch_size, dtype=np.int32)
+    stored = np.asarray(write(qkv)[2]).view(np.uint16).reshape(-1, 64)[:batch_size]
     np.testing.assert_array_equal(stored, values[:, 0, 0].astype(jnp.bfloat16).view(np.uint16))
     broken = np.full_like(qkv, np.nan)
     broken.view(np.uint32)[:] += np.uint32(1) << np.arange(64, dtype=np.uint32) % 22  # not only the usual NaN
-    assert np.isnan(np.asarray(write(broken)[2]).view(jnp.bfloat16).reshape(-1, 64)[:num_rows].astype(np.float32)).all()
+    assert np.isnan(
+        np.asarray(write(broken)[2]).view(jnp.bfloat16).reshape(-1, 64)[:batch_size].astype(np.float32)
+    ).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.uint16])

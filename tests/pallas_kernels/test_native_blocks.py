@@ -75,17 +75,17 @@ def make(shape: str, dtype: str, kv_dtype: str, *, parts: bool = True) -> tuple[
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def one_call(x, cos, sin, layers, pages, page_ids, slot, position, num_rows, *, shape: str):
+def one_call(x, cos, sin, layers, pages, page_ids, slot, position, batch_size, *, shape: str):
     *_, group_size, _, ffw_dim, windows = SHAPES[shape]
-    rows = ops.PagedRows(page_ids, slot, position, num_rows)
+    rows = ops.PagedBatch(page_ids, slot, position, batch_size)
     options: dict[str, Any] = {"group_size": group_size, "ffw_dim": ffw_dim, "windows": windows}
     return ops.blocks(x, cos, sin, layers, pages, rows, eps=EPS, **options)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def one_by_one(x, cos, sin, layers, pages, page_ids, slot, position, num_rows, *, shape: str):
+def one_by_one(x, cos, sin, layers, pages, page_ids, slot, position, batch_size, *, shape: str):
     embed_dim, num_kv_heads, group_size, head_dim, ffw_dim, windows = SHAPES[shape]
-    counted: dict[str, Any] = {"num_rows": num_rows}
+    counted: dict[str, Any] = {"batch_size": batch_size}
     new_pages = []
     for w, (k, v), window in zip(layers, pages, windows, strict=True):
         width = num_kv_heads * (group_size + 2) * head_dim
@@ -106,9 +106,9 @@ def one_by_one(x, cos, sin, layers, pages, page_ids, slot, position, num_rows, *
     return x, new_pages
 
 
-def assert_same(actual: Any, expected: Any, num_rows: int = NUM_ROWS) -> None:
-    assert np.isfinite(np.asarray(expected[0])[:num_rows]).all()
-    np.testing.assert_array_equal(np.asarray(actual[0])[:num_rows], np.asarray(expected[0])[:num_rows])
+def assert_same(actual: Any, expected: Any, batch_size: int = NUM_ROWS) -> None:
+    assert np.isfinite(np.asarray(expected[0])[:batch_size]).all()
+    np.testing.assert_array_equal(np.asarray(actual[0])[:batch_size], np.asarray(expected[0])[:batch_size])
     for new, old in zip(jax.tree.leaves(actual[1]), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
 
@@ -119,10 +119,10 @@ def assert_same(actual: Any, expected: Any, num_rows: int = NUM_ROWS) -> None:
 def test_one_call_is_the_kernels_one_by_one(shape, dtype, kv_dtype):
     for parts in (True, False):
         arguments = make(shape, dtype, kv_dtype, parts=parts)
-        for num_rows in (NUM_ROWS, 12, 1):
-            count = np.int32(num_rows)
+        for batch_size in (NUM_ROWS, 12, 1):
+            count = np.int32(batch_size)
             expected = one_by_one(*arguments, count, shape=shape)
-            assert_same(one_call(*arguments, count, shape=shape), expected, num_rows)
+            assert_same(one_call(*arguments, count, shape=shape), expected, batch_size)
     first, last = (jax.tree.leaves(pages)[0] for pages in (arguments[4], expected[1]))
     assert (np.asarray(first) != np.asarray(last)).any()  # something was written
 
@@ -135,8 +135,8 @@ def test_a_row_is_the_same_whatever_is_beside_it(dtype):
     for row in (11, 12, 13, 14):  # each reads pages of its own
         order = np.r_[row, np.delete(np.arange(NUM_ROWS), row)]
         moved = (x[order], cos[order], sin[order], *rest, slot[order], position[order])
-        for num_rows in (1, 7, NUM_ROWS):
-            out = np.asarray(one_call(*moved, np.int32(num_rows), shape="whole vectors")[0])
+        for batch_size in (1, 7, NUM_ROWS):
+            out = np.asarray(one_call(*moved, np.int32(batch_size), shape="whole vectors")[0])
             np.testing.assert_array_equal(out[0], whole[row])
 
 
@@ -150,7 +150,7 @@ def test_no_rows_leave_the_pages_alone():
 
 def test_layers_that_do_not_fit_their_windows_are_refused():
     x, cos, sin, layers, pages, page_ids, slot, position = make("odd sizes", "float32", "float32")
-    rows = ops.PagedRows(page_ids, slot, position)
+    rows = ops.PagedBatch(page_ids, slot, position)
     options: dict[str, Any] = {"group_size": 7, "ffw_dim": 37, "eps": EPS}
     with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit the number of layers"):
         jax.block_until_ready(ops.blocks(x, cos, sin, layers, pages, rows, windows=(None,), **options))
@@ -177,7 +177,7 @@ def test_layers_that_do_not_fit_their_windows_are_refused():
 )
 def test_weights_of_another_model_are_refused(change, message):
     x, cos, sin, layers, pages, page_ids, slot, position = make("odd sizes", "float32", "float32")
-    rows = ops.PagedRows(page_ids, slot, position)
+    rows = ops.PagedBatch(page_ids, slot, position)
     options: dict[str, Any] = {"group_size": 7, "ffw_dim": 37, "eps": EPS, "windows": (None, 9)}
     with pytest.raises(ValueError, match=message):
         ops.blocks(x, cos, sin, [layers[0], layers[1]._replace(**change)], pages, rows, **options)

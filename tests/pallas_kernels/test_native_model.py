@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxserve import Engine, EngineConfig, ModelConfig, SamplingParams, prepare, run
-from jaxserve.core.cache.attention import Rows, paged_attend
+from jaxserve.core.cache.attention import BatchLayout, paged_attend
 from jaxserve.models import causal_attend, graphdef_of
 from jaxserve.models.params import abstract_params, leaves_with_paths
 from jaxserve.models.prepare import prepare_and_free, unprepared
@@ -119,15 +119,21 @@ def test_preparing_and_freeing_gives_the_same_and_deletes_what_it_packed(name, d
 
 
 @functools.partial(jax.jit, static_argnames=("model", "backend"))
-def paged_logits(params, kv, tokens, slot, position, num_rows, *, model: ModelConfig, backend: str):
+def paged_logits(params, kv, tokens, slot, position, batch_size, *, model: ModelConfig, backend: str):
     """Logits of rows of two slots, as `step` computes them, and the pages with these rows in them."""
     page_ids = jnp.asarray(np.random.default_rng(3).permutation(10).reshape(2, 5), jnp.int32)
     attend = paged_attend(
-        page_ids, slot, position, Rows.SINGLE, group_size=model.group_size, backend=backend, num_rows=num_rows
+        page_ids,
+        slot,
+        position,
+        BatchLayout.SINGLE,
+        group_size=model.group_size,
+        backend=backend,
+        batch_size=batch_size,
     )
     transformer = nnx.merge(graphdef_of(model), params)
     hidden, kv = transformer(tokens, position, attend=attend, kv=kv)
-    return transformer.logits(hidden, num_rows), kv
+    return transformer.logits(hidden, batch_size), kv
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -192,7 +198,7 @@ def test_in_bfloat16_logits_are_those_of_plain_jax_but_for_rounding(name):
 
 def test_prepared_parameters_are_refused_with_another_attend():
     model = MODELS["llama"]
-    with pytest.raises(ValueError, match="prepared for native kernels: use them with native.PagedRows"):
+    with pytest.raises(ValueError, match="prepared for native kernels: use them with native.PagedBatch"):
         dense_logits(prepare(make_params("llama", "float32"), model, "native"), jnp.zeros(40, jnp.int32), model=model)
 
 

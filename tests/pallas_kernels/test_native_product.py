@@ -75,12 +75,18 @@ def make_case(k: int, n: int, options: frozenset[str], dtype: str, seed: int = 0
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "packed"))
-def _product(x, w, scale, bias, residual, num_rows, *, dtype: str, packed: bool):
+def _product(x, w, scale, bias, residual, batch_size, *, dtype: str, packed: bool):
     """By the kernel, or by plain JAX."""
     gated, num_columns = w.ndim == 3, w.shape[-1]
     bias = None if bias is None else bias.reshape(-1)
     if packed:
-        options: dict[str, Any] = {"scale": scale, "eps": EPS, "bias": bias, "residual": residual, "num_rows": num_rows}
+        options: dict[str, Any] = {
+            "scale": scale,
+            "eps": EPS,
+            "bias": bias,
+            "residual": residual,
+            "batch_size": batch_size,
+        }
         if dtype == "int8":
             packed_w = (ops.pack_int8_gated if gated else ops.pack_int8)(w)
         else:
@@ -98,9 +104,9 @@ def _product(x, w, scale, bias, residual, num_rows, *, dtype: str, packed: bool)
     return y if residual is None else residual + y
 
 
-def run(case: Case, num_rows: int = NUM_ROWS, *, packed: bool = True) -> np.ndarray:
+def run(case: Case, batch_size: int = NUM_ROWS, *, packed: bool = True) -> np.ndarray:
     arguments = [getattr(case, field.name) for field in dataclasses.fields(case) if field.name != "dtype"]
-    return np.asarray(_product(*arguments, np.int32(num_rows), dtype=case.dtype, packed=packed))[: max(num_rows, 0)]
+    return np.asarray(_product(*arguments, np.int32(batch_size), dtype=case.dtype, packed=packed))[: max(batch_size, 0)]
 
 
 def exactly(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -229,10 +235,10 @@ BITS = pytest.mark.parametrize(("k", "n", "options"), BITS)
 def test_a_rows_bits_do_not_depend_on_the_number_of_rows(k, n, options, dtype):
     case = make_case(k, n, options, dtype)
     expected = run(case)
-    for num_rows in range(NUM_ROWS + 1):
-        rest = np.arange(NUM_ROWS)[:, None] >= num_rows
+    for batch_size in range(NUM_ROWS + 1):
+        rest = np.arange(NUM_ROWS)[:, None] >= batch_size
         np.testing.assert_array_equal(
-            run(case.replace(x=np.where(rest, np.nan, case.x)), num_rows), expected[:num_rows]
+            run(case.replace(x=np.where(rest, np.nan, case.x)), batch_size), expected[:batch_size]
         )
     np.testing.assert_array_equal(run(case, -1), expected[:0])
     np.testing.assert_array_equal(run(case, NUM_ROWS + 5), expected)

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxserve.core.scheduler import Status
-from jaxserve.engine.live_requests import Group, Sequence, Update
+from jaxserve.engine.live_requests import LiveRequest, LiveSample, Update
 from jaxserve.request import Request, SamplingParams
 from jaxserve.text.stop_strings import StopScanner
 from jaxserve.text.tokenizer import IncrementalDecoder, Tokenizer
@@ -105,13 +105,13 @@ def prompt_of(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(tokenizer.encode("the"))
 
 
-def sequence_of(tokenizer: Tokenizer, params: SamplingParams) -> Sequence:
+def sequence_of(tokenizer: Tokenizer, params: SamplingParams) -> LiveSample:
     prompt = prompt_of(tokenizer)
     request = Request(id="r", prompt_token_ids=prompt, params=params)
-    return Group(request, prompt, params, 0, tokenizer, eos_token_ids=(1,)).samples[0]
+    return LiveRequest(request, prompt, params, 0, tokenizer, eos_token_ids=(1,)).samples[0]
 
 
-def generate(sequence: Sequence, token_ids: list[int], every: int = 1) -> list[Update]:
+def generate(sequence: LiveSample, token_ids: list[int], every: int = 1) -> list[Update]:
     """Gives a sequence all tokens, as if the device heard of no stop; returns what is told after each few of them."""
     updates = []
     for index, token in enumerate(token_ids):

@@ -14,7 +14,7 @@ from absl import flags
 
 from jaxserve import Engine, EngineConfig, Request, SamplingParams, generate
 from jaxserve.core.scheduler import Status
-from jaxserve.engine.live_requests import Group, Sequence
+from jaxserve.engine.live_requests import LiveRequest, LiveSample
 from jaxserve.timeline import html as timeline_html
 from jaxserve.timeline import png as timeline_plot
 from jaxserve.timeline.record import Bar, Phase, Timeline, check_path, recording
@@ -29,10 +29,10 @@ def engine() -> Engine:
     return Engine(small_model.make_params(), small_model.MODEL, EngineConfig(**small_model.CAPACITIES))
 
 
-def sequences(*ids: str, prompt_length: int = 5, n: int = 1) -> list[Sequence]:
+def sequences(*ids: str, prompt_length: int = 5, n: int = 1) -> list[LiveSample]:
     params = SamplingParams(n=n)
     prompt = tuple(range(prompt_length))
-    groups = [Group(Request(id, prompt_token_ids=prompt), prompt, params, 0, None, ()) for id in ids]
+    groups = [LiveRequest(Request(id, prompt_token_ids=prompt), prompt, params, 0, None, ()) for id in ids]
     return [sample for group in groups for sample in group.samples]
 
 

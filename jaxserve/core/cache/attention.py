@@ -11,7 +11,7 @@ from pallas_kernels.paged_attention import PagedKV, chunk_attention, chunk_block
 from pallas_kernels.rotary_write import rotary_write
 
 
-class Rows(enum.Enum):
+class BatchLayout(enum.Enum):
     """What a batch of rows is made of, which decides the kernel."""
 
     SINGLE = "single"  # rows that read their slots' pages each for itself, as in decoding; any mixture may be served so
@@ -22,12 +22,12 @@ def paged_attend(
     page_ids: Int32[Array, "S P"],
     slot: Int32[Array, " B"],
     position: Int32[Array, " B"],
-    rows: Rows,
+    layout: BatchLayout,
     *,
     group_size: int,
     backend: str,
     interpret: bool = False,
-    num_rows: Int32[Array, ""] | None = None,
+    batch_size: Int32[Array, ""] | None = None,
 ) -> Attend:
     """An `attend` for rows that belong to slots; its `kv` is one layer's (k_pages, v_pages), and of packed weights all layers'.
 
@@ -37,16 +37,16 @@ def paged_attend(
     Args:
       page_ids: the page table.
       slot, position: of each row.
-      rows: what they are made of.
+      layout: what the batch is made of.
       group_size: query heads per kv head.
       backend, interpret: as in `pallas_kernels`.
-      num_rows: rows that count, the others' results may be undefined; None: all. Only "native" saves work by it.
+      batch_size: rows that count, the others' results may be undefined; None: all. Only "native" saves work by it.
     """
     if backend == "native":
-        return native.PagedRows(page_ids, slot, position, num_rows)
+        return native.PagedBatch(page_ids, slot, position, batch_size)
     run: dict[str, Any] = {"backend": backend, "interpret": interpret}
     blocks = None
-    if rows is Rows.CHUNKS:  # the same for all layers
+    if layout is BatchLayout.CHUNKS:  # the same for all layers
         blocks = chunk_blocks(slot, position, num_slots=page_ids.shape[0], group_size=group_size, backend=backend)
 
     def attend(
@@ -59,7 +59,7 @@ def paged_attend(
         norms = {"q_norm": q_norm, "k_norm": k_norm, "norm_eps": norm_eps}
         q, k_pages, v_pages = rotary_write(qkv, cos, sin, pages, slot, position, **norms, **run)
         pages = pages._replace(k=k_pages, v=v_pages)
-        if rows is Rows.SINGLE:
+        if layout is BatchLayout.SINGLE:
             out = decode_attention(q, pages, slot, position, window=window, **run)
         else:
             out = chunk_attention(q, pages, slot, position, blocks=blocks, window=window, **run)

@@ -1,7 +1,7 @@
 """Continuous batching as data: the records of the state, and the pure transitions between steps."""
 
 from jaxserve.core.scheduler.invariants import InvariantError, check_invariants
-from jaxserve.core.scheduler.state import EngineState, Queue, SamplingRows, Slots, Status, init_state
+from jaxserve.core.scheduler.state import EngineState, Queue, SamplingArrays, Slots, Status, init_state
 from jaxserve.core.scheduler.submission import Handles, Submission, abort, collect, submit
 
 __all__ = [
@@ -9,7 +9,7 @@ __all__ = [
     "Handles",
     "InvariantError",
     "Queue",
-    "SamplingRows",
+    "SamplingArrays",
     "Slots",
     "Status",
     "Submission",

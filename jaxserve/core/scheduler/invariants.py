@@ -20,7 +20,7 @@ def check_invariants(state: EngineState) -> None:
     computed, none of them the prompt's last or after it.
     """
     queue, slots, table = jax.device_get((state.queue, state.slots, state.table))
-    num_pages, num_rows = table.free.shape[0], queue.status.shape[0]
+    num_pages, queue_size = table.free.shape[0], queue.status.shape[0]
     references = np.bincount(table.page_ids.ravel(), minlength=num_pages + 1)[:num_pages]
     free = table.free[: table.num_free]
     _require(0 <= table.num_free <= num_pages, f"num_free={table.num_free} is outside [0, {num_pages}]")
@@ -30,7 +30,7 @@ def check_invariants(state: EngineState) -> None:
     _require(np.array_equal(references, table.reference_count), "reference counts differ from references")
     _require(len(free) + np.count_nonzero(references) == num_pages, "pages are lost: neither free nor referred to")
 
-    active = slots.row_id < num_rows
+    active = slots.row_id < queue_size
     rows = slots.row_id[active]
     _require(len(set(rows.tolist())) == len(rows), "two slots name one row")
     running = np.flatnonzero(queue.status == Status.RUNNING)

@@ -19,7 +19,7 @@ from jaxserve.core.cache import KVPool, PageTable, init_kv_pool, init_page_table
 from jaxserve.core.cache.kv_pool import stores_bits
 from jaxserve.core.logit_rules import LogitRules, plain_rules
 from jaxserve.core.pytree import Record, record
-from jaxserve.core.sampling import SamplingRows, greedy_rows
+from jaxserve.core.sampling import SamplingArrays, greedy_arrays
 from jaxserve.models import ModelConfig
 from jaxserve.request import FinishReason
 
@@ -59,7 +59,7 @@ class Queue(Record):
     max_length: Int32[Array, " Q"]  # num_tokens at which the sequence ends
     stop_token_ids: Int32[Array, "Q Z"]  # generating one of these ends the sequence; -1: unused entry
     stop_sequences: Int32[Array, "Q NS LS"]  # generating one of these does too; aligned at their end; -1: before it
-    sampling: SamplingRows
+    sampling: SamplingArrays
     rules: LogitRules
     num_prompt_logprobs: Int32[Array, " Q"]  # most likely tokens reported per prompt token; -1: none, nor logprobs
     priority: Int32[Array, " Q"]  # lower goes first
@@ -112,7 +112,7 @@ def init_state(model: ModelConfig, config: EngineConfig, *, aux: Any = None) -> 
     """
     if config.num_pages is None or config.kv_dtype is None:
         raise ValueError("num_pages and kv_dtype must be set: give them in EngineConfig, or let the Engine choose them")
-    rows, slots, stops = config.num_rows, config.max_slots, config.max_stop_token_ids
+    rows, slots, stops = config.queue_size, config.max_slots, config.max_stop_token_ids
     return EngineState(
         queue=Queue(
             tokens=jnp.zeros((rows, config.max_model_len), jnp.int32),
@@ -121,7 +121,7 @@ def init_state(model: ModelConfig, config: EngineConfig, *, aux: Any = None) -> 
             max_length=_zeros(rows),
             stop_token_ids=jnp.full((rows, stops), -1, jnp.int32),
             stop_sequences=jnp.full((rows, config.max_stop_sequences, config.max_stop_sequence_len), -1, jnp.int32),
-            sampling=greedy_rows(rows),
+            sampling=greedy_arrays(rows),
             rules=plain_rules(rows, model.vocab_size, config),
             num_prompt_logprobs=jnp.full((rows,), -1, jnp.int32),
             priority=_zeros(rows),

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from jaxserve.config import EngineConfig
 from jaxserve.core.logit_rules import LogitRules, penalised
 from jaxserve.core.pytree import Record, record
-from jaxserve.core.scheduler.state import EngineState, SamplingRows, Status
+from jaxserve.core.scheduler.state import EngineState, SamplingArrays, Status
 from jaxserve.models import ModelConfig
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class Submission(Record):
     max_tokens: Int32[Array, " W"]  # tokens to generate at most; clipped to what M leaves
     stop_token_ids: Int32[Array, "W Z"]  # end-of-sequence ids among them; -1: unused entry
     stop_sequences: Int32[Array, "W NS LS"]  # token ids, aligned at their end; -1: before it
-    sampling: SamplingRows  # of W rows
+    sampling: SamplingArrays  # of W rows
     rules: LogitRules  # of W rows
     num_prompt_logprobs: Int32[Array, " W"]  # -1: none asked for
     priority: Int32[Array, " W"]  # lower goes first
@@ -59,13 +59,13 @@ def submit(
             f"the state's aux is {jax.tree.structure(state.aux)}, the submission's {jax.tree.structure(submission.aux)}: "
             "give init_state and the submission the same tree"
         )
-    queue, num_rows = state.queue, state.queue.status.shape[0]
+    queue, queue_size = state.queue, state.queue.status.shape[0]
     width = submission.valid.shape[0]
     order = jnp.cumsum(submission.valid.astype(jnp.int32), dtype=jnp.int32) - 1
     first, last = _ends_of_groups(submission)
-    (free,) = jnp.nonzero(queue.status == Status.FREE, size=width, fill_value=num_rows)
+    (free,) = jnp.nonzero(queue.status == Status.FREE, size=width, fill_value=queue_size)
     free = free.astype(jnp.int32)
-    row = jnp.where(submission.valid & (free[order[last]] < num_rows), free[order], num_rows)
+    row = jnp.where(submission.valid & (free[order[last]] < queue_size), free[order], queue_size)
     acceptable = _acceptable(submission, first, model, config)
     max_length = submission.prompt_length + jnp.minimum(
         submission.max_tokens, queue.tokens.shape[1] - submission.prompt_length
@@ -91,7 +91,7 @@ def submit(
         generation=queue.generation.at[row].add(1, mode="drop"),
     )
     handles = Handles(row_id=row, generation=queue.generation.at[row].get(mode="fill", fill_value=0))
-    num_taken = jnp.sum(row < num_rows, dtype=jnp.int32)
+    num_taken = jnp.sum(row < queue_size, dtype=jnp.int32)
     aux = _set_rows(state.aux, row, submission.aux)
     return state.replace(queue=queue, aux=aux, next_arrival=state.next_arrival + num_taken), handles
 

@@ -1,6 +1,6 @@
 """The transitions of a step on the state, apart from the model: pure functions, composed in `jaxserve.core.step`.
 
-schedule: apply_aborts -> admit -> secure_pages -> plan    (forward, sample)    settle: advance -> retire
+schedule: apply_aborts -> admit -> secure_pages -> plan    (forward, sample)    finish_step: advance -> retire
 """
 
 from collections.abc import Callable
@@ -22,9 +22,9 @@ from jaxserve.core.scheduler.state import EngineState, Queue, Status
 class Plan(Record):
     """The rows of one step: decode rows first, then prefill chunks, packed without gaps."""
 
-    slot: Int32[Array, " B"]  # slot of each row; S = none, a row beyond num_rows
-    position: Int32[Array, " B"]  # of the row's token in its sequence; 0 beyond num_rows
-    num_rows: Int32[Array, ""]
+    slot: Int32[Array, " B"]  # slot of each row; S = none, beyond the batch
+    position: Int32[Array, " B"]  # of the row's token in its sequence; 0 beyond the batch
+    batch_size: Int32[Array, ""]
     num_new: Int32[Array, " S"]  # tokens this step computes per slot
     copy_from: Int32[Array, " S"]  # pages to be copied, all at once, before any row is computed
     copy_to: Int32[Array, " S"]  # for each of them the page to overwrite; N = none
@@ -37,7 +37,7 @@ def schedule(state: EngineState, *, config: EngineConfig) -> tuple[EngineState, 
     return state, plan(state, copied_page, config=config)
 
 
-def settle(
+def finish_step(
     state: EngineState, num_new: Int32[Array, " S"], token: Int32[Array, " S"], failed: Bool[Array, " S"] | None = None
 ) -> EngineState:
     """All that follows the model in a step; `token` and `failed` count only for slots that sample."""
@@ -163,7 +163,7 @@ def plan(state: EngineState, copied_page: Int32[Array, " S"], *, config: EngineC
     before = jnp.cumsum(prefill, dtype=jnp.int32) - prefill
     granted = jnp.where(wanted > 1, jnp.clip(config.chunk_size - before, 0, wanted), wanted)
     end = jnp.cumsum(granted, dtype=jnp.int32)
-    row = jnp.arange(config.max_rows, dtype=jnp.int32)
+    row = jnp.arange(config.max_batch_size, dtype=jnp.int32)
     place = jnp.searchsorted(end, row, side="right").astype(jnp.int32)
     used = place < order.shape[0]
     slot = order.at[place].get(mode="fill", fill_value=order.shape[0])
@@ -172,7 +172,7 @@ def plan(state: EngineState, copied_page: Int32[Array, " S"], *, config: EngineC
     return Plan(
         slot=slot,
         position=jnp.where(used, first + offset, 0),
-        num_rows=end[-1],
+        batch_size=end[-1],
         num_new=jnp.zeros_like(granted).at[order].set(granted),
         copy_from=copied_page,
         copy_to=jnp.where(copied_page < state.table.num_pages, _page_to_write(state, config), state.table.num_pages),
@@ -189,9 +189,9 @@ def advance(state: EngineState, num_new: Int32[Array, " S"], token: Int32[Array,
 
     A row ends here when its token is one of its stop tokens, else when it has reached its length.
     """
-    queue, num_rows = state.queue, state.queue.status.shape[0]
+    queue, queue_size = state.queue, state.queue.status.shape[0]
     sampled = samples(state, num_new)
-    row = jnp.where(sampled, state.slots.row_id, num_rows)
+    row = jnp.where(sampled, state.slots.row_id, queue_size)
     length = queue.num_tokens.at[row].get(mode="fill", fill_value=0)
     tokens = queue.tokens.at[row, length].set(token, mode="drop")
     stop_token_ids = queue.stop_token_ids.at[row].get(mode="fill", fill_value=-1)
@@ -230,9 +230,9 @@ def retire(state: EngineState) -> EngineState:
 
 
 def _vacate(state: EngineState, leaving: Bool[Array, " S"]) -> EngineState:
-    num_rows = state.queue.status.shape[0]
+    queue_size = state.queue.status.shape[0]
     return state.replace(
-        slots=state.slots.replace(row_id=jnp.where(leaving, num_rows, state.slots.row_id)),
+        slots=state.slots.replace(row_id=jnp.where(leaving, queue_size, state.slots.row_id)),
         table=release_each(state.table, leaving),
     )
 

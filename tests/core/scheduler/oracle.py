@@ -29,7 +29,7 @@ class Limits:
     page_size: int
     chunk_size: int
     max_model_len: int
-    num_rows: int
+    queue_size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +95,8 @@ class Oracle:
     def __init__(self, limits: Limits, *, keeps_pages: bool = True):
         self.limits = limits
         self.keeps_pages = keeps_pages  # whether an admission leaves a page to each sequence that decodes
-        self.rows: list[Sequence | None] = [None] * limits.num_rows
-        self.generations = [0] * limits.num_rows
+        self.rows: list[Sequence | None] = [None] * limits.queue_size
+        self.generations = [0] * limits.queue_size
         self.slots: list[Sequence | None] = [None] * limits.max_slots
         self.waiting: list[Sequence] = []
         self.free_pages = set(range(limits.num_pages))

@@ -121,7 +121,7 @@ def submissions(draw: st.DrawFn, max_model_len: int) -> list[Request]:
 
 
 CONFIG = traces.CONFIGS["minimal pool"]
-ROWS = st.integers(0, CONFIG.num_rows - 1)
+ROWS = st.integers(0, CONFIG.queue_size - 1)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -170,7 +170,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert sorted(number for number, _ in self.oracle.endings) == list(range(self.oracle.num_arrived))
 
     def _handles(self, rows, age, tell_oracle):
-        mask, generation = np.zeros(CONFIG.num_rows, bool), np.zeros(CONFIG.num_rows, np.int32)
+        mask, generation = np.zeros(CONFIG.queue_size, bool), np.zeros(CONFIG.queue_size, np.int32)
         for row in rows:
             mask[row], generation[row] = True, self.oracle.generations[row] - age
             tell_oracle(row, self.oracle.generations[row] - age)

@@ -18,7 +18,7 @@ def state_of(
 ) -> EngineState:
     """Slot i holds row i with so many tokens computed, None: nothing, on pages from 5 i on. The last row waits."""
     state = init_state(traces.MODEL, CONFIG)
-    rows = range(CONFIG.num_rows)
+    rows = range(CONFIG.queue_size)
     used = [number is not None for number in computed]
     num_tokens = [max(prompt_length, (number or 0) + 1) for number in [*computed, 0, 0]]
     page_ids = [
@@ -118,7 +118,7 @@ def test_the_head_does_not_wait_for_those_that_end_with_their_first_token():
 def test_other_requests_and_slots_that_are_not_in_use_lend_nothing():
     assert start(state_of([12, 3, None, None], groups=(7, 8, 9, 9, 9, 9))) == FROM_NOTHING
     left = state_of([12, None, None, None])
-    left = left.replace(slots=left.slots.replace(row_id=jnp.full(4, CONFIG.num_rows, jnp.int32)))
+    left = left.replace(slots=left.slots.replace(row_id=jnp.full(4, CONFIG.queue_size, jnp.int32)))
     assert start(left) == FROM_NOTHING
 
 

@@ -127,7 +127,7 @@ MUTANTS: dict[str, Edit | tuple[Edit, ...]] = {
     ),
     "one token too many": Edit("advance", "length + 1 >=", "length >="),
     "slots are given back a step late": Edit(
-        "settle", "retire(advance(state, num_new, token))", "advance(retire(state), num_new, token)"
+        "finish_step", "retire(advance(state, num_new, token))", "advance(retire(state), num_new, token)"
     ),
     # What owners do.
     "waiting sequences cannot be aborted": Edit(

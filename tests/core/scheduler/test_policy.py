@@ -15,9 +15,9 @@ def state_of(
     *rows: tuple[Status, int, int], slots: tuple[int, ...] = (), num_free: int = CONFIG.num_pages
 ) -> EngineState:
     """Rows (status, priority, arrival), and which row each slot names."""
-    padded = [*rows, *[(Status.FREE, 0, 0)] * (CONFIG.num_rows - len(rows))]
+    padded = [*rows, *[(Status.FREE, 0, 0)] * (CONFIG.queue_size - len(rows))]
     status, priority, arrival = (jnp.array(column, jnp.int32) for column in zip(*padded, strict=True))
-    row_id = [*slots, *[CONFIG.num_rows] * (CONFIG.max_slots - len(slots))]
+    row_id = [*slots, *[CONFIG.queue_size] * (CONFIG.max_slots - len(slots))]
     state = init_state(traces.MODEL, CONFIG)
     return state.replace(
         queue=state.queue.replace(status=status, priority=priority, arrival=arrival),
@@ -86,5 +86,5 @@ def test_decoding_slots_are_served_first_then_prefilling_ones_by_priority_and_ar
 
 
 def test_unused_slots_are_served_last():
-    state = state_of((R, 0, 4), slots=(CONFIG.num_rows, 0))
+    state = state_of((R, 0, 4), slots=(CONFIG.queue_size, 0))
     assert service_order(state, jnp.zeros(3, bool))[0] == 1

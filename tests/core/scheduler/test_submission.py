@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.core.sampling import SamplingRows
+from jaxserve.core.sampling import SamplingArrays
 from jaxserve.core.scheduler import (
     EngineState,
     Handles,
@@ -25,7 +25,7 @@ from tests.core.scheduler.oracle import VOCAB_SIZE, Request
 CONFIG = traces.TinyConfig(
     max_slots=2, num_pages=8, page_size=2, max_model_len=8, chunk_size=4, max_queue=4, max_logprobs=3
 )
-NONE = CONFIG.num_rows
+NONE = CONFIG.queue_size
 SUBMIT = jax.jit(lambda state, submission: submit(state, submission, model=traces.MODEL, config=CONFIG))
 STEP = jax.jit(lambda state, marks: traces.stub_step(state, marks, config=CONFIG)[:2])
 
@@ -56,7 +56,7 @@ def same(state: EngineState, other: EngineState) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True))
 
 
-def sampling_rows(**changes) -> SamplingRows:
+def sampling_rows(**changes) -> SamplingArrays:
     """Three rows of valid values, no two alike, with some fields changed."""
     values = {
         "temperature": [0.0, 0.5, 2.0],
@@ -69,12 +69,12 @@ def sampling_rows(**changes) -> SamplingRows:
         "processed": [False, True, False],
     }
     kept = jax.device_get(start().queue.sampling)
-    known = {field.name: getattr(kept, field.name)[:3] for field in dataclasses.fields(SamplingRows)}
+    known = {field.name: getattr(kept, field.name)[:3] for field in dataclasses.fields(SamplingArrays)}
     changed = {name: np.array(value, known[name].dtype) for name, value in (values | changes).items()}
-    return SamplingRows(**known | changed)
+    return SamplingArrays(**known | changed)
 
 
-def submission_with(sampling: SamplingRows) -> Submission:
+def submission_with(sampling: SamplingArrays) -> Submission:
     submission = traces.submission_of([request(1, 2), request(3), request(4, 5, 6)], CONFIG)
     return submission.replace(sampling=sampling)
 
@@ -222,7 +222,7 @@ def test_sampling_parameters_are_kept_with_their_rows():
     assert handles.row_id.tolist() == [1, 2, 3]
     assert state.queue.status.tolist() == [Status.WAITING] * 4
     kept = jax.tree.map(lambda leaf: leaf[1:4], state.queue.sampling)
-    for field in dataclasses.fields(SamplingRows):
+    for field in dataclasses.fields(SamplingArrays):
         assert np.array_equal(getattr(kept, field.name), getattr(sampling_rows(), field.name)), field.name
 
 

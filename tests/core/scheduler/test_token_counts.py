@@ -26,7 +26,7 @@ from jaxserve.core.scheduler import (
     submit,
     token_counts,
 )
-from jaxserve.core.scheduler.transitions import samples, schedule, settle
+from jaxserve.core.scheduler.transitions import finish_step, samples, schedule
 from jaxserve.core.step import run
 from tests import small_model, workload
 from tests.core.scheduler.traces import FAST_COMPILE
@@ -63,7 +63,7 @@ def make_step() -> Callable[[EngineState], tuple[EngineState, jax.Array, EngineS
         counted = token_counts.count_tokens(state, sampled)
         position = counted.queue.num_tokens.at[counted.slots.row_id].get(mode="fill", fill_value=0)
         token = scripted_token(counted.queue.arrival.at[counted.slots.row_id].get(mode="clip"), position)
-        return counted, sampled, settle(counted, plan.num_new, token)
+        return counted, sampled, finish_step(counted, plan.num_new, token)
 
     return step
 
@@ -73,7 +73,7 @@ SUBMIT = jax.jit(lambda state, submission: submit(state, submission, model=MODEL
 
 def submission_of(requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> Any:
     prompts, params = zip(*requests, strict=True)
-    return make_submission(prompts, params, model=MODEL, config=CONFIG, num_rows=CONFIG.num_rows)
+    return make_submission(prompts, params, model=MODEL, config=CONFIG, num_rows=CONFIG.queue_size)
 
 
 def random_request(rng: random.Random) -> tuple[list[int], SamplingParams]:
@@ -99,13 +99,15 @@ def run_random_trace(seed: int, num_steps: int) -> collections.Counter[str]:
         if free and rng.random() < 0.5:
             state = SUBMIT(state, submission_of([random_request(rng) for _ in range(rng.randint(1, free))]))
         if rng.random() < 0.03:
-            state = abort(state, jnp.arange(CONFIG.num_rows) == rng.randrange(CONFIG.num_rows), state.queue.generation)
+            state = abort(
+                state, jnp.arange(CONFIG.queue_size) == rng.randrange(CONFIG.queue_size), state.queue.generation
+            )
         seen_before = np.asarray(state.seen)
         counted, sampled, state = jax.device_get(step(state))
         check_invariants(state)
         queue, slots = counted.queue, counted.slots
         for slot, row in enumerate(slots.row_id):
-            if row == CONFIG.num_rows:
+            if row == CONFIG.queue_size:
                 continue
             rules = jax.tree.map(lambda leaf, row=row: leaf[row], queue.rules)
             has_penalties = bool(rules.presence_penalty or rules.frequency_penalty or rules.repetition_penalty != 1)
@@ -163,7 +165,7 @@ def in_slots(*requests: tuple[int, dict[str, float]], num_generated: int = 0) ->
     """Requests with prompts of these lengths, each in the slot of its number, with some tokens generated."""
     state = init_state(MODEL, CONFIG)
     state = SUBMIT(state, submission_of([([1] * length, SamplingParams(**kind)) for length, kind in requests]))
-    row_id = [row if row < len(requests) else CONFIG.num_rows for row in range(CONFIG.max_slots)]
+    row_id = [row if row < len(requests) else CONFIG.queue_size for row in range(CONFIG.max_slots)]
     queue = state.queue.replace(num_tokens=state.queue.num_tokens + num_generated)
     return state.replace(queue=queue, slots=state.slots.replace(row_id=jnp.array(row_id, jnp.int32)))
 

@@ -25,7 +25,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.core.cache import copy_pages
 from jaxserve.core.logit_rules import LogitRules, plain_rules
 from jaxserve.core.pytree import Record, record
-from jaxserve.core.sampling import SamplingRows, greedy_rows
+from jaxserve.core.sampling import SamplingArrays, greedy_arrays
 from jaxserve.core.scheduler import check_invariants, submission, transitions
 from jaxserve.core.scheduler.state import EngineState, Status, init_state
 from jaxserve.core.scheduler.submission import Handles, Submission
@@ -122,7 +122,7 @@ def stub_step(
     marks = write_marks(state, copy_pages(marks, plan.copy_from, plan.copy_to), plan, config=config)
     number = queue.arrival.at[slots.row_id].get(mode="fill", fill_value=0)
     position = queue.num_tokens.at[slots.row_id].get(mode="fill", fill_value=0)
-    after = transitions.settle(state, plan.num_new, stub_tokens(number, position))
+    after = transitions.finish_step(state, plan.num_new, stub_tokens(number, position))
     observation = Observation(
         handles=None,
         plan=plan,
@@ -142,7 +142,7 @@ def write_marks(
     state: EngineState, marks: Int32[Array, "N T"], plan: Plan, *, config: EngineConfig
 ) -> Int32[Array, "N T"]:
     """Marks the place of each row of the plan, as a model would write its keys and values there."""
-    row = state.slots.row_id.at[plan.slot].get(mode="fill", fill_value=config.num_rows)
+    row = state.slots.row_id.at[plan.slot].get(mode="fill", fill_value=config.queue_size)
     mark = mark_of(state, row, plan.position, config=config)
     page = state.table.page_ids.at[plan.slot, plan.position // config.page_size].get(
         mode="fill", fill_value=state.table.num_pages
@@ -221,13 +221,15 @@ class Device:
 
 def seen(observation: Observation, config: EngineConfig) -> dict[str, Any]:
     """What a step shows; the observation's arrays are numpy's."""
-    plan, handles, num_rows = observation.plan, observation.handles, int(observation.plan.num_rows)
+    plan, handles, batch_size = observation.plan, observation.handles, int(observation.plan.batch_size)
     slots, positions = plan.slot.tolist(), plan.position.tolist()
     shown = seen_state(observation.state, config) | {
-        "batch rows": list(zip(slots[:num_rows], positions[:num_rows], strict=True)),
-        "rows beyond num_rows": [slot for slot in slots[num_rows:] if slot < config.max_slots],
+        "batch rows": list(zip(slots[:batch_size], positions[:batch_size], strict=True)),
+        "rows beyond the batch": [slot for slot in slots[batch_size:] if slot < config.max_slots],
         "num_new": plan.num_new.tolist(),
-        "slots while the model ran": [row if row < config.num_rows else None for row in observation.slot_row.tolist()],
+        "slots while the model ran": [
+            row if row < config.queue_size else None for row in observation.slot_row.tolist()
+        ],
         "slots that lost marks": np.flatnonzero(~observation.marks_intact).tolist(),
     }
     return shown if handles is None else shown | {"handles": seen_handles(handles, config)}
@@ -236,7 +238,7 @@ def seen(observation: Observation, config: EngineConfig) -> dict[str, Any]:
 def seen_handles(handles: Handles, config: EngineConfig) -> list[tuple[int, int] | None]:
     """Handles (row, generation); None where there is none."""
     pairs = zip(handles.row_id.tolist(), handles.generation.tolist(), strict=True)
-    return [pair if pair[0] < config.num_rows else None for pair in pairs]
+    return [pair if pair[0] < config.queue_size else None for pair in pairs]
 
 
 def seen_state(state: EngineState, config: EngineConfig) -> dict[str, Any]:
@@ -264,7 +266,9 @@ def seen_state(state: EngineState, config: EngineConfig) -> dict[str, Any]:
     places = zip(slots.row_id.tolist(), slots.num_computed.tolist(), held.tolist(), strict=True)
     return {
         "rows": rows,
-        "slots (row, tokens computed, pages held)": [place if place[0] < config.num_rows else None for place in places],
+        "slots (row, tokens computed, pages held)": [
+            place if place[0] < config.queue_size else None for place in places
+        ],
         "free pages": int(state.table.num_free),
     }
 
@@ -273,7 +277,7 @@ def predicted(oracle: Oracle, step: StepRecord) -> dict[str, Any]:
     """What `seen` should show after a step, handles apart."""
     return predicted_state(oracle) | {
         "batch rows": step.decode_rows + step.prefill_rows,
-        "rows beyond num_rows": [],
+        "rows beyond the batch": [],
         "num_new": step.num_new,
         "slots while the model ran": step.slot_rows,
         "slots that lost marks": [],
@@ -326,7 +330,7 @@ def apply(oracle: Oracle, planned: Planned) -> list[tuple[int, int] | None]:
 
 def stack(planned: list[Planned], config: EngineConfig) -> Operations:
     """Operations as arrays, [K, ...]."""
-    rows = config.num_rows
+    rows = config.queue_size
     collected, collected_generation = _by_row([entry.collections for entry in planned], rows)
     aborted, aborted_generation = _by_row([entry.aborts for entry in planned], rows)
     submissions = [submission_of(entry.requests, config) for entry in planned]
@@ -366,8 +370,8 @@ def submission_of(requests: list[Request | None], config: EngineConfig) -> Submi
 
 
 @functools.cache
-def _plain_rows(width: int, config: EngineConfig) -> tuple[SamplingRows, LogitRules]:
-    return jax.device_get((greedy_rows(width), plain_rules(width, VOCAB_SIZE, config)))
+def _plain_rows(width: int, config: EngineConfig) -> tuple[SamplingArrays, LogitRules]:
+    return jax.device_get((greedy_arrays(width), plain_rules(width, VOCAB_SIZE, config)))
 
 
 def _by_row(handles: list[dict[int, int]], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -388,7 +392,7 @@ def limits_of(config: EngineConfig) -> Limits:
         page_size=config.page_size,
         chunk_size=config.chunk_size,
         max_model_len=config.max_model_len,
-        num_rows=config.num_rows,
+        queue_size=config.queue_size,
     )
 
 
