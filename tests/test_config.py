@@ -25,9 +25,9 @@ def test_deterministic_engine_has_one_tile_size():
 
 
 def test_a_tile_holds_all_slots_where_a_tile_costs_one_read_of_the_weights():
-    assert EngineConfig(max_slots=100, attention_backend="reference").rows_per_tile == 32
-    assert EngineConfig(max_slots=100, attention_backend="triton").rows_per_tile == 112
-    assert EngineConfig(max_slots=100, attention_backend="triton", tile_rows=8).rows_per_tile == 8
+    assert EngineConfig(max_slots=100, attention_backend="reference").tile_size == 32
+    assert EngineConfig(max_slots=100, attention_backend="triton").tile_size == 112
+    assert EngineConfig(max_slots=100, attention_backend="triton", tile_rows=8).tile_size == 8
 
 
 def test_config_is_hashable_by_value():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxserve.core.cache import attention
-from jaxserve.core.forward import part
+from jaxserve.core.forward import split_by_kernel
 from jaxserve.core.scheduler import init_state
 from jaxserve.core.scheduler.transitions import Plan
 from jaxserve.core.step import programs
@@ -63,7 +63,7 @@ def test_rows_of_chunks_come_first_and_each_part_keeps_its_order(deterministic):
         expected = [row for row, alone in zip(rows, single, strict=True) if not alone]
         num_chunk_rows = len(expected)
         expected += [row for row, alone in zip(rows, single, strict=True) if alone]
-        parted = part(state, plan, config=config)
+        parted = split_by_kernel(state, plan, config=config)
         actual = list(zip(parted.slot.tolist(), parted.position.tolist(), strict=True))
         assert actual[: len(rows)] == expected
         assert set(actual[len(rows) :]) <= {(config.max_slots, 0)}
