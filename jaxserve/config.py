@@ -21,8 +21,8 @@ class EngineConfig:
       max_slots: S, sequences that run at the same time.
       num_pages: N, pages in the KV pool; None: as many as fit, chosen at start-up.
       page_size: T, tokens per page; a power of two from 8 to 256.
-      max_model_len: M, longest sequence, tokens of prompt and output together. The Engine lowers the default to what
-        the model was made for.
+      max_model_len: M, longest sequence, tokens of prompt and output together; None: 2048, or in an Engine what its model
+        was made for if that is less. `max_sequence_len` is the number.
       chunk_size: C, most prompt tokens that one step prefills, over all sequences.
       max_queue: Q, rows for sequences that wait, run, or are finished and not collected; None: 4 * max_slots.
       max_waiting: most requests that wait on the host before the Engine refuses more (`QueueFullError`); None: no bound.
@@ -52,7 +52,7 @@ class EngineConfig:
     max_slots: int = 32
     num_pages: int | None = None
     page_size: int = 16
-    max_model_len: int = 2048
+    max_model_len: int | None = None
     chunk_size: int = 256
     max_queue: int | None = None
     max_waiting: int | None = 4096
@@ -95,21 +95,26 @@ class EngineConfig:
             )
         if self.num_pages is not None and self.num_pages < self.pages_per_slot:
             raise ValueError(
-                f"num_pages={self.num_pages} cannot hold one longest sequence, max_model_len={self.max_model_len} "
+                f"num_pages={self.num_pages} cannot hold one longest sequence, max_model_len={self.max_sequence_len} "
                 f"tokens in pages of {self.page_size}: use at least {self.pages_per_slot} pages or shorter sequences"
             )
 
     def _check_int(self, name: str, low: int) -> None:
         value = getattr(self, name)
-        if value is None and name in ("num_pages", "max_queue", "max_waiting", "tile_rows"):
+        if value is None and name in ("num_pages", "max_model_len", "max_queue", "max_waiting", "tile_rows"):
             return
         if type(value) is not int or not low <= value < 2**31:
             raise ValueError(f"{name}={value!r} must be an integer from {low} to {2**31 - 1}")
 
     @property
+    def max_sequence_len(self) -> int:
+        """M, tokens of the longest sequence: `max_model_len`, or 2048 if that is None."""
+        return _MAX_SEQUENCE_LEN if self.max_model_len is None else self.max_model_len
+
+    @property
     def pages_per_slot(self) -> int:
         """P, pages of one longest sequence."""
-        return -(-self.max_model_len // self.page_size)
+        return -(-self.max_sequence_len // self.page_size)
 
     @property
     def queue_size(self) -> int:
@@ -209,6 +214,7 @@ def read_json_object(path: str | pathlib.Path, kind: str) -> dict[str, Any]:
     return fields
 
 
+_MAX_SEQUENCE_LEN = 2048
 _PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 _LOWEST = {
     "max_slots": 1,

@@ -80,7 +80,7 @@ def parse_options(values: flags.FlagValues) -> Options:
         raise ValueError("--compilation_cache_dir has no effect: each repeat has caches of its own; leave it out")
     engine = fitted_options(values)
     model, _ = load_model(engine)
-    longest = min(engine.config.max_model_len, model.max_position)
+    longest = min(engine.config.max_sequence_len, model.max_position)
     if values.prompt_len + 2 > longest:
         raise ValueError(
             f"--prompt_len={values.prompt_len} leaves no room in sequences of {longest} tokens: lower it, or raise "

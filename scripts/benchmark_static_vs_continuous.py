@@ -196,9 +196,9 @@ def run(options: Options, values: flags.FlagValues) -> int:
     made = make_workloads(options, values, engine)
     longest = max(workload.longest for workload in made.values())
     engine = fitted_options(values, max_model_len=longest)
-    if engine.config.max_model_len < longest:
+    if engine.config.max_sequence_len < longest:
         raise ValueError(
-            f"max_model_len={engine.config.max_model_len} is shorter than the longest sequence of the workload, {longest} "
+            f"max_model_len={engine.config.max_sequence_len} is shorter than the longest sequence of the workload, {longest} "
             "tokens: leave it out, or lower --longest_prompt and --longest_output"
         )
     if values.num_requests <= engine.config.max_slots:

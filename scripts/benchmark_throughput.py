@@ -110,9 +110,9 @@ def parse_options(values: flags.FlagValues) -> Options:
             "lower --longest_prompt or --longest_output"
         )
     engine = fitted_options(values, max_model_len=workload.longest)
-    if engine.config.max_model_len < workload.longest:
+    if engine.config.max_sequence_len < workload.longest:
         raise ValueError(
-            f"max_model_len={engine.config.max_model_len} is shorter than the longest sequence, {workload.longest} "
+            f"max_model_len={engine.config.max_sequence_len} is shorter than the longest sequence, {workload.longest} "
             "tokens: raise it, or leave it out"
         )
     return Options(
@@ -247,7 +247,7 @@ def start(
         "model": directory,
         "dtype": options.engine.dtype,
         "max_slots": config.max_slots,
-        "max_model_len": config.max_model_len,
+        "max_model_len": config.max_sequence_len,
         "chunk_size": config.chunk_size,
         "pool_bytes": 0,
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,

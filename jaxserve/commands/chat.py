@@ -29,7 +29,7 @@ class Conversation:
         self._engine = engine
         self._params = params
         self._num_turns = 0
-        self.max_len: int = engine.config.max_model_len
+        self.max_len: int = engine.config.max_sequence_len
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._num_fixed = len(self.messages)
         self.result: RequestOutput | None = None  # of the last answer

@@ -31,7 +31,7 @@ _ENGINE_FIELDS = {
     "max_slots": "Sequences that run at the same time.",
     "num_pages": "Pages in the KV pool; by default as many as fit.",
     "page_size": "Tokens per page; a power of two from 8 to 256.",
-    "max_model_len": "Longest sequence, prompt and output; at most what the model was made for.",
+    "max_model_len": "Longest sequence, prompt and output; by default 2048, or what the model was made for.",
     "chunk_size": "Most prompt tokens that one step prefills, over all sequences.",
     "max_queue": "Rows for waiting, running and finished sequences on the device; by default 4 per slot.",
     "max_waiting": "Most requests that wait on the host; more are refused.",

@@ -134,7 +134,7 @@ def pages_per_request(prompt_capacity: int, max_new: int, *, width: int, max_len
 
 def longest(model: ModelConfig, config: EngineConfig) -> int:
     """Most tokens of prompt and output together."""
-    return min(model.max_position, config.max_model_len)
+    return min(model.max_position, config.max_sequence_len)
 
 
 def start(

@@ -32,10 +32,10 @@ def check_prompt(
     num_tokens, vocab_size = len(prompt_token_ids), model.vocab_size
     if not num_tokens:
         raise ValueError("the prompt has no tokens: give at least one")
-    if num_tokens >= config.max_model_len:
+    if num_tokens >= config.max_sequence_len:
         raise ValueError(
-            f"the prompt has {num_tokens} tokens, but max_model_len={config.max_model_len} tokens hold prompt and "
-            f"output together: shorten the prompt to {config.max_model_len - 1} or raise max_model_len"
+            f"the prompt has {num_tokens} tokens, but max_model_len={config.max_sequence_len} tokens hold prompt and "
+            f"output together: shorten the prompt to {config.max_sequence_len - 1} or raise max_model_len"
         )
     for name, ids in _token_ids(prompt_token_ids, params):
         outside = [token for token in ids if not 0 <= token < vocab_size]
@@ -191,7 +191,7 @@ def make_submission(
 def truncated(prompt_token_ids: Sequence[int], params: SamplingParams, config: EngineConfig) -> tuple[int, ...]:
     """The prompt's last tokens, as many as `truncate_prompt_tokens` asks for."""
     limit = params.truncate_prompt_tokens
-    limit = config.max_model_len - 1 if limit == -1 else limit
+    limit = config.max_sequence_len - 1 if limit == -1 else limit
     return tuple(prompt_token_ids if limit is None else prompt_token_ids[-limit:])
 
 
@@ -229,7 +229,7 @@ def empty_submission(num_rows: int, model: ModelConfig, config: EngineConfig, au
         min_tokens=_rows((num_rows,), 0),
     )
     return Submission(
-        tokens=_rows((num_rows, config.max_model_len), 0),
+        tokens=_rows((num_rows, config.max_sequence_len), 0),
         prompt_length=_rows((num_rows,), 0),
         max_tokens=_rows((num_rows,), 0),
         stop_token_ids=_rows((num_rows, config.max_stop_token_ids), -1),

@@ -203,7 +203,7 @@ def run(
         jnp.full((*shape, num_top_logprobs), -1, jnp.int32),
         jnp.zeros((*shape, num_top_logprobs), jnp.float32),
     )
-    of_prompt = jnp.full((queue_size, config.max_model_len if prompt_logprobs else 0), jnp.nan, jnp.float32)
+    of_prompt = jnp.full((queue_size, config.max_sequence_len if prompt_logprobs else 0), jnp.nan, jnp.float32)
 
     def one_step(carry: tuple[EngineState, tuple[Array, ...], Array]) -> tuple[EngineState, tuple[Array, ...], Array]:
         state, (*kept, of_prompt), index = carry
@@ -240,7 +240,7 @@ def _check_shapes(state: EngineState, config: EngineConfig) -> None:
     queue, table, pages = state.queue, state.table, state.pool.k[0]
     shapes = {
         "queue_size": (queue.tokens.shape[0], config.queue_size),
-        "max_model_len": (queue.tokens.shape[1], config.max_model_len),
+        "max_model_len": (queue.tokens.shape[1], config.max_sequence_len),
         "max_slots": (table.page_ids.shape[0], config.max_slots),
         "page_size": (pages.shape[2], config.page_size),
         "num_pages": (pages.shape[0], config.num_pages or pages.shape[0]),

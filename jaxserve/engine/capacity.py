@@ -33,13 +33,14 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
       ValueError: if `max_model_len` is longer than the model was made for, or the attention backend cannot run here.
     """
     given = config
-    if config.max_model_len > model.max_position:
-        if config.max_model_len != EngineConfig.max_model_len:
-            raise ValueError(
-                f"max_model_len={config.max_model_len} is longer than the {model.max_position} positions that the model "
-                f"was made for: use at most {model.max_position}"
-            )
-        config = dataclasses.replace(config, max_model_len=model.max_position)
+    if config.max_model_len is None:
+        max_model_len = min(config.max_sequence_len, model.max_position)
+        config = dataclasses.replace(config, max_model_len=max_model_len)
+    elif config.max_model_len > model.max_position:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} is longer than the {model.max_position} positions that the model "
+            f"was made for: use at most {model.max_position}, or leave it out"
+        )
     embedding: Any = params["embedding"]
     weight: jax.Array = embedding[...]
     kv_dtype = config.kv_dtype or str(loaded_dtype(params))
@@ -64,7 +65,7 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
         num_pages * page_bytes / 1e6,
         config.max_slots,
         config.queue_size,
-        config.max_model_len,
+        config.max_sequence_len,
         config.chunk_size,
         config.max_logprobs,
         config.max_stop_token_ids,

@@ -134,7 +134,7 @@ def measures(contender: Contender, runs: list[Run], workload: Workload) -> dict[
         "slots": config.max_slots,
         "num_pages": config.num_pages,
         "page_size": config.page_size,
-        "max_model_len": config.max_model_len,
+        "max_model_len": config.max_sequence_len,
         "seconds": seconds,
         "tokens_per_s": workload.num_output_tokens / seconds,
         "requests_per_s": len(workload) / seconds,

@@ -89,7 +89,7 @@ class Jaxserve:
             "max_slots": engine.config.max_slots,
             "num_pages": engine.config.num_pages,
             "page_size": engine.config.page_size,
-            "max_model_len": engine.config.max_model_len,
+            "max_model_len": engine.config.max_sequence_len,
             "chunk_size": engine.config.chunk_size,
             "tile_rows": engine.config.tile_rows,
             "max_steps_per_call": engine.config.max_steps_per_call,

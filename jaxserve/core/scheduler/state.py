@@ -115,7 +115,7 @@ def init_state(model: ModelConfig, config: EngineConfig, *, aux: Any = None) -> 
     rows, slots, stops = config.queue_size, config.max_slots, config.max_stop_token_ids
     return EngineState(
         queue=Queue(
-            tokens=jnp.zeros((rows, config.max_model_len), jnp.int32),
+            tokens=jnp.zeros((rows, config.max_sequence_len), jnp.int32),
             prompt_length=_zeros(rows),
             num_tokens=_zeros(rows),
             max_length=_zeros(rows),

@@ -391,7 +391,7 @@ def limits_of(config: EngineConfig) -> Limits:
         num_pages=config.num_pages,
         page_size=config.page_size,
         chunk_size=config.chunk_size,
-        max_model_len=config.max_model_len,
+        max_model_len=config.max_sequence_len,
         queue_size=config.queue_size,
     )
 
