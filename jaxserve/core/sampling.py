@@ -24,7 +24,7 @@ from jaxserve.core.logit_rules import Context, LogitRules
 from jaxserve.core.optional import if_any
 from jaxserve.core.pytree import Record, record
 from jaxserve.request import GREEDY_BELOW
-from pallas_kernels.native import ops
+from pallas_kernels.native import sampling as native_sampling
 
 _BLOCK = 128  # tokens per block of the two-level draw
 _TOP_K_PIECE = 16  # the largest k for which XLA:GPU has a kernel; for more it sorts whole rows
@@ -186,7 +186,9 @@ def _choose_natively(
     random = wanted & rows.random
     uniforms = jnp.zeros((random.shape[0], 2), jnp.float32)
     uniforms = if_any(random, lambda _, rows, context: _uniforms(rows, context), uniforms, rows, context)
-    return ops.choose(logits, wanted, random, rows.temperature, rows.top_k, rows.top_p, rows.min_p, uniforms)
+    return native_sampling.choose(
+        logits, wanted, random, rows.temperature, rows.top_k, rows.top_p, rows.min_p, uniforms
+    )
 
 
 def _report_raw(
@@ -216,7 +218,7 @@ def _report_natively(
     max_logprobs: int,
 ) -> tuple[Array, ...]:
     """As `_report_raw`."""
-    return ops.report(logits, active, token, asked, max_logprobs=max_logprobs)
+    return native_sampling.report(logits, active, token, asked, max_logprobs=max_logprobs)
 
 
 def _report(
@@ -257,7 +259,7 @@ def token_logprobs(
     """
     asked = num_logprobs >= 0
     if native:
-        logprob, rank, ids, values = ops.report(logits, asked, token, asked, max_logprobs=max_logprobs)
+        logprob, rank, ids, values = native_sampling.report(logits, asked, token, asked, max_logprobs=max_logprobs)
         return jnp.where(asked, logprob, jnp.nan), rank, ids, values
     nothing = (
         jnp.full(token.shape, jnp.nan, jnp.float32),

@@ -13,7 +13,7 @@ from jaxserve.core.cache import bytes_per_page
 from jaxserve.models import ModelConfig
 from jaxserve.models.prepare import loaded_dtype
 from pallas_kernels.backend import check_runs_here
-from pallas_kernels.native.ops import serves_heads
+from pallas_kernels.native import serves_heads
 
 _log = logging.getLogger(__name__)
 

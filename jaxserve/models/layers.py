@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Num
 
 from jaxserve.models.config import ModelConfig
-from pallas_kernels.native import ops as native
+from pallas_kernels import native
 
 
 class Projection(NamedTuple):

@@ -12,7 +12,7 @@ from jax import Array
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import is_prepared
 from jaxserve.models.params import Path, abstract_params, leaves_with_paths
-from pallas_kernels.native import ops as native
+from pallas_kernels import native
 
 
 def prepare(params: nnx.State, model: ModelConfig, backend: str, weight_dtype: str | None = None) -> nnx.State:

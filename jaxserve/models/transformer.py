@@ -10,7 +10,7 @@ from jaxtyping import Array, Float32, Int32
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import Attend, Block, RMSNorm, _kernel, is_prepared, matmul_transposed
 from jaxserve.models.rope import rotations
-from pallas_kernels.native import ops as native
+from pallas_kernels import native
 
 
 class Transformer(nnx.Module):

@@ -13,7 +13,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Buffers of a layer, in the order of `pallas_kernels.native.ops.BlockWeights`; then its pages of keys and of values.
+// Buffers of a layer, in the order of `pallas_kernels.native.BlockWeights`; then its pages of keys and of values.
 enum {
   kQkv, kQkvBias, kOut, kOutBias, kGateUp, kGateUpBias, kDown, kDownBias, kNorm, kFfwNorm, kQNorm, kKNorm, kK, kV, kBuffers
 };

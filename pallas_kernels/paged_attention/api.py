@@ -2,8 +2,8 @@
 
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels import native
 from pallas_kernels.backend import resolve_backend
-from pallas_kernels.native import ops as native
 from pallas_kernels.paged_attention import reference
 from pallas_kernels.paged_attention.query_blocks import QueryBlocks, query_blocks
 from pallas_kernels.pages import PagedKV

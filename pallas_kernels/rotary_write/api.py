@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
-from pallas_kernels.native import ops as native
+from pallas_kernels import native
 from pallas_kernels.paged_attention.api import backend_for
 from pallas_kernels.pages import PagedKV
 from pallas_kernels.rotary_write import reference

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.native import ops
+from pallas_kernels import native
 from pallas_kernels.paged_attention import PagedKV
 from tests.pallas_kernels import test_native_blocks
 
@@ -33,10 +33,10 @@ def digest() -> str:
         return rng.standard_normal(shape).astype(np.float32)
 
     def product(x, w, scale, residual):
-        plain = ops.product(x, ops.pack(w), num_columns=w.shape[1], residual=residual)
+        plain = native.product(x, native.pack(w), num_columns=w.shape[1], residual=residual)
         gates = w.reshape(w.shape[0], 2, -1)
-        gated = ops.product(x, ops.pack_gated(gates), num_columns=gates.shape[2], scale=scale, gated=True)
-        return plain, gated, ops.embed(ops.pack(w), jnp.arange(9, dtype=jnp.int32), w.shape[0])
+        gated = native.product(x, native.pack_gated(gates), num_columns=gates.shape[2], scale=scale, gated=True)
+        return plain, gated, native.embed(native.pack(w), jnp.arange(9, dtype=jnp.int32), w.shape[0])
 
     sizes = np.float32(2.0) ** rng.integers(-140, 10, (NUM_ROWS, 1)).astype(np.float32)
     for dtype in ("float32", "bfloat16"):
@@ -46,8 +46,8 @@ def digest() -> str:
 
     def attend(qkv, cos, sin, k, v, page_ids, slot, position):
         kv = PagedKV(k, v, page_ids)
-        q, k, v = ops.rotary_write(qkv, cos, sin, kv, slot, position)
-        return ops.paged_attention(q, kv._replace(k=k, v=v), slot, position, window=50, softcap=9.0), k, v
+        q, k, v = native.rotary_write(qkv, cos, sin, kv, slot, position)
+        return native.paged_attention(q, kv._replace(k=k, v=v), slot, position, window=50, softcap=9.0), k, v
 
     slot = np.sort(rng.integers(0, 6, NUM_ROWS)).astype(np.int32)  # 5: none
     position = (np.arange(NUM_ROWS) + 30).astype(np.int32)
@@ -62,8 +62,8 @@ def digest() -> str:
 
     def sample(logits, token, random, temperature, top_k, top_p, min_p, uniforms):
         everywhere = jnp.ones(NUM_ROWS, bool)
-        chosen = ops.choose(logits, everywhere, random, temperature, top_k, top_p, min_p, uniforms)
-        return chosen, ops.report(logits, everywhere, token, everywhere, max_logprobs=5)
+        chosen = native.choose(logits, everywhere, random, temperature, top_k, top_p, min_p, uniforms)
+        return chosen, native.report(logits, everywhere, token, everywhere, max_logprobs=5)
 
     token, top_k = rng.integers(0, 999, (2, NUM_ROWS)).astype(np.int32)
     limits = rng.uniform(0.5, 1, (2, NUM_ROWS)).astype(np.float32)

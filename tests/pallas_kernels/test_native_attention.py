@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels.native import library, ops
+from pallas_kernels import native
+from pallas_kernels.native import library
 from pallas_kernels.paged_attention import PagedKV, decode_attention
 from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape
 from tests.core.test_step_programs import assert_in_place
@@ -32,7 +33,7 @@ shapes = pytest.mark.parametrize("name", ["llama-135m", "gpt-oss-20b", "gemma2-2
 
 @functools.cache
 def _compiled(window: int | None, softcap: float | None):
-    return jax.jit(functools.partial(ops.paged_attention, window=window, softcap=softcap))
+    return jax.jit(functools.partial(native.paged_attention, window=window, softcap=softcap))
 
 
 def run(case: Case, batch_size: int | None = None) -> np.ndarray:
@@ -88,7 +89,9 @@ def test_writes_stop_at_the_rows_in_use_and_take_narrow_norms(dtype):
 
     @jax.jit
     def write(q_norm, k_norm, batch_size):
-        return ops.rotary_write(qkv, cos, sin, kv, slot, position, q_norm=q_norm, k_norm=k_norm, batch_size=batch_size)
+        return native.rotary_write(
+            qkv, cos, sin, kv, slot, position, q_norm=q_norm, k_norm=k_norm, batch_size=batch_size
+        )
 
     all_rows = [np.asarray(array) for array in write(*norms, np.int32(16))]
     for wide, whole in zip(write(*(norm.astype(np.float32) for norm in norms), np.int32(16)), all_rows, strict=True):
@@ -119,7 +122,7 @@ def test_values_are_rounded_to_the_nearest_bfloat16_halves_to_even(dtype):
     pages = np.zeros((-(-batch_size // 8), 1, 8, 64), jnp.dtype(dtype))
     kv = PagedKV(pages, pages, np.arange(len(pages), dtype=np.int32)[None])
     angles = np.zeros((batch_size, 32), np.float32)
-    write = jax.jit(lambda qkv: ops.rotary_write(qkv, angles, angles, kv, *where))
+    write = jax.jit(lambda qkv: native.rotary_write(qkv, angles, angles, kv, *where))
     where = np.zeros(batch_size, np.int32), np.arange(batch_size, dtype=np.int32)
     stored = np.asarray(write(qkv)[2]).view(np.uint16).reshape(-1, 64)[:batch_size]
     np.testing.assert_array_equal(stored, values[:, 0, 0].astype(jnp.bfloat16).view(np.uint16))
@@ -140,8 +143,8 @@ def test_pages_are_written_in_place_in_a_loop_that_attends(dtype):
         def body(index, carry):
             k, v, qkv = carry
             kv = PagedKV(k, v, page_ids)
-            q, k, v = ops.rotary_write(qkv, angles, angles, kv, slot, position + index)
-            out = ops.paged_attention(q, kv._replace(k=k, v=v), slot, position + index)
+            q, k, v = native.rotary_write(qkv, angles, angles, kv, slot, position + index)
+            out = native.paged_attention(q, kv._replace(k=k, v=v), slot, position + index)
             return k, v, qkv + out.mean()
 
         return lax.fori_loop(0, 7, body, (k, v, qkv))

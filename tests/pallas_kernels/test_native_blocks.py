@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.native import library, ops
+from pallas_kernels import native
+from pallas_kernels.native import library
 from pallas_kernels.paged_attention import PagedKV
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=f"native kernels: {library.why_not()}")
@@ -39,13 +40,15 @@ def make(shape: str, dtype: str, kv_dtype: str, *, parts: bool = True) -> tuple[
     def weight(*sizes: int) -> jax.Array:
         return random(*sizes, scale=sizes[0] ** -0.5).astype("float32" if dtype == "int8" else dtype)
 
-    pack, pack_gated = (ops.pack_int8, ops.pack_int8_gated) if dtype == "int8" else (ops.pack, ops.pack_gated)
+    pack, pack_gated = (
+        (native.pack_int8, native.pack_int8_gated) if dtype == "int8" else (native.pack, native.pack_gated)
+    )
 
     def maybe(*sizes: int) -> jax.Array | None:
         return 1 + random(*sizes, scale=0.3) if parts else None
 
     layers = [
-        ops.BlockWeights(
+        native.BlockWeights(
             qkv=pack(weight(embed_dim, width)),
             qkv_bias=maybe(width),
             out=pack(weight(heads, embed_dim)),
@@ -77,9 +80,9 @@ def make(shape: str, dtype: str, kv_dtype: str, *, parts: bool = True) -> tuple[
 @functools.partial(jax.jit, static_argnames="shape")
 def one_call(x, cos, sin, layers, pages, page_ids, slot, position, batch_size, *, shape: str):
     *_, group_size, _, ffw_dim, windows = SHAPES[shape]
-    rows = ops.PagedBatch(page_ids, slot, position, batch_size)
+    rows = native.PagedBatch(page_ids, slot, position, batch_size)
     options: dict[str, Any] = {"group_size": group_size, "ffw_dim": ffw_dim, "windows": windows}
-    return ops.blocks(x, cos, sin, layers, pages, rows, eps=EPS, **options)
+    return native.blocks(x, cos, sin, layers, pages, rows, eps=EPS, **options)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -90,18 +93,18 @@ def one_by_one(x, cos, sin, layers, pages, page_ids, slot, position, batch_size,
     for w, (k, v), window in zip(layers, pages, windows, strict=True):
         width = num_kv_heads * (group_size + 2) * head_dim
         norm = {"scale": w.attention_norm, "eps": EPS, **counted}
-        qkv = ops.product(x, w.qkv, num_columns=width, bias=w.qkv_bias, **norm)
+        qkv = native.product(x, w.qkv, num_columns=width, bias=w.qkv_bias, **norm)
         qkv = qkv.reshape(-1, num_kv_heads, group_size + 2, head_dim)
         kv = PagedKV(k, v, page_ids)
         norms = {"q_norm": w.q_norm, "k_norm": w.k_norm, "norm_eps": EPS}
-        q, k, v = ops.rotary_write(qkv, cos, sin, kv, slot, position, **norms, **counted)
-        out = ops.paged_attention(q, kv._replace(k=k, v=v), slot, position, window=window, **counted)
+        q, k, v = native.rotary_write(qkv, cos, sin, kv, slot, position, **norms, **counted)
+        out = native.paged_attention(q, kv._replace(k=k, v=v), slot, position, window=window, **counted)
         out = out.reshape(x.shape[0], -1)
-        x = ops.product(out, w.out, num_columns=embed_dim, bias=w.out_bias, residual=x, **counted)
+        x = native.product(out, w.out, num_columns=embed_dim, bias=w.out_bias, residual=x, **counted)
         norm = {"scale": w.ffw_norm, "eps": EPS, **counted}
         bias = None if w.gate_up_bias is None else w.gate_up_bias.reshape(-1)
-        y = ops.product(x, w.gate_up, num_columns=ffw_dim, bias=bias, gated=True, **norm)
-        x = ops.product(y, w.down, num_columns=embed_dim, bias=w.down_bias, residual=x, **counted)
+        y = native.product(x, w.gate_up, num_columns=ffw_dim, bias=bias, gated=True, **norm)
+        x = native.product(y, w.down, num_columns=embed_dim, bias=w.down_bias, residual=x, **counted)
         new_pages.append((k, v))
     return x, new_pages
 
@@ -150,42 +153,45 @@ def test_no_rows_leave_the_pages_alone():
 
 def test_layers_that_do_not_fit_their_windows_are_refused():
     x, cos, sin, layers, pages, page_ids, slot, position = make("odd sizes", "float32", "float32")
-    rows = ops.PagedBatch(page_ids, slot, position)
+    rows = native.PagedBatch(page_ids, slot, position)
     options: dict[str, Any] = {"group_size": 7, "ffw_dim": 37, "eps": EPS}
     with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit the number of layers"):
-        jax.block_until_ready(ops.blocks(x, cos, sin, layers, pages, rows, windows=(None,), **options))
+        jax.block_until_ready(native.blocks(x, cos, sin, layers, pages, rows, windows=(None,), **options))
     with pytest.raises(ValueError, match="shorter"):
-        ops.blocks(x, cos, sin, layers, pages[:1], rows, windows=(None, None), **options)
+        native.blocks(x, cos, sin, layers, pages[:1], rows, windows=(None, None), **options)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"out": jnp.ones((42, 31))}, r"out is not packed: its shape is \(42, 31\); `pack` it"),
-        ({"down": ops.pack(jnp.ones((37, 31), jnp.bfloat16))}, r"down of layer 1 is bfloat16.*where float32\[1, 19\]"),
         (
-            {"gate_up": ops.pack_gated(jnp.ones((31, 2, 99)))},
+            {"down": native.pack(jnp.ones((37, 31), jnp.bfloat16))},
+            r"down of layer 1 is bfloat16.*where float32\[1, 19\]",
+        ),
+        (
+            {"gate_up": native.pack_gated(jnp.ones((31, 2, 99)))},
             r"gate_up of layer 1 is float32\[4, 16, 2, 64\].*\[2, 16\]",
         ),
         (
-            {"down": ops.pack_int8(jnp.ones((37, 31)))},
+            {"down": native.pack_int8(jnp.ones((37, 31)))},
             r"down of layer 1 is int8\[1, 21, 64, 2\], where float32\[1, 19\]",
         ),
-        ({"q_norm": jnp.ones(8)}, "q_norm of layer 1 has 8 elements in place of 6"),
-        ({"down_bias": jnp.ones(30)}, "down_bias of layer 1 has 30 elements in place of 31"),
+        ({"q_norm": jnp.ones(8)}, "q_norm of layer 1 has 8 elements, but this model needs 6"),
+        ({"down_bias": jnp.ones(30)}, "down_bias of layer 1 has 30 elements, but this model needs 31"),
     ],
 )
 def test_weights_of_another_model_are_refused(change, message):
     x, cos, sin, layers, pages, page_ids, slot, position = make("odd sizes", "float32", "float32")
-    rows = ops.PagedBatch(page_ids, slot, position)
+    rows = native.PagedBatch(page_ids, slot, position)
     options: dict[str, Any] = {"group_size": 7, "ffw_dim": 37, "eps": EPS, "windows": (None, 9)}
     with pytest.raises(ValueError, match=message):
-        ops.blocks(x, cos, sin, [layers[0], layers[1]._replace(**change)], pages, rows, **options)
-    with pytest.raises(ValueError, match=r"of 23 rows have the shapes .*\(22,\)"):
-        ops.blocks(x, cos, sin, layers, pages, rows._replace(position=position[1:]), **options)
+        native.blocks(x, cos, sin, [layers[0], layers[1]._replace(**change)], pages, rows, **options)
+    with pytest.raises(ValueError, match=r"have the shapes .*\(22,\).*x has 23 batch rows"):
+        native.blocks(x, cos, sin, layers, pages, rows._replace(position=position[1:]), **options)
     other = [pages[0], tuple(array.astype(jnp.bfloat16) for array in pages[1])]
-    with pytest.raises(ValueError, match="pages of layer 1 are bfloat16.*those before float32"):
-        ops.blocks(x, cos, sin, layers, other, rows, **options)
+    with pytest.raises(ValueError, match="pages of layer 1 are bfloat16.*those of layer 0 float32"):
+        native.blocks(x, cos, sin, layers, other, rows, **options)
     half = [tuple(array.astype(jnp.float16) for array in arrays) for arrays in pages]
     with pytest.raises(ValueError, match="no native attention over float16 pages"):
-        ops.blocks(x, cos, sin, layers, half, rows, **options)
+        native.blocks(x, cos, sin, layers, half, rows, **options)

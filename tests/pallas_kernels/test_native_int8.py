@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.native import library, ops
+from pallas_kernels import native
+from pallas_kernels.native import library
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=f"native kernels: {library.why_not()}")
 
 _UNIT = 2.0**-24  # largest relative error of rounding to float32
-quantize = jax.jit(ops.quantize)
+quantize = jax.jit(native.quantize)
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -53,7 +54,7 @@ def test_columns_of_zeros_and_of_the_smallest_numbers_give_zeros():
     w[:, 1], w[:, 2] = 1e-45, 1
     _, scale = map(np.asarray, quantize(w))
     assert scale[0] == 0 and scale[1] < 1e-38 and scale[2] > 0
-    out = np.asarray(ops.product(jnp.ones((2, 9)), ops.pack_int8(jnp.asarray(w)), num_columns=3))
+    out = np.asarray(native.product(jnp.ones((2, 9)), native.pack_int8(jnp.asarray(w)), num_columns=3))
     np.testing.assert_allclose(out, [[0, 0, 9]] * 2, rtol=1e-6, atol=1e-37)
 
 
@@ -61,11 +62,11 @@ def test_columns_of_zeros_and_of_the_smallest_numbers_give_zeros():
 def test_what_a_weight_that_is_not_finite_takes_part_in_is_not_a_number(bad):
     w = random(31, 70)
     w[3, 5] = bad
-    packed = ops.pack_int8(jnp.asarray(w))
+    packed = native.pack_int8(jnp.asarray(w))
     for x in (jnp.ones((2, 31)), jnp.zeros((20, 31))):
-        out = np.asarray(ops.product(x, packed, num_columns=70))
+        out = np.asarray(native.product(x, packed, num_columns=70))
         assert np.isnan(out[:, 5]).all() and np.isfinite(np.delete(out, 5, axis=1)).all()
-    rows = np.asarray(ops.embed(packed, jnp.array([5, 6], jnp.int32), 31))
+    rows = np.asarray(native.embed(packed, jnp.array([5, 6], jnp.int32), 31))
     assert np.isnan(rows[0]).all() and np.isfinite(rows[1]).all()
 
 
@@ -80,7 +81,7 @@ def unpacked(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def test_packing_keeps_every_number_and_fills_up_with_zeros(k, n):
     w = random(k, n)
     q, scale = quantize(w)
-    packed = np.asarray(ops.pack_int8(jnp.asarray(w)))
+    packed = np.asarray(native.pack_int8(jnp.asarray(w)))
     assert packed.shape == (-(-n // 64), 2 + -(-k // 2), 64, 2) and packed.dtype == np.int8
     whole, scales = unpacked(packed)
     np.testing.assert_array_equal(whole[:k, :n], q)
@@ -91,7 +92,7 @@ def test_packing_keeps_every_number_and_fills_up_with_zeros(k, n):
 def test_of_a_gated_weight_16_columns_of_each_half_alternate():
     w = random(7, 2, 37)
     q, scale = quantize(w.reshape(7, -1))
-    whole, scales = unpacked(np.asarray(ops.pack_int8_gated(jnp.asarray(w))))
+    whole, scales = unpacked(np.asarray(native.pack_int8_gated(jnp.asarray(w))))
     for half in range(2):
         part, of_part = (array.reshape(len(array), -1, 2, 16)[:, :, half] for array in (whole, scales[None]))
         np.testing.assert_array_equal(part.reshape(len(whole), -1)[:7, :37], q[:, half * 37 : half * 37 + 37])
@@ -103,13 +104,13 @@ def test_an_embedding_is_a_column_times_its_scale(size):
     table = random(size, 77).T
     q, scale = map(np.asarray, quantize(table.T))
     ids = np.array([0, 76, 15, 16, 63, 64, 5, 5, -4], np.int32)
-    out = np.asarray(ops.embed(ops.pack_int8(jnp.asarray(table.T)), ids, size))
+    out = np.asarray(native.embed(native.pack_int8(jnp.asarray(table.T)), ids, size))
     expected = q.T.astype(np.float32) * scale[:, None]
     np.testing.assert_array_equal(out, expected[np.maximum(ids, 0)])
 
 
 def test_a_table_that_is_not_packed_for_the_rows_is_refused():
-    packed = ops.pack_int8(jnp.asarray(random(8, 77)))
+    packed = native.pack_int8(jnp.asarray(random(8, 77)))
     for table, size in ((jnp.zeros((77, 8), jnp.int8), 8), (packed, 10), (jnp.zeros((77, 8), jnp.bfloat16), 9)):
         with pytest.raises(jax.errors.JaxRuntimeError, match="neither a table of such rows nor packed"):
-            jax.block_until_ready(ops.embed(table, np.zeros(3, np.int32), size))
+            jax.block_until_ready(native.embed(table, np.zeros(3, np.int32), size))

@@ -12,7 +12,8 @@ from flax import nnx
 from jaxserve import BeamParams, Engine, EngineConfig, SamplingParams, prepare, run
 from jaxserve.models.params import leaves_with_paths
 from jaxserve.models.prepare import loaded_dtype, prepare_and_free, unprepared
-from pallas_kernels.native import library, ops
+from pallas_kernels import native
+from pallas_kernels.native import library
 from tests import small_model, workload
 from tests.pallas_kernels.test_native_model import MODELS, assert_equal, dense_logits, generate, make_params
 
@@ -45,7 +46,7 @@ def each_weight(params: nnx.State, change) -> nnx.State:
 
 
 def dequantised(w: jax.Array) -> jax.Array:
-    integers, scale = ops.quantize(w)
+    integers, scale = native.quantize(w)
     return integers.astype(jnp.float32) * scale[None]
 
 
@@ -63,7 +64,7 @@ def representable(w: jax.Array) -> jax.Array:
 def test_preparing_quantises_what_is_packed_and_widens_the_rest(name, dtype):
     raw, model = make_params(name, dtype), MODELS[name]
     prepared = prepare(raw, model, "native", "int8")
-    pack, pack_gated = jax.jit(ops.pack_int8), jax.jit(ops.pack_int8_gated)
+    pack, pack_gated = jax.jit(native.pack_int8), jax.jit(native.pack_int8_gated)
     num_packed = 0
     for (path, new), (_, old) in zip(leaves_with_paths(prepared), leaves_with_paths(raw), strict=True):
         kind = path[-1]

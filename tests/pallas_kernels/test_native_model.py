@@ -14,7 +14,8 @@ from jaxserve.core.cache.attention import BatchLayout, paged_attend
 from jaxserve.models import causal_attend, graphdef_of
 from jaxserve.models.params import abstract_params, leaves_with_paths
 from jaxserve.models.prepare import prepare_and_free, unprepared
-from pallas_kernels.native import library, ops
+from pallas_kernels import native
+from pallas_kernels.native import library
 from tests import small_model, workload
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=f"native kernels: {library.why_not()}")
@@ -67,11 +68,11 @@ def test_preparing_packs_weights_widens_the_rest_and_loses_nothing(name, dtype):
     for (path, new), (_, old) in zip(leaves_with_paths(prepared), leaves_with_paths(raw), strict=True):
         kind = path[-1]
         if kind in ("qkv", "out", "down"):
-            expected = ops.pack(old)
+            expected = native.pack(old)
         elif kind == "gate_up":
-            expected = ops.pack_gated(old)
+            expected = native.pack_gated(old)
         elif kind == "lm_head" or (kind == "embedding" and model.tied_embeddings):
-            expected = ops.pack(old.T)
+            expected = native.pack(old.T)
         else:
             expected = old if kind == "embedding" else old.astype(jnp.float32)
         assert (new.dtype, new.shape) == (expected.dtype, expected.shape), path

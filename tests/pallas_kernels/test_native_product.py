@@ -13,7 +13,8 @@ import scipy.special
 from flax import nnx
 
 from jaxserve.models.layers import RMSNorm, matmul
-from pallas_kernels.native import library, ops
+from pallas_kernels import native
+from pallas_kernels.native import library
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=f"native kernels: {library.why_not()}")
 
@@ -88,10 +89,10 @@ def _product(x, w, scale, bias, residual, batch_size, *, dtype: str, packed: boo
             "batch_size": batch_size,
         }
         if dtype == "int8":
-            packed_w = (ops.pack_int8_gated if gated else ops.pack_int8)(w)
+            packed_w = (native.pack_int8_gated if gated else native.pack_int8)(w)
         else:
-            packed_w = (ops.pack_gated if gated else ops.pack)(w)
-        return ops.product(x, packed_w, num_columns=num_columns, gated=gated, **options)
+            packed_w = (native.pack_gated if gated else native.pack)(w)
+        return native.product(x, packed_w, num_columns=num_columns, gated=gated, **options)
     if scale is not None:
         norm = RMSNorm(x.shape[1], EPS, scale.dtype)
         norm.scale = nnx.Param(scale)
@@ -121,7 +122,7 @@ def exactly(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """
     x, w = case.x.astype(np.float64), case.w.reshape(case.w.shape[0], -1)
     if case.dtype == "int8":
-        w, scales = map(np.asarray, ops.quantize(jnp.asarray(w)))
+        w, scales = map(np.asarray, native.quantize(jnp.asarray(w)))
     w = w.astype(np.float64)
     k, error = x.shape[1], 0.0
     if case.scale is not None:
@@ -276,14 +277,14 @@ def unpacked(packed: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("k", "n"), [(1, 1), (7, 64), (8, 65)])
 def test_packing_keeps_every_number_and_fills_up_with_zeros(k, n, dtype):
     w = make_case(k, n, PLAIN, dtype).w
-    packed = np.asarray(ops.pack(jnp.asarray(w)))
+    packed = np.asarray(native.pack(jnp.asarray(w)))
     last = (64, 2) if dtype == "bfloat16" else (2, 64)
     assert packed.shape == (-(-n // 64), -(-k // 2), *last) and packed.dtype == w.dtype
     whole = unpacked(packed).astype(np.float32)
     np.testing.assert_array_equal(whole[:k, :n], w.astype(np.float32))
     assert not whole[k:].any() and not whole[:, n:].any()
     w = make_case(k, n, frozenset(["gated"]), dtype).w
-    whole = unpacked(np.asarray(ops.pack_gated(jnp.asarray(w)))).astype(np.float32)
+    whole = unpacked(np.asarray(native.pack_gated(jnp.asarray(w)))).astype(np.float32)
     blocks = whole.reshape(len(whole), -1, 2, 16)  # 16 columns of each in turns
     for half in range(2):
         part = blocks[:, :, half].reshape(len(whole), -1)
@@ -296,8 +297,8 @@ def test_packing_keeps_every_number_and_fills_up_with_zeros(k, n, dtype):
 def test_an_embedding_is_a_row_of_the_table_packed_or_not(size, dtype):
     table = make_case(37, size, PLAIN, dtype).w  # [V, K]
     ids = np.array([0, 36, 15, 16, 31, 32, 5, 5, -4], np.int32)
-    embed = jax.jit(ops.embed, static_argnums=2)
-    for w in (jnp.asarray(table), ops.pack(jnp.asarray(table).T)):
+    embed = jax.jit(native.embed, static_argnums=2)
+    for w in (jnp.asarray(table), native.pack(jnp.asarray(table).T)):
         out = np.asarray(embed(w, ids, size))
         assert out.dtype == np.float32
         np.testing.assert_array_equal(out, table[np.maximum(ids, 0)].astype(np.float32))
@@ -306,8 +307,8 @@ def test_an_embedding_is_a_row_of_the_table_packed_or_not(size, dtype):
     np.testing.assert_array_equal(embed(jnp.asarray(table), np.int32([37, 1000]), size), np.tile(out[1], (2, 1)))
 
 
-@pytest.mark.parametrize("pack", [ops.pack, ops.pack_int8])
+@pytest.mark.parametrize("pack", [native.pack, native.pack_int8])
 def test_a_weight_that_is_not_packed_for_this_x_is_refused(pack):
     x, w = jnp.ones((2, 7)), pack(jnp.ones((9, 16)))
     with pytest.raises(jax.errors.JaxRuntimeError, match="w is not packed for this x"):
-        ops.product(x, w, num_columns=16).block_until_ready()
+        native.product(x, w, num_columns=16).block_until_ready()

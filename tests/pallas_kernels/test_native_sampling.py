@@ -10,7 +10,8 @@ import pytest
 
 from jaxserve.core import sampling
 from jaxserve.core.logit_rules import plain_rules
-from pallas_kernels.native import library, ops
+from pallas_kernels import native
+from pallas_kernels.native import library
 from tests.core import test_sampling
 from tests.core.test_sampling import (  # noqa: F401, collected here
     K,
@@ -105,7 +106,7 @@ def test_tokens_and_reports_are_those_of_the_plain_sampler_where_rounding_does_n
 def choose(logits, wanted, random, uniforms):
     """At temperature 1, without limits."""
     one, zero = jnp.ones(len(logits), jnp.float32), jnp.zeros(len(logits), jnp.float32)
-    return ops.choose(logits, wanted, random, one, zero.astype(jnp.int32), one, zero, uniforms)
+    return native.choose(logits, wanted, random, one, zero.astype(jnp.int32), one, zero, uniforms)
 
 
 def drawn_with(logits: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
@@ -188,7 +189,7 @@ def test_greedy_rows_take_the_first_of_the_largest(size):
 
 @functools.partial(jax.jit, static_argnames="max_logprobs")
 def report(logits, active, token, asked, *, max_logprobs):
-    return ops.report(logits, active, token, asked, max_logprobs=max_logprobs)
+    return native.report(logits, active, token, asked, max_logprobs=max_logprobs)
 
 
 @pytest.mark.parametrize("size", [1, 7, 16, 50, 1000, 2100])

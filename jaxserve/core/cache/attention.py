@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Array, Float32, Int32
 
 from jaxserve.models import Attend, Projection
-from pallas_kernels.native import ops as native
+from pallas_kernels import native
 from pallas_kernels.paged_attention import PagedKV, chunk_attention, chunk_blocks, decode_attention
 from pallas_kernels.rotary_write import rotary_write
 
