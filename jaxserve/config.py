@@ -1,4 +1,7 @@
-"""The engine's static configuration: every capacity that is part of a compiled program's shape."""
+"""The engine's static configuration: every capacity that is part of a compiled program's shape.
+
+A new option is one field of `EngineConfig`: its check, its flag and its line in the help come from the declaration.
+"""
 
 import dataclasses
 import json
@@ -6,105 +9,109 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Self
 
-from jaxserve.request import unknown_name
+from jaxserve.request import Choice, Integer, Rule, Switch, check_fields, documented, parameter, unknown_name
 from pallas_kernels.backend import BACKENDS, resolve_backend
 
 KV_DTYPES = ("float32", "bfloat16", "float16")
 WEIGHT_DTYPES = ("int8",)
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+ENGINE = "Engine"  # the group of the options, where command lines list them
 
 
+def _option(default: Any, rule: Rule, meaning: str) -> Any:
+    return parameter(default, rule, ENGINE, meaning)
+
+
+@documented
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """Capacities and switches of an engine; hashable, so it can be a static argument of a jitted function.
-
-    Attributes:
-      max_slots: S, sequences that run at the same time.
-      num_pages: N, pages in the KV pool; None: as many as fit, chosen at start-up.
-      page_size: T, tokens per page; a power of two from 8 to 256.
-      max_model_len: M, longest sequence, tokens of prompt and output together; None: 2048, or in an Engine what its model
-        was made for if that is less. `max_sequence_len` is the number.
-      chunk_size: C, most prompt tokens that one step prefills, over all sequences.
-      max_queue: Q, rows for sequences that wait, run, or are finished and not collected; None: 4 * max_slots.
-      max_waiting: most requests that wait on the host before the Engine refuses more (`QueueFullError`); None: no bound.
-      max_logprobs: most tokens a request may ask logprobs for.
-      max_stop_token_ids: most token ids that end one sequence, end-of-sequence ids included.
-      max_stop_sequences, max_stop_sequence_len: most sequences of token ids that end one sequence, and their longest.
-      max_logit_bias: most token ids with a bias per request.
-      max_bad_words, max_bad_word_len: most bad words per request (spellings count), and their most tokens.
-      penalties: whether requests may have penalties; costs 4 bytes per slot and token of the vocabulary.
-      tile_rows: rows that go through the model at once, see `tile_sizes`; None: 32, or on accelerators all slots.
-      max_steps_per_call: most steps that one `run_steps` call runs.
-      deterministic: whether a request's tokens and logprobs are bitwise independent of what runs beside it.
-      debug_checks: whether the invariants of the state are checked after every call (slow).
-      kv_dtype: of keys and values: "float32", "bfloat16" or "float16"; None: that of the weights as they were loaded.
-      weight_dtype: of weight matrices: "int8", with a scale per output column ("native" only); None: as they were loaded.
-      attention_backend: what attends and writes to pages: "triton" (NVIDIA GPUs), "jax_triton" (the same decode kernel
-        through jax-triton), "tpu", "native" (C++ on CPUs; it multiplies and samples too), or "reference" (plain JAX, any
-        device); None: the default of the platform.
-      interpret_kernels: whether the kernels of "triton" and "tpu" run in Pallas' interpreter, on any device: to test and
-        debug, very slow.
 
     Raises:
       ValueError: if a value has the wrong type or is out of range, or the pool cannot hold one longest
         sequence.
     """
 
-    max_slots: int = 32
-    num_pages: int | None = None
-    page_size: int = 16
-    max_model_len: int | None = None
-    chunk_size: int = 256
-    max_queue: int | None = None
-    max_waiting: int | None = 4096
-    max_logprobs: int = 20
-    max_stop_token_ids: int = 8
-    max_stop_sequences: int = 4
-    max_stop_sequence_len: int = 8
-    max_logit_bias: int = 32
-    max_bad_words: int = 8
-    max_bad_word_len: int = 8
-    penalties: bool = True
-    tile_rows: int | None = None
-    max_steps_per_call: int = 32
-    deterministic: bool = True
-    debug_checks: bool = False
-    kv_dtype: str | None = None
-    weight_dtype: str | None = None
-    attention_backend: str | None = None
-    interpret_kernels: bool = False
+    # Behind a field stands its axis letter, if the state has one.
+    max_slots: int = _option(32, Integer(1), "Sequences that run at the same time.")  # S
+    num_pages: int | None = _option(
+        None, Integer(1, optional=True), "Pages in the KV pool; by default as many as fit, chosen at start-up."
+    )  # N
+    page_size: int = _option(16, Choice(PAGE_SIZES), "Tokens per page; a power of two from 8 to 256.")  # T
+    max_model_len: int | None = _option(
+        None,
+        Integer(2, optional=True),
+        "Tokens of the longest sequence, prompt and output together; by default 2048, or in an Engine what its model was made "
+        "for if that is less.",
+    )  # M, which `max_sequence_len` gives
+    chunk_size: int = _option(256, Integer(1), "Most prompt tokens that one step prefills, over all sequences.")  # C
+    max_queue: int | None = _option(
+        None,
+        Integer(1, optional=True),
+        "Rows of the device's queue, for sequences that wait, run, or are finished and not collected; by default 4 per slot.",
+    )  # Q, which `queue_size` gives
+    max_waiting: int | None = _option(
+        4096, Integer(1, optional=True), "Most requests that wait on the host; more are refused. null: no bound."
+    )
+    max_logprobs: int = _option(20, Integer(0), "Most tokens that a request may ask log probabilities for.")
+    max_stop_token_ids: int = _option(
+        8, Integer(1), "Most token ids that end one sequence, end-of-sequence ids included."
+    )
+    max_stop_sequences: int = _option(4, Integer(0), "Most sequences of token ids that end one sequence.")
+    max_stop_sequence_len: int = _option(8, Integer(1), "Most tokens in one of them.")
+    max_logit_bias: int = _option(32, Integer(0), "Most token ids with a bias per request.")
+    max_bad_words: int = _option(8, Integer(0), "Most bad words per request; each spelling counts.")
+    max_bad_word_len: int = _option(8, Integer(1), "Most tokens in one of them.")
+    penalties: bool = _option(
+        True, Switch(), "Whether requests may have penalties; costs 4 bytes per slot and token of the vocabulary."
+    )
+    tile_rows: int | None = _option(
+        None,
+        Integer(1, optional=True),
+        "Rows that go through the model at once; by default 32, or on accelerators as many as slots.",
+    )  # see `tile_sizes`
+    max_steps_per_call: int = _option(
+        32, Integer(1), "Most steps that the device runs before the host reads what they gave."
+    )
+    deterministic: bool = _option(
+        True,
+        Switch(),
+        "Whether the bits of a request's tokens and log probabilities are independent of its neighbours.",
+    )
+    debug_checks: bool = _option(False, Switch(), "Check the invariants of the state after every call; slow.")
+    kv_dtype: str | None = _option(
+        None,
+        Choice(KV_DTYPES, optional=True),
+        "The dtype of keys and values; by default that of the weights as loaded.",
+    )
+    weight_dtype: str | None = _option(
+        None,
+        Choice(WEIGHT_DTYPES, optional=True),
+        "With int8 the engine rounds weight matrices to 8 bits after loading, with a scale per output column (backend native only); by "
+        "default they stay as loaded.",
+    )
+    attention_backend: str | None = _option(
+        None,
+        Choice(BACKENDS, optional=True),
+        "The kernels for attention and for writing to pages: triton (NVIDIA GPUs), jax_triton (the same decode kernel through "
+        "jax-triton), tpu, native (C++ on CPUs; it multiplies and samples too) or reference (plain JAX, any device); by "
+        "default triton on NVIDIA GPUs, tpu on TPUs, native on CPUs.",
+    )
+    interpret_kernels: bool = _option(
+        False, Switch(), "Run the kernels of triton or tpu in Pallas' interpreter, on any device, for tests; very slow."
+    )
 
     def __post_init__(self) -> None:
-        for name, low in _LOWEST.items():
-            self._check_int(name, low)
-        for name in ("penalties", "deterministic", "debug_checks", "interpret_kernels"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
+        check_fields(self)
         if self.queue_size < self.max_slots:
             raise ValueError(
                 f"max_queue={self.max_queue} must be at least max_slots={self.max_slots}: a slot needs a row"
-            )
-        if self.page_size not in _PAGE_SIZES:
-            raise ValueError(f"page_size={self.page_size} must be one of {', '.join(map(str, _PAGE_SIZES))}")
-        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
-            raise ValueError(f"kv_dtype={self.kv_dtype!r} must be one of {', '.join(KV_DTYPES)}, or null")
-        if self.weight_dtype is not None and self.weight_dtype not in WEIGHT_DTYPES:
-            raise ValueError(f"weight_dtype={self.weight_dtype!r} must be one of {', '.join(WEIGHT_DTYPES)}, or null")
-        if self.attention_backend is not None and self.attention_backend not in BACKENDS:
-            raise ValueError(
-                f"attention_backend={self.attention_backend!r} must be one of {', '.join(BACKENDS)}, or null"
             )
         if self.num_pages is not None and self.num_pages < self.pages_per_slot:
             raise ValueError(
                 f"num_pages={self.num_pages} cannot hold one longest sequence, max_model_len={self.max_sequence_len} "
                 f"tokens in pages of {self.page_size}: use at least {self.pages_per_slot} pages or shorter sequences"
             )
-
-    def _check_int(self, name: str, low: int) -> None:
-        value = getattr(self, name)
-        if value is None and name in ("num_pages", "max_model_len", "max_queue", "max_waiting", "tile_rows"):
-            return
-        if type(value) is not int or not low <= value < 2**31:
-            raise ValueError(f"{name}={value!r} must be an integer from {low} to {2**31 - 1}")
 
     @property
     def max_sequence_len(self) -> int:
@@ -215,22 +222,3 @@ def read_json_object(path: str | pathlib.Path, kind: str) -> dict[str, Any]:
 
 
 _MAX_SEQUENCE_LEN = 2048
-_PAGE_SIZES = (8, 16, 32, 64, 128, 256)
-_LOWEST = {
-    "max_slots": 1,
-    "num_pages": 1,
-    "page_size": 1,
-    "max_model_len": 2,
-    "chunk_size": 1,
-    "max_queue": 1,
-    "max_waiting": 1,
-    "max_logprobs": 0,
-    "max_stop_token_ids": 1,
-    "max_stop_sequences": 0,
-    "max_stop_sequence_len": 1,
-    "max_logit_bias": 0,
-    "max_bad_words": 0,
-    "max_bad_word_len": 1,
-    "tile_rows": 1,
-    "max_steps_per_call": 1,
-}

@@ -13,6 +13,7 @@ from absl import flags
 from jaxserve import SamplingParams, generate
 from jaxserve.commands.flags import make_engine, parse_flags
 from jaxserve.commands.prompts import ChatRequest, parse_prompts
+from jaxserve.request import markdown_lines
 from pallas_kernels.backend import BACKENDS, check_runs_here
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -28,6 +29,7 @@ PAGES = {
     if (ROOT / name).exists()
 }
 USER_PAGE, DEVELOPER_PAGE = PAGES["README.md"], PAGES["jaxserve/README.md"]
+PARAMETERS_PAGE = DEVELOPER_PAGE  # has the section "Parameters"
 BLOCKS = {
     f"{name}:{index}": block
     for name, text in PAGES.items()
@@ -180,13 +182,16 @@ def test_every_promise_has_a_test() -> None:
         assert files and all((ROOT / file).is_file() for file in files), promise
 
 
-def test_the_table_of_parameters_has_every_one_with_a_test_that_is_there() -> None:
-    section = DEVELOPER_PAGE.partition("## Parameters\n")[2].partition("\n## ")[0]
-    tests = dict(re.findall(r"^\| `(\w+)` \|.*`(tests/\S+\.py::\w+)` \|$", section, re.MULTILINE))
-    assert tests.keys() - {"priority"} == SamplingParams.__dataclass_fields__.keys()
-    for name, test in tests.items():
-        file, _, function = test.partition("::")
-        assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8"), name
+def test_the_table_of_parameters_is_that_of_the_declarations_with_a_test_for_each() -> None:
+    section = PARAMETERS_PAGE.partition("## Parameters\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith(("| **", "| `"))]
+    cell = re.compile(r" (?:`(tests/\S+\.py)::(\w+)` )?\|$")  # the last one
+    assert [cell.sub("", line) for line in lines] == markdown_lines(SamplingParams)
+    for line in lines:
+        match = cell.search(line)
+        assert match is not None and (line.startswith("| **") or match[1]), line
+        if match[1]:
+            assert f"\ndef {match[2]}(" in (ROOT / match[1]).read_text(encoding="utf-8"), line
 
 
 def test_the_line_of_a_prompts_file_is_one() -> None:

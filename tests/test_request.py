@@ -9,12 +9,14 @@ import sys
 import numpy as np
 import pytest
 
+from jaxserve.config import EngineConfig
 from jaxserve.request import (
     CompletionOutput,
     Request,
     RequestMetrics,
     RequestOutput,
     SamplingParams,
+    parameters_of,
 )
 
 
@@ -102,6 +104,31 @@ CHANGED = {
 }
 
 
+@pytest.mark.parametrize("record", [SamplingParams, EngineConfig])
+def test_every_field_has_a_meaning_a_group_and_a_rule_that_accepts_the_default_and_refuses_nonsense(record):
+    for name, item in parameters_of(record).items():
+        assert item.meaning.endswith(".") and item.group, name
+        assert item.rule(name, item.default) == getattr(record(), name) == item.default, name
+        with pytest.raises(ValueError, match=f"^{name}=.* must be ") as caught:
+            record(**{name: object()})
+        assert "\n" not in str(caught.value), name
+        assert f"  {name}: " in record.__doc__, name
+
+
+def test_a_field_without_a_declaration_is_noticed():
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        size: int = 3
+
+    with pytest.raises(TypeError):
+        parameters_of(Options)
+
+
+def test_parameters_are_given_by_name():
+    with pytest.raises(TypeError):
+        SamplingParams(0.5)
+
+
 def test_every_parameter_is_kept():
     for field in dataclasses.fields(SamplingParams):
         value = CHANGED.get(field.name)
@@ -115,7 +142,7 @@ def test_every_parameter_is_kept():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"logprobs_mode": "both"}, "logprobs_mode='both' must be raw or processed"),
+        ({"logprobs_mode": "both"}, "logprobs_mode='both' must be one of raw, processed"),
         ({"n": 0}, "n=0 must be an integer from 1"),
         ({"n": True}, "n=True must be an integer"),
         ({"n": 2, "temperature": 0}, "n=2 with temperature=0.0 would give the same sample 2 times"),
@@ -134,7 +161,8 @@ def test_every_parameter_is_kept():
         ({"frequency_penalty": math.nan}, "frequency_penalty=nan must be a number in"),
         ({"repetition_penalty": 0}, "repetition_penalty=0 must be a number in"),
         ({"repetition_penalty": math.inf}, "repetition_penalty=inf must be a number in"),
-        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens=0 must be an integer from 1"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens=0 must be an integer from 1 to 2147483647, or -1"),
+        ({"top_k": -2}, "top_k=-2 must be an integer from 0 to 2147483647, or -1"),
     ],
 )
 def test_what_contradicts_or_means_nothing_is_refused_in_one_sentence(fields, message):
@@ -218,7 +246,7 @@ def test_output_is_finished_when_all_samples_are_or_it_failed():
     assert RequestOutput("a", "p", (), (), error="too long").finished
 
 
-@pytest.mark.parametrize("module", ["request", "config", "prompts", "tokenizer"])
+@pytest.mark.parametrize("module", ["request", "config", "commands.prompts", "text.tokenizer"])
 def test_import_loads_no_heavy_module(module):
     heavy = ("jax", "transformers", "tokenizers", "orbax", "torch", "absl.flags")
     code = f"import sys, jaxserve.{module}; print(*[name for name in {heavy!r} if name in sys.modules])"

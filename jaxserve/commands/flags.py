@@ -10,95 +10,36 @@ import logging
 import pathlib
 import sys
 import textwrap
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
-from jaxserve.config import KV_DTYPES, WEIGHT_DTYPES, EngineConfig, read_json_object
+from jaxserve.config import ENGINE, EngineConfig, read_json_object
 from jaxserve.demo_model import DEMO_MODEL
-from jaxserve.request import SamplingParams
-from pallas_kernels.backend import BACKENDS
+from jaxserve.request import (
+    DRAW,
+    LOGITS,
+    PROMPT,
+    REPORT,
+    STOP,
+    Biases,
+    Choice,
+    Integer,
+    Number,
+    SamplingParams,
+    Switch,
+    TokenIds,
+    default_text,
+    parameters_of,
+)
 
 DTYPES = ("bfloat16", "float32", "float16")
-PROMPTS = "Prompts and output"
+PROMPTS = PROMPT
 MODEL = "Model"
-ENGINE = "Engine"
 
-_ENGINE_FIELDS = {
-    "max_slots": "Sequences that run at the same time.",
-    "num_pages": "Pages in the KV pool; by default as many as fit.",
-    "page_size": "Tokens per page; a power of two from 8 to 256.",
-    "max_model_len": "Longest sequence, prompt and output; by default 2048, or what the model was made for.",
-    "chunk_size": "Most prompt tokens that one step prefills, over all sequences.",
-    "max_queue": "Rows for waiting, running and finished sequences on the device; by default 4 per slot.",
-    "max_waiting": "Most requests that wait on the host; more are refused.",
-    "max_logprobs": "Most tokens that a request may ask logprobs for.",
-    "max_stop_token_ids": "Most token ids that end one sequence, end-of-sequence ids included.",
-    "max_stop_sequences": "Most sequences of token ids that end one sequence.",
-    "max_stop_sequence_len": "Most tokens in one of them.",
-    "max_logit_bias": "Most token ids with a bias per request.",
-    "max_bad_words": "Most bad words per request; each way to spell one counts.",
-    "max_bad_word_len": "Most tokens in one of them.",
-    "penalties": "Whether requests may have penalties; costs 4 bytes per slot and token of the vocabulary.",
-    "tile_rows": "Rows that go through the model at once; by default 32, or on accelerators as many as slots.",
-    "max_steps_per_call": "Most steps between two looks of the host.",
-    "deterministic": "Bitwise independence of a request from its neighbours.",
-    "debug_checks": "Check the invariants of the state after every call; slow.",
-    "kv_dtype": "Of keys and values; by default that of the weights as they are loaded.",
-    "weight_dtype": "int8: weights rounded to 8 bits after loading, on the backend native; by default they are kept.",
-    "attention_backend": "What attends to pages; by default triton on NVIDIA GPUs, tpu on TPUs, native on CPUs.",
-    "interpret_kernels": "Run the kernels of triton or tpu in an interpreter, on any device; very slow.",
-}
+GROUPS = (PROMPTS, MODEL, LOGITS, DRAW, STOP, REPORT, ENGINE)  # as --help has them
 
-_SAMPLING_FIELDS = {
-    PROMPTS: {
-        "truncate_prompt_tokens": "Use only that many last tokens of a prompt; -1: as many as there is room for.",
-    },
-    "What changes the logits": {
-        "allowed_token_ids": "Only these are drawn; by default all.",
-        "bad_words": "A text that is never completed.",
-        "min_tokens": "No stop before that many.",
-        "logit_bias": "Is added to a token's logit; clamped to [-100, 100].",
-        "repetition_penalty": "Above 0; above 1 makes tokens of prompt and output less likely.",
-        "frequency_penalty": "In [-2, 2]; subtracted for each time that the token was generated.",
-        "presence_penalty": "In [-2, 2]; subtracted if the token was generated.",
-    },
-    "How a token is drawn": {
-        "temperature": "In [0, 2]; 0 takes the most likely token.",
-        "min_p": "In [0, 1]; drop tokens less likely than this times the most likely one.",
-        "top_k": "Keep the k most likely tokens; 0: all.",
-        "top_p": "In (0, 1]; keep the most likely tokens that together reach this probability.",
-        "seed": "Of every request: the same seed, the same tokens; by default each has its own.",
-        "n": "Samples per prompt.",
-    },
-    "When it stops": {
-        "ignore_eos": "Go on after an end-of-sequence token.",
-        "stop_token_ids": "Token ids that end a sequence.",
-        "stop": "A text that ends a sequence and is cut off.",
-        "include_stop_str_in_output": "Leave the text that ended it in.",
-        "max_tokens": "Tokens to generate at most.",
-    },
-    "What is reported": {
-        "logprobs": "Log probabilities: of this many most likely tokens beside the generated one.",
-        "logprobs_mode": "Of the model's distribution, or of the one that is drawn from.",
-        "prompt_logprobs": "The same for the tokens of the prompt.",
-        "detokenize": "Turn tokens into text.",
-        "skip_special_tokens": "Leave special tokens out of the text.",
-        "spaces_between_special_tokens": "Let the decoder put what it wants between special tokens.",
-    },
-}
-
-GROUPS = (*dict.fromkeys((PROMPTS, MODEL, *_SAMPLING_FIELDS)), ENGINE)  # as --help has them
-
-_CHOICES = {
-    "attention_backend": BACKENDS,
-    "kv_dtype": KV_DTYPES,
-    "weight_dtype": WEIGHT_DTYPES,
-    "logprobs_mode": ("raw", "processed"),
-}
 _METAVARS = {
     "prompts_file": "FILE",
     "output": "FILE",
@@ -106,15 +47,13 @@ _METAVARS = {
     "config": "FILE",
     "model": "DIR",
     "compilation_cache_dir": "DIR",
-    "stop_token_ids": "ID,...",
-    "allowed_token_ids": "ID,...",
-    "logit_bias": "ID:BIAS,...",
+    **{name: "ID,..." for name, item in parameters_of(SamplingParams).items() if isinstance(item.rule, TokenIds)},
+    **{name: "ID:BIAS,..." for name, item in parameters_of(SamplingParams).items() if isinstance(item.rule, Biases)},
     "int": "INT",
     "float": "FLOAT",
     "string": "TEXT",
     "multi string": "TEXT",
 }
-_DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean, str: flags.DEFINE_string}
 _WIDTH = 100
 _TEXT_COLUMN = 36
 
@@ -146,7 +85,7 @@ def define_engine_flags(values: flags.FlagValues, **defaults: Any) -> None:
     flags.DEFINE_string(
         "compilation_cache_dir", "~/.cache/jaxserve/compiled", "Keeps compiled programs; empty: do not.", **to
     )
-    _define_fields(EngineConfig, _ENGINE_FIELDS, defaults, to)
+    _define_fields(EngineConfig, defaults, values)
 
 
 def define_timeline_flag(values: flags.FlagValues) -> None:
@@ -162,34 +101,25 @@ def define_timeline_flag(values: flags.FlagValues) -> None:
 
 def define_sampling_flags(values: flags.FlagValues, **defaults: Any) -> None:
     """A flag per field of SamplingParams; `defaults` are those that the help shows where they are not the field's own."""
-    for group, texts in _SAMPLING_FIELDS.items():
-        _define_fields(SamplingParams, texts, defaults, {"flag_values": values, "module_name": group})
+    _define_fields(SamplingParams, defaults, values)
 
 
-def _define_fields(record: type, texts: Mapping[str, str], defaults: Mapping[str, Any], to: dict[str, Any]) -> None:
-    hints = typing.get_type_hints(record)
-    for name, text in texts.items():
-        text += _default_text(defaults.get(name, getattr(record, name)))
-        kind = _field_type(hints[name])
-        if name in _CHOICES:
-            flags.DEFINE_enum(name, None, list(_CHOICES[name]), text, **to)
-        elif kind is None:
-            flags.DEFINE_multi_string(name, None, text, **to)
-        else:
-            _DEFINE[kind](name, None, text, **to)
-
-
-def _field_type(hint: Any) -> Any:
-    """The scalar type of a field, optional or not; None: a field of several values."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    scalars = [option for option in options if option in _DEFINE]
-    return scalars[0] if scalars else None
-
-
-def _default_text(value: Any) -> str:
-    if value is None or value == ():
-        return ""
-    return f" (default: {('no', 'yes')[value] if isinstance(value, bool) else value})"
+def _define_fields(record: type, defaults: Mapping[str, Any], values: flags.FlagValues) -> None:
+    """Defines a flag per field of a record, as the field's declaration says."""
+    for name, item in parameters_of(record).items():
+        text = item.description + default_text(defaults.get(name, item.default))
+        to: dict[str, Any] = {"flag_values": values, "module_name": item.group}
+        match item.rule:
+            case Number():
+                flags.DEFINE_float(name, None, text, **to)
+            case Switch():
+                flags.DEFINE_boolean(name, None, text, **to)
+            case Choice(choices) if all(isinstance(choice, str) for choice in choices):
+                flags.DEFINE_enum(name, None, [str(choice) for choice in choices], text, **to)
+            case Integer() | Choice():
+                flags.DEFINE_integer(name, None, text, **to)
+            case _:
+                flags.DEFINE_multi_string(name, None, text, **to)
 
 
 def sampling_params(values: flags.FlagValues, **defaults: Any) -> SamplingParams:
@@ -198,13 +128,13 @@ def sampling_params(values: flags.FlagValues, **defaults: Any) -> SamplingParams
     Raises:
       ValueError: if one is out of range.
     """
-    given = _given(values, [field.name for field in dataclasses.fields(SamplingParams)])
-    for name in ("allowed_token_ids", "stop_token_ids"):
-        if name in given:
-            given[name] = [_token_id(name, part) for part in _parts(given[name])]
-    if "logit_bias" in given:
-        given["logit_bias"] = [_bias(part) for part in _parts(given["logit_bias"])]
-    return SamplingParams.from_dict(defaults | given)
+    fields = _flags_set(values, SamplingParams)
+    for name, item in parameters_of(SamplingParams).items():
+        if name in fields and isinstance(item.rule, TokenIds):
+            fields[name] = [_token_id(name, part) for part in _parts(fields[name])]
+        elif name in fields and isinstance(item.rule, Biases):
+            fields[name] = [_bias(name, part) for part in _parts(fields[name])]
+    return SamplingParams.from_dict(defaults | fields)
 
 
 def engine_options(values: flags.FlagValues, **defaults: Any) -> EngineOptions:
@@ -216,14 +146,13 @@ def engine_options(values: flags.FlagValues, **defaults: Any) -> EngineOptions:
     if not 0 <= values.engine_seed < 2**64:
         raise ValueError(f"--engine_seed={values.engine_seed} must lie in [0, 2^64)")
     fields = read_json_object(values.config, "engine config") if values.config is not None else {}
-    given = _given(values, [field.name for field in dataclasses.fields(EngineConfig)])
     return EngineOptions(
         model=values.model,
         load_format=values.load_format,
         dtype=values.dtype,
         compilation_cache_dir=values.compilation_cache_dir,
         seed=values.engine_seed,
-        config=EngineConfig.from_dict(defaults | fields | given),
+        config=EngineConfig.from_dict(defaults | fields | _flags_set(values, EngineConfig)),
     )
 
 
@@ -295,7 +224,7 @@ def _describe(flag: flags.Flag) -> str:
         text = text.partition(";\n")[0] + " Repeatable."  # in place of absl's sentence
     name = f"  --[no]{flag.name}" if kind == "bool" else f"  --{flag.name}{value}"
     if flag.default not in (None, []):
-        text += _default_text(flag.default)
+        text += default_text(flag.default)
     return _two_columns(name, text.replace("(default: ", "(default:\u00a0")).replace("\u00a0", " ")
 
 
@@ -307,12 +236,14 @@ def _two_columns(name: str, text: str) -> str:
     return "\n".join([name.ljust(_TEXT_COLUMN) + lines[0][_TEXT_COLUMN:], *lines[1:]])
 
 
-def _given(values: flags.FlagValues, names: Sequence[str]) -> dict[str, Any]:
-    return {name: values[name].value for name in names if name in values and values[name].value is not None}
+def _flags_set(values: flags.FlagValues, record: type) -> dict[str, Any]:
+    """Returns the values of those flags of a record's fields that were set."""
+    names = [name for name in parameters_of(record) if name in values]
+    return {name: values[name].value for name in names if values[name].value is not None}
 
 
-def _parts(given: Sequence[str]) -> list[str]:
-    return ",".join(given).split(",")
+def _parts(values: Sequence[str]) -> list[str]:
+    return ",".join(values).split(",")
 
 
 def _token_id(name: str, part: str) -> int:
@@ -322,11 +253,9 @@ def _token_id(name: str, part: str) -> int:
         raise ValueError(f"--{name}: {part!r} must be a token id, as in --{name}=1,2") from None
 
 
-def _bias(part: str) -> tuple[int, float]:
-    token, _, amount = part.partition(":")
+def _bias(name: str, part: str) -> tuple[int, float]:
+    token, _, bias = part.partition(":")
     try:
-        return int(token), float(amount)
+        return int(token), float(bias)
     except ValueError:
-        raise ValueError(
-            f"--logit_bias: {part!r} must be a token id and a number, as in --logit_bias=50:-1.5"
-        ) from None
+        raise ValueError(f"--{name}: {part!r} must be a token id and a number, as in --{name}=50:-1.5") from None

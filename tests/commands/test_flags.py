@@ -10,6 +10,7 @@ from absl import flags
 
 from jaxserve import EngineConfig, SamplingParams, generate
 from jaxserve.commands import flags as cli
+from jaxserve.request import default_text, parameters_of
 
 # Field -> arguments, and the value that they set.
 PARAMETERS: dict[str, tuple[str, Any]] = {
@@ -40,7 +41,7 @@ PARAMETERS: dict[str, tuple[str, Any]] = {
     "truncate_prompt_tokens": ("--truncate_prompt_tokens=-1", -1),
 }
 CAPACITIES = {"num_pages": 4096, "max_queue": 256, "tile_rows": 16, "kv_dtype": "float16", "attention_backend": "tpu"}
-CAPACITIES |= {"weight_dtype": "int8"}
+CAPACITIES |= {"weight_dtype": "int8", "max_model_len": 512}
 
 
 def parse(*arguments: str) -> flags.FlagValues:
@@ -55,6 +56,17 @@ def test_every_field_of_sampling_params_has_a_flag_that_sets_it_and_nothing_else
     for name, (arguments, value) in PARAMETERS.items():
         values = parse(*arguments.split())
         assert cli.sampling_params(values) == SamplingParams(**{name: value}) != SamplingParams(), name
+
+
+@pytest.mark.parametrize("record", [SamplingParams, EngineConfig])
+def test_a_flag_stands_in_the_group_of_its_field_with_its_meaning_and_default(record: type) -> None:
+    values = parse()
+    by_group = values.flags_by_module_dict()
+    for name, item in parameters_of(record).items():
+        assert item.group in cli.GROUPS and values[name] in by_group[item.group], name
+        default = {"max_tokens": "128, in a chat 1024", "max_waiting": "no bound"}.get(name, item.default)
+        text = values[name].help.partition(";\n")[0]  # absl writes more about a list
+        assert text.endswith(item.description + default_text(default)) and not item.description[0].islower(), name
 
 
 def test_every_field_of_the_engine_config_has_a_flag_that_sets_it_and_nothing_else() -> None:

@@ -1,0 +1,65 @@
+"""What a user asks for and what he gets: requests, sampling parameters and results, as plain host records."""
+
+from jaxserve.request.parameter import (
+    Parameter,
+    by_group,
+    check_fields,
+    default_text,
+    documented,
+    markdown_lines,
+    parameter,
+    parameters_of,
+    unknown_name,
+)
+from jaxserve.request.request import Request
+from jaxserve.request.results import CompletionOutput, FinishReason, RequestMetrics, RequestOutput, TokenLogprob
+from jaxserve.request.rules import (
+    MAX_INT32,
+    Biases,
+    Choice,
+    Integer,
+    Number,
+    Rule,
+    Switch,
+    Texts,
+    TokenIds,
+    check_ids,
+    check_int,
+)
+from jaxserve.request.sampling_params import DRAW, GREEDY_BELOW, LOGITS, PROMPT, REPORT, STOP, SamplingParams
+
+__all__ = [
+    "DRAW",
+    "GREEDY_BELOW",
+    "LOGITS",
+    "MAX_INT32",
+    "PROMPT",
+    "REPORT",
+    "STOP",
+    "Biases",
+    "Choice",
+    "CompletionOutput",
+    "FinishReason",
+    "Integer",
+    "Number",
+    "Parameter",
+    "Request",
+    "RequestMetrics",
+    "RequestOutput",
+    "Rule",
+    "SamplingParams",
+    "Switch",
+    "Texts",
+    "TokenIds",
+    "TokenLogprob",
+    "by_group",
+    "check_fields",
+    "check_ids",
+    "check_int",
+    "default_text",
+    "documented",
+    "markdown_lines",
+    "parameter",
+    "parameters_of",
+    "unknown_name",
+]
