@@ -87,8 +87,8 @@ class EngineConfig:
     weight_dtype: str | None = _option(
         None,
         Choice(WEIGHT_DTYPES, optional=True),
-        "With int8 the engine rounds weight matrices to 8 bits after loading, with a scale per output column (backend native only); by "
-        "default they stay as loaded.",
+        "With int8 the engine rounds weight matrices to 8 bits after loading, with a scale per output column (backend native "
+        "only); by default they stay as loaded.",
     )
     attention_backend: str | None = _option(
         None,
