@@ -15,7 +15,7 @@ import numpy as np
 
 from pallas_kernels import native
 from pallas_kernels.paged_attention import PagedKV
-from tests.pallas_kernels import test_native_blocks
+from tests.pallas_kernels import block_cases
 
 NUM_ROWS = 37
 
@@ -56,9 +56,9 @@ def digest() -> str:
     add(attend, random(NUM_ROWS, 3, 5, 40), random(NUM_ROWS, 20), random(NUM_ROWS, 20), k, v, page_ids, slot, position)
 
     for dtype in ("float32", "bfloat16", "int8"):
-        blocks = functools.partial(test_native_blocks.one_call, shape="many panels")
+        blocks = functools.partial(block_cases.one_call, shape="many panels")
         kv_dtype = "float32" if dtype == "float32" else "bfloat16"
-        add(blocks, *test_native_blocks.make("many panels", dtype, kv_dtype), np.int32(test_native_blocks.NUM_ROWS))
+        add(blocks, *block_cases.make("many panels", dtype, kv_dtype), np.int32(block_cases.NUM_ROWS))
 
     def sample(logits, token, random, temperature, top_k, top_p, min_p, uniforms):
         everywhere = jnp.ones(NUM_ROWS, bool)

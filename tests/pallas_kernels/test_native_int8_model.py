@@ -15,7 +15,7 @@ from jaxserve.models.prepare import loaded_dtype, prepare_and_free, unprepared
 from pallas_kernels import native
 from pallas_kernels.native import library
 from tests import small_model, workload
-from tests.pallas_kernels.test_native_model import MODELS, assert_equal, dense_logits, generate, make_params
+from tests.pallas_kernels.native_models import MODELS, assert_equal, dense_logits, generate, make_params
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=f"native kernels: {library.why_not()}")
 
