@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import native
 from pallas_kernels.native import library
-from tests.pallas_kernels.block_cases import NUM_ROWS, SHAPES, make, one_by_one, one_call
+from tests.pallas_kernels.block_cases import EPS, NUM_ROWS, SHAPES, make, one_by_one, one_call
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=f"native kernels: {library.why_not()}")
 
