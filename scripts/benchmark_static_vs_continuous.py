@@ -181,7 +181,9 @@ def measure(
                 }
             )
             if options.timeline is not None and name == options.distributions[0]:
-                own[-1].timeline.save(batching_report.timeline_path(options.timeline, contender.name))
+                timeline.save_timeline(
+                    own[-1].timeline, batching_report.timeline_path(options.timeline, contender.name)
+                )
         batching_report.print_rows(table, records)
         yield from records
 

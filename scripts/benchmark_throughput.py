@@ -36,7 +36,7 @@ from peers.rounds import Measured, measure
 
 from jaxserve import DEMO_MODEL, ModelConfig
 from jaxserve.commands.flags import define_timeline_flag
-from jaxserve.timeline.record import check_path
+from jaxserve.timeline import check_path
 
 PEERS = {  # module and arguments of the driver
     "transformers": ("peers.transformers_driver", ("static",)),

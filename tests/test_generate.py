@@ -8,14 +8,14 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
-from absl import flags
 
-from jaxserve import DEMO_MODEL, Engine, EngineConfig, QueueFullError, Request, generate
+from jaxserve import DEMO_MODEL, Engine, EngineConfig, QueueFullError, Request
+from jaxserve.commands import generation
+from jaxserve.commands.options import INTERRUPTED
 from tests import small_model
+from tests.command_line import ROOT, command, options_of, run, run_here
 
-ROOT = pathlib.Path(__file__).parent.parent
 # Tests may have been started in the background, where shells have Ctrl-C ignored.
 WITH_CTRL_C = """
 import os, signal, sys
@@ -29,33 +29,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return small_model.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
-def command(checkpoint: pathlib.Path | str, *arguments: str) -> list[str]:
-    capacities = [f"--{name}={value}" for name, value in small_model.CAPACITIES.items()]
-    cache = f"--compilation_cache_dir={jax.config.jax_compilation_cache_dir}"
-    model = ["--model", str(checkpoint), "--dtype", "float32", cache]
-    return [sys.executable, "-m", "jaxserve.generate", *model, *capacities, *arguments]
-
-
-def run(checkpoint: pathlib.Path | str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(checkpoint, *arguments), cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
-
-
 @pytest.fixture(scope="module")
 def engine(checkpoint: pathlib.Path) -> Engine:
     return Engine.from_pretrained(str(checkpoint), dtype="float32", config=EngineConfig(**small_model.CAPACITIES))
-
-
-def run_here(engine: Engine, *arguments: str) -> int:
-    """The command with an engine that is there already; returns its exit status."""
-    values = flags.FlagValues()
-    generate.define_flags(values)
-    values(["command", *arguments])
-    options = generate.parse_options(values, in_terminal=False)
-    return generate.run(options, make_engine=lambda _: engine)
 
 
 def test_text_is_printed_after_its_prompt_and_a_summary_goes_to_stderr(checkpoint: pathlib.Path) -> None:
@@ -224,11 +200,49 @@ def test_a_file_that_cannot_be_used_is_refused(engine: Engine, arguments: tuple[
         run_here(engine, *arguments)
 
 
-def test_an_id_stands_for_one_prompt(engine: Engine, tmp_path: pathlib.Path) -> None:
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "x", "id": "prompt-1"}')
-    with pytest.raises(ValueError, match="'prompt-1' is that of a --prompt and of a line"):
-        run_here(engine, "--prompt=x", f"--prompts_file={prompts}")
+def test_a_line_may_have_the_id_that_a_prompt_flag_would_get(engine: Engine, tmp_path: pathlib.Path) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "y", "id": "prompt-1"}\n{oops')
+    arguments = ("--prompt=x", "--prompt=z", f"--prompts_file={prompts}", f"--output={output}", "--max_tokens=1")
+    assert run_here(engine, *arguments) == 1
+    records = {record["id"]: record.get("prompt") for record in map(json.loads, output.read_text().splitlines())}
+    assert records == {"prompt-1": "y", "prompt-1-2": "x", "prompt-2": "z", "line-2": None}
+
+
+@pytest.mark.parametrize("where", ["make_engine", "add_request", "step"])
+@pytest.mark.parametrize("lines", ['{"prompt": "x"}', '{oops\n{"prompt": "x"}'])
+def test_interrupted_before_anything_finished_it_says_what_is_in_the_file(
+    engine: Engine,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    lines: str,
+) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text(lines)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if where != "make_engine":
+            patch.setattr(engine, where, interrupt)
+        make_engine = interrupt if where == "make_engine" else lambda _: engine
+        options = options_of(f"--prompts_file={prompts}", f"--output={output}")
+        assert generation.run(options, make_engine=make_engine) == INTERRUPTED
+    engine.abort("line-1")
+    engine.abort("line-2")
+    while engine.has_unfinished:
+        engine.step()
+    stderr, partial = capsys.readouterr().err, tmp_path / "out.jsonl.partial"
+    has_refused_line = "oops" in lines and where != "make_engine"
+    assert partial.exists() == has_refused_line == (str(partial) in stderr)
+    if has_refused_line:
+        assert json.loads(partial.read_text())["id"] == "line-1"
+    else:
+        assert "do not exist: none was written" in stderr
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,45 +1,53 @@
-"""A conversation in a terminal: a line is read, its answer is printed as it comes, and both stay for the next turn."""
+"""A conversation in a terminal: it reads a line, prints the answer while it is generated, and keeps both for the next turn."""
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from jaxserve.commands.prompts import ChatRequest, Message
+from jaxserve.engine import Engine
 from jaxserve.request import Request, RequestOutput, SamplingParams
+from jaxserve.timeline import recording
 
 SIGN = "> "
 
 
 class Conversation:
-    """The messages so far, as many as the engine's longest sequence holds, and the answer to the last one."""
+    """The messages of a conversation, as many as fit the engine's longest sequence, and the answer to the last one.
 
-    def __init__(self, engine: Any, params: SamplingParams, system: str | None) -> None:
-        """Begins with the system message, if there is one.
+    Attributes:
+      messages: the messages so far, the oldest first.
+      max_len: tokens of the engine's longest sequence.
+      result: the last answer; None before the first one.
+    """
+
+    def __init__(self, engine: Engine, params: SamplingParams, system: str | None) -> None:
+        """Starts with the system message, if there is one.
 
         Args:
-          engine: serves nothing else meanwhile.
-          params: of each answer; one sample, with text.
-          system: what the system message says.
+          engine: an engine that serves nothing else during the conversation.
+          params: the sampling parameters of each answer, for one sample with text.
+          system: the text of the system message.
 
         Raises:
-          ValueError: if the model cannot chat: no tokenizer, no chat template, or one that refuses the system message.
+          ValueError: if the model has no tokenizer or no chat template, or the template refuses the system message.
         """
         self._engine = engine
         self._params = params
         self._num_turns = 0
-        self.max_len: int = engine.config.max_sequence_len
+        self.max_len = engine.config.max_sequence_len
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._num_fixed = len(self.messages)
-        self.result: RequestOutput | None = None  # of the last answer
+        self.result: RequestOutput | None = None
         self._request([*self.messages, {"role": "user", "content": "Hello"}])
 
     def ask(self, text: str) -> int:
-        """Takes the user's message; returns how many of the oldest messages had to go for it.
+        """Adds the user's message; returns how many of the oldest messages were dropped to make room.
 
         Raises:
-          ValueError: if the message is not valid or too long; the conversation is then as it was.
+          ValueError: if the message is not valid or too long; the conversation is then unchanged.
         """
         before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
@@ -52,7 +60,7 @@ class Conversation:
         return len(before) + 1 - len(self.messages)
 
     def answer(self, stop: threading.Event) -> Iterator[str]:
-        """Yields the answer piece by piece until it is finished; once `stop` is set it is left at what has come."""
+        """Yields the answer piece by piece. Once `stop` is set, the answer ends with what there is."""
         self.result = None
         while self._engine.has_unfinished:
             if stop.is_set():
@@ -65,12 +73,12 @@ class Conversation:
 
     @property
     def is_full(self) -> bool:
-        """Whether the last answer ended because the longest sequence was reached."""
+        """Whether the last answer ended because it reached the longest sequence."""
         result = self.result
         return result is not None and len(result.prompt_token_ids) + len(result.outputs[0].token_ids) >= self.max_len
 
     def _fitting_request(self) -> Request:
-        """The next request; the oldest exchanges go until a quarter of the longest sequence is free for the answer."""
+        """Drops the oldest exchanges until a quarter of the longest sequence is free for the answer; returns the request."""
         limit = self.max_len - min(self._params.max_tokens, self.max_len // 4)
         request = self._request(self.messages)
         while len(request.prompt_token_ids or ()) > limit and len(self.messages) > self._num_fixed + 1:
@@ -84,16 +92,41 @@ class Conversation:
         return ChatRequest(request, tuple(messages)).render(self._engine.tokenizer)
 
 
+def chat_in_terminal(engine: Engine, params: SamplingParams, system: str | None, timeline: str | None) -> None:
+    """Holds a conversation on stdin and stdout until stdin ends, then prints a summary.
+
+    Args:
+      engine, params, system: see `Conversation`.
+      timeline: the file in which the timeline is drawn at the end; None for no timeline.
+
+    Raises:
+      ValueError: if the model cannot chat, or the timeline cannot be saved.
+    """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (it lets `input` edit lines)
+    conversation = Conversation(engine, params, system)
+    engine.warm_up()
+    print("Ctrl-C stops an answer, Ctrl-D ends the chat.", file=sys.stderr)
+    with recording(engine, timeline):
+        converse(
+            conversation,
+            read=input,
+            write=lambda text: print(text, end="", flush=True),
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+    print(engine.stats.summary(), file=sys.stderr)
+
+
 def converse(
     conversation: Conversation, read: Callable[[str], str], write: Callable[[str], None], say: Callable[[str], None]
 ) -> None:
-    """Talks until there is nothing more to read. Ctrl-C ends an answer, not the conversation.
+    """Takes turns until there is nothing more to read. Ctrl-C ends an answer, but not the conversation.
 
     Args:
-      conversation: goes on from where it is.
+      conversation: continues from its present state.
       read: prints its argument and returns a line, like `input`; EOFError ends the conversation.
-      write: prints a piece of text, at once.
-      say: prints a line that is not the model's.
+      write: prints a piece of text at once.
+      say: prints a line that does not come from the model.
     """
     while True:
         try:
@@ -101,7 +134,7 @@ def converse(
         except EOFError:
             write("\n")
             return
-        except KeyboardInterrupt:  # gives up the line
+        except KeyboardInterrupt:  # drops the line that was being typed
             write("\n")
             continue
         if not text.strip():
@@ -125,7 +158,7 @@ def converse(
 
 
 def _remark(conversation: Conversation) -> str | None:
-    """What is to be said about how the last answer ended."""
+    """Returns a note on how the last answer ended, or None if it ended by itself."""
     result = conversation.result
     if result is None or result.error is not None:
         return f"error: {result.error}" if result is not None else None
@@ -141,7 +174,7 @@ def _remark(conversation: Conversation) -> str | None:
 
 @contextlib.contextmanager
 def _interrupt_sets_event() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event in place of raising KeyboardInterrupt."""
+    """Lets Ctrl-C set the event instead of raising KeyboardInterrupt."""
     stop = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     try:

@@ -6,8 +6,6 @@ record's field has the field's name, and is None where it was not given.
 """
 
 import dataclasses
-import logging
-import pathlib
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +14,6 @@ from typing import Any
 from absl import flags
 
 from jaxserve.config import ENGINE, EngineConfig, read_json_object
-from jaxserve.demo_model import DEMO_MODEL
 from jaxserve.request import (
     DRAW,
     LOGITS,
@@ -89,7 +86,7 @@ def define_engine_flags(values: flags.FlagValues, **defaults: Any) -> None:
 
 
 def define_timeline_flag(values: flags.FlagValues) -> None:
-    """The flag that `jaxserve.timeline.record.recording` takes."""
+    """Defines the flag whose value `jaxserve.timeline.recording` takes."""
     flags.DEFINE_string(
         "timeline",
         None,
@@ -153,30 +150,6 @@ def engine_options(values: flags.FlagValues, **defaults: Any) -> EngineOptions:
         compilation_cache_dir=values.compilation_cache_dir,
         seed=values.engine_seed,
         config=EngineConfig.from_dict(defaults | fields | _flags_set(values, EngineConfig)),
-    )
-
-
-def make_engine(options: EngineOptions) -> Any:
-    """The engine that the options describe.
-
-    Raises:
-      ValueError: if the model is not there or not valid.
-    """
-    import jax
-
-    from jaxserve.engine.engine import Engine
-    from jaxserve.models import checkpoint
-
-    logging.getLogger("jax").setLevel(logging.ERROR)
-    if options.compilation_cache_dir:
-        cache = pathlib.Path(options.compilation_cache_dir).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # dozens of small programs add up
-    path = options.model or DEMO_MODEL
-    if options.load_format == "auto":
-        path = str(checkpoint.resolve_model(path))
-    return Engine.from_pretrained(
-        path, dtype=options.dtype, config=options.config, load_format=options.load_format, seed=options.seed
     )
 
 

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxserve.commands.prompts import ChatRequest, Entry, PromptError, ResultsFile
+from jaxserve.commands.prompts import ChatRequest, Entry, PromptError
+from jaxserve.commands.results_file import ResultsFile
 from jaxserve.engine.live_requests import Update
 from jaxserve.request import CompletionOutput, RequestOutput, TokenLogprob
 

@@ -1,4 +1,4 @@
-"""Files of prompts in, files of results out; one line each, so that one bad line does not lose the others.
+"""Files of prompts: one line is one prompt, so that one bad line does not lose the others.
 
 A prompts file whose name ends in .jsonl or .ndjson holds JSON lines, any other holds text:
 
@@ -7,19 +7,16 @@ A prompts file whose name ends in .jsonl or .ndjson holds JSON lines, any other 
                  {"prompt_token_ids": [1, 9906], "id": "a", "priority": -1, "temperature": 0, "seed": 7}
                  {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 99}
 
-Blank lines are left out in both. Fields beside these five are sampling parameters of that line; the rest come from the
-command line's flags.
+Blank lines are skipped in both. Fields other than these five are sampling parameters of that line; what a line does not set
+comes from the flags of the command line.
 """
 
 import contextlib
 import dataclasses
-import errno
 import json
-import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
-from types import TracebackType
-from typing import IO, Any, Literal, Self
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, Literal, Self
 
 from jaxserve.request import Request, SamplingParams, unknown_name
 from jaxserve.text.tokenizer import Tokenizer
@@ -33,18 +30,18 @@ _REQUEST_FIELDS = ("id", "prompt", "prompt_token_ids", "priority")
 
 @dataclasses.dataclass(frozen=True)
 class ChatRequest:
-    """A conversation whose next message is asked for; a request once the model's template has rendered it."""
+    """A conversation that wants its next message. The model's chat template turns it into a request."""
 
-    request: Request  # its prompt is the last message's content, which names it in results
+    request: Request  # its prompt is the content of the last message, by which results show it
     messages: tuple[Message, ...]
 
     @property
     def id(self) -> str:
-        """That of the request."""
+        """The id of the request."""
         return self.request.id
 
     def render(self, tokenizer: Tokenizer | None) -> Request:
-        """The request, with the tokens of the whole conversation.
+        """Returns the request with the tokens of the whole conversation.
 
         Raises:
           ValueError: if there is no tokenizer or no chat template, or the template refuses the messages.
@@ -54,8 +51,8 @@ class ChatRequest:
         token_ids = tokenizer.encode(tokenizer.render_chat(self.messages), add_special_tokens=False)
         return dataclasses.replace(self.request, prompt_token_ids=tuple(token_ids))
 
-    def led_by(self, system: str) -> Self:
-        """The conversation with this system message, unless it has one."""
+    def with_system(self, system: str) -> Self:
+        """Returns the conversation with this system message in front, unless it has a system message already."""
         if self.messages[0]["role"] == "system":
             return self
         return dataclasses.replace(self, messages=({"role": "system", "content": system}, *self.messages))
@@ -65,118 +62,119 @@ class ChatRequest:
 class PromptError:
     """A line that is not a valid request."""
 
-    id: str  # for the result that reports it
+    id: str  # the name under which results report it
     message: str  # starts with "file:line: "
 
 
 Entry = Request | ChatRequest | PromptError
 
 
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """A line that was read: a request, or the error in its place."""
+
+    number: int  # from 1, blank lines counted
+    own_id: str | None  # None: the line gives no usable id
+    content: Request | ChatRequest | str
+
+
 def read_prompts(
     path: str | pathlib.Path, defaults: SamplingParams, file_format: Format | None = None
 ) -> Iterator[Entry]:
-    """The requests of a file, line by line.
+    """Reads the requests of a file; see `parse_prompts`.
 
     Args:
-      path: of the file.
-      defaults: sampling parameters where a line sets none.
-      file_format: None: by the name of the file.
+      path: the file.
+      defaults: the sampling parameters that a line does not set.
+      file_format: None stands for the format that the file's name tells.
 
     Raises:
-      ValueError: at once, if the file cannot be opened.
+      ValueError: if the file cannot be read.
     """
     try:
-        file = open(path, "rb")  # noqa: SIM115 (closed by the iterator)
+        with open(path, "rb") as file:
+            lines = list(file)
     except OSError as error:
         raise ValueError(f"cannot read prompts file {str(path)!r}: {error.strerror}") from error
     if file_format is None:
         file_format = "jsonl" if str(path).endswith((".jsonl", ".ndjson")) else "text"
-    return _closing(file, parse_prompts(file, str(path), defaults, file_format))
+    return parse_prompts(lines, str(path), defaults, file_format)
 
 
 def parse_prompts(lines: Iterable[bytes], name: str, defaults: SamplingParams, file_format: Format) -> Iterator[Entry]:
-    """The requests of UTF-8 lines; `name` stands for the file in errors, `line-N` for an id that is not set."""
-    parse = _parse_json if file_format == "jsonl" else _parse_text
-    line_of_id: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        text, default_id = "", f"line-{number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n").removesuffix("\r")
-            request = parse(text, default_id, defaults)
-            if request.id in line_of_id:
-                raise ValueError(f"id={request.id!r} was used in line {line_of_id[request.id]}: ids must differ")
-            line_of_id[request.id] = number
-        except UnicodeDecodeError as error:
-            yield PromptError(default_id, f"{name}:{number}: byte {error.start + 1} is not valid UTF-8")
-        except ValueError as error:
-            own_id = _json_object(text).get("id") if file_format == "jsonl" else None
-            if not isinstance(own_id, str) or not own_id or own_id in line_of_id or not _is_unicode(own_id):
-                own_id = default_id
-            yield PromptError(own_id, f"{name}:{number}: {error}")
-        else:
-            yield request
+    """Yields an entry for each line that is not blank, in order; no two have the same id.
 
+    An id that valid lines give goes to the first of them, and the others become errors. Only then are ids made up, `line-N` for
+    line N, for lines without a usable one; where a line gives that very id, `line-N-2` and so on.
 
-class ResultsFile:
-    """JSON lines that are there, flushed, as soon as they are written; a context manager.
-
-    Lines go to `<path>.partial`, which takes the place of `path` when all is done. So a file at `path` is
-    always whole, and after Ctrl-C or a failure the finished results are in the partial file, and an older
-    file at `path` is as it was. A path that is not a regular file (a pipe, /dev/stdout) is written to
-    directly.
+    Args:
+      lines: UTF-8, with or without their line breaks. All are read before the first entry comes, because the last one may give
+        an id that must not be made up for the first one.
+      name: the name of the file in error messages.
+      defaults: the sampling parameters that a line does not set.
+      file_format: "text" or "jsonl".
     """
-
-    def __init__(self, path: str | pathlib.Path) -> None:
-        """Opens the file, so that a path that cannot be written is found before any work is done.
-
-        Raises:
-          ValueError: if it cannot be written.
-        """
-        if not str(path):
-            raise ValueError("the path of the results file is empty: name a file")
-        direct = os.path.exists(path) and not os.path.isfile(path)
-        self.path = pathlib.Path(path if direct else os.path.realpath(path))  # a link stays a link
-        self.partial_path = self.path if direct else self.path.with_name(self.path.name + ".partial")
-        if not direct and self.partial_path.is_file() and self.partial_path.stat().st_size:
-            raise ValueError(
-                f"{str(self.partial_path)!r} holds results of a run that was interrupted: move it away, or delete it"
+    parsed = [
+        _read_line(number, line, name, defaults, file_format)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    line_of_id: dict[str, int] = {}  # the line that an id belongs to: a valid line before one that is not
+    for is_error in (False, True):
+        for line in parsed:
+            if line.own_id is not None and isinstance(line.content, str) == is_error:
+                line_of_id.setdefault(line.own_id, line.number)
+    for line in parsed:
+        is_own = line.own_id is not None and line_of_id[line.own_id] == line.number
+        entry_id = line.own_id if is_own and line.own_id else free_id(f"line-{line.number}", line_of_id)
+        content = line.content
+        if isinstance(content, str):
+            yield PromptError(entry_id, content)
+        elif line.own_id is not None and not is_own:
+            first = line_of_id[line.own_id]
+            yield PromptError(
+                entry_id, f"{name}:{line.number}: id={line.own_id!r} was used in line {first}: ids must differ"
             )
-        try:
-            if os.path.isfile(path) and not os.access(path, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            self._file = open(self.partial_path, "w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-        except OSError as error:
-            raise ValueError(f"cannot write results to {str(path)!r}: {error.strerror}") from error
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Adds one line."""
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        if kind is not None and self.partial_path != self.path and not self.partial_path.stat().st_size:
-            self.partial_path.unlink()
-        if kind is None and self.partial_path != self.path:
-            os.replace(self.partial_path, self.path)
+        elif isinstance(content, ChatRequest):
+            yield dataclasses.replace(content, request=dataclasses.replace(content.request, id=entry_id))
+        else:
+            yield dataclasses.replace(content, id=entry_id)
 
 
-def _parse_text(text: str, default_id: str, defaults: SamplingParams) -> Request:
+def free_id(name: str, used: Collection[str]) -> str:
+    """Returns `name`, or the first of `name-2`, `name-3`, ... that is not in use."""
+    free, number = name, 1
+    while free in used:
+        number += 1
+        free = f"{name}-{number}"
+    return free
+
+
+def _read_line(number: int, line: bytes, name: str, defaults: SamplingParams, file_format: Format) -> _Line:
+    text = ""
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n").removesuffix("\r")
+        if file_format == "text":
+            return _Line(number, None, _parse_text(text, defaults))
+        request, own_id = _parse_json(text, defaults)
+        return _Line(number, own_id, request)
+    except UnicodeDecodeError as error:
+        return _Line(number, None, f"{name}:{number}: byte {error.start + 1} is not valid UTF-8")
+    except ValueError as error:
+        own_id = _json_object(text).get("id") if file_format == "jsonl" else None
+        is_usable = isinstance(own_id, str) and own_id and _is_unicode(own_id)
+        return _Line(number, own_id if is_usable else None, f"{name}:{number}: {error}")
+
+
+def _parse_text(text: str, defaults: SamplingParams) -> Request:
     fields = _json_object(text)
     if any(name in fields for name in _PROMPTS):
         raise ValueError("this is a JSON line in a text file: name the file *.jsonl")
-    return Request(default_id, prompt=text, params=defaults)
+    return Request(_NO_ID, prompt=text, params=defaults)
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    """The object that a line holds; empty if it holds none."""
+    """Returns the JSON object that a line holds, or an empty one if it holds none."""
     with contextlib.suppress(ValueError, RecursionError):
         fields = json.loads(text) if text.startswith("{") else None
         if isinstance(fields, dict):
@@ -188,9 +186,10 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _parse_json(text: str, default_id: str, defaults: SamplingParams) -> Request | ChatRequest:
+def _parse_json(text: str, defaults: SamplingParams) -> tuple[Request | ChatRequest, str | None]:
+    """Returns the request of a JSON line, and the id if the line gives one."""
     try:
-        fields = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        fields = json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON at column {error.colno}: {error.msg}") from None
     except RecursionError:
@@ -199,42 +198,42 @@ def _parse_json(text: str, default_id: str, defaults: SamplingParams) -> Request
         raise ValueError('not a JSON object: a line must be like {"prompt": "..."}')
     if sum(name in fields for name in _PROMPTS) != 1:
         raise ValueError("give either prompt or prompt_token_ids or messages")
-    known = {*_REQUEST_FIELDS, "messages", *SamplingParams.__dataclass_fields__}
+    names = {*_REQUEST_FIELDS, "messages", *SamplingParams.__dataclass_fields__}
     for name in fields:
-        if name not in known:
-            raise ValueError(unknown_name("field", name, known))
+        if name not in names:
+            raise ValueError(unknown_name("field", name, names))
     messages = _check_messages(fields.pop("messages")) if "messages" in fields else ()
     own = {name: fields.pop(name) for name in _REQUEST_FIELDS if name in fields}
     if messages:
         own["prompt"] = messages[-1]["content"]
-    request = Request(**{"id": default_id, **own}, params=defaults.override(fields))
-    return ChatRequest(request, messages) if messages else request
+    request = Request(**{"id": _NO_ID, **own}, params=defaults.override(fields))
+    return ChatRequest(request, messages) if messages else request, own.get("id")
 
 
 def _check_messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"messages={value!r} must be a list of at least one message")
     for index, message in enumerate(value):
-        texts = isinstance(message, dict) and all(
+        has_texts = isinstance(message, dict) and all(
             isinstance(text, str) and _is_unicode(text) for text in message.values()
         )
-        if not texts or message.keys() != {"role", "content"}:
+        if not has_texts or message.keys() != {"role", "content"}:
             raise ValueError(f'messages[{index}]={message!r} must be like {{"role": "user", "content": "..."}}')
     return tuple(value)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+        raise ValueError(
+            f"field {next(name for name in names if names.count(name) > 1)!r} is there twice: leave one out"
+        )
     return fields
 
 
-def _no_constant(name: str) -> float:
+def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not valid JSON: use a finite number")
 
 
-def _closing(file: IO[bytes], requests: Iterator[Entry]) -> Iterator[Entry]:
-    with file:
-        yield from requests
+_NO_ID = "line"  # the id of a request until `parse_prompts` sets it

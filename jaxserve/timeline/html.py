@@ -1,4 +1,4 @@
-"""A timeline as a page of HTML: one file with the picture inside, and no script."""
+"""Draws a timeline as a page of HTML: one file with the picture inside, and no script."""
 
 import html
 from collections.abc import Iterator, Sequence
@@ -7,24 +7,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from jaxserve.timeline.legend import COLOURS, MEANINGS, PAGES_COLOUR, WAITING_COLOUR, short_meaning
 from jaxserve.timeline.record import Bar, Phase, Timeline
 
-COLOURS = {  # of every other sequence in a slot, and of the others
-    Phase.PREFILL: ("#e8a33d", "#d18a1f"),
-    Phase.RECOMPUTE: ("#c45ab3", "#a63f96"),
-    Phase.DECODE: ("#7fb2dc", "#4f8bc0"),
-    Phase.STALLED: ("#d9d9d9", "#c4c4c4"),
-    Phase.PREEMPTED: ("#f4c7c3", "#ecaaa4"),
-}
-MEANINGS = {
-    Phase.PREFILL: "prefill",
-    Phase.RECOMPUTE: "prefill again after a preemption",
-    Phase.DECODE: "decode",
-    Phase.STALLED: "in a slot, waiting for its part of a chunk",
-    Phase.PREEMPTED: "preempted: no slot (shown where it had one, until another takes it)",
-}
-PAGES_COLOUR, WAITING_COLOUR = "#5b9a68", "#9a8fb5"
-_WIDTH = 1100  # px, unless there are more steps: a step has at least one
+_WIDTH = 1100  # px; more if there are more steps, because a step is at least 1 px wide
 _LEFT = 64
 _PANEL_HEIGHT, _PANEL_SPACE = 64, 26
 _STYLE = """
@@ -39,8 +25,12 @@ rect[data-bar]:hover { stroke: #000; }
 """
 
 
-def render(timeline: Timeline) -> str:
-    """The page."""
+def draw(timeline: Timeline) -> bytes:
+    """Returns the content of the file."""
+    return _page(timeline).encode("utf-8")
+
+
+def _page(timeline: Timeline) -> str:
     steps = timeline.steps()
     unit = min(max(_WIDTH / max(len(steps), 1), 1.0), 24.0)  # px per step
     row = min(max(560 // timeline.num_slots, 4), 20)  # px per slot
@@ -76,7 +66,8 @@ def render(timeline: Timeline) -> str:
         [
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Timeline</title>',
             f"<style>{_STYLE}</style></head><body><h1>Timeline</h1>",
-            f"<p>{html.escape(timeline.summary())}. Slots down, steps across; hover to see what a bar is.</p>",
+            f"<p>{html.escape(timeline.summary())}. Slots go from top to bottom, steps from left to right; "
+            "point at a bar to see what it is.</p>",
             f'<p class="legend">{legend}</p><div class="picture">',
             f'<svg width="{_LEFT}" height="{height}" style="flex:none">{"".join(left)}</svg>',
             f'<div class="steps"><svg width="{width:.2f}" height="{height}">',
@@ -87,22 +78,22 @@ def render(timeline: Timeline) -> str:
 
 
 def describe(timeline: Timeline, bar: Bar) -> str:
-    """What hovering over a bar tells."""
+    """Returns the text that is shown when the user points at a bar."""
     sequence = timeline.occupants[bar.occupant]
     tokens = {
-        Phase.DECODE: f", {bar.num_tokens} tokens drawn",
+        Phase.DECODE: f", {bar.num_tokens} tokens sampled",
         Phase.PREFILL: f", {bar.num_tokens} tokens computed",
         Phase.RECOMPUTE: f", {bar.num_tokens} tokens computed",
     }.get(bar.phase, "")
     end = f"; ended with {sequence.finish_reason!r}" if sequence.finish_reason else ""
     return (
         f"{sequence.name} (prompt of {sequence.prompt_length} tokens{end}), slot {bar.slot}, "
-        f"{_span(bar.start, bar.stop)}: {MEANINGS[bar.phase].partition(':')[0]}{tokens}"
+        f"{_span(bar.start, bar.stop)}: {short_meaning(bar.phase)}{tokens}"
     )
 
 
 def tick_spacing(num_steps: int, unit: float) -> int:
-    """Steps between ticks: 1, 2 or 5 times a power of ten, at least 80 px apart."""
+    """Returns the number of steps between ticks: 1, 2 or 5 times a power of ten, so that they are at least 80 px apart."""
     return next(
         factor * 10**power for power in range(12) for factor in (1, 2, 5) if factor * 10**power * unit >= 80
     ) or max(num_steps, 1)
@@ -117,7 +108,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
 
 
 def _slot_labels(num_slots: int, row: int) -> Iterator[tuple[int, int]]:
-    """Slots that are numbered, and where: as many as there is room for."""
+    """Yields the slots that get a number and its position: as many as there is room for."""
     every = max(-(-14 // row), 1)
     return ((slot, slot * row) for slot in range(0, num_slots, every))
 
@@ -146,7 +137,7 @@ def _axis(num_steps: int, unit: float, top: int) -> Iterator[str]:
 def _area(
     values: Int[np.ndarray, " n"], highest: int, top: float, unit: float, colour: str, meaning: str
 ) -> Iterator[str]:
-    """A bar for each run of equal values."""
+    """Yields a rectangle for each run of equal values."""
     numbers: Sequence[int] = values.tolist()
     start = 0
     for stop in range(1, len(numbers) + 1):

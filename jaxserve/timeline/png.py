@@ -1,25 +1,28 @@
-"""A timeline as a PNG file, drawn by matplotlib, which is imported here only."""
+"""Draws a timeline as a PNG file with matplotlib, which is imported only when a picture is drawn."""
 
 import io
 from typing import Any
 
 import numpy as np
 
-from jaxserve.timeline.html import COLOURS, MEANINGS, PAGES_COLOUR, WAITING_COLOUR
+from jaxserve.timeline.legend import COLOURS, PAGES_COLOUR, WAITING_COLOUR, short_meaning
 from jaxserve.timeline.record import Bar, Phase, Timeline
 
 _DPI = 100
 _MARGIN_PX = 160
-_MOST_PX = 30_000  # matplotlib draws up to 65,535
+_MAX_WIDTH_PX = 30_000  # matplotlib can draw 65,535
 
 
 def draw(timeline: Timeline) -> bytes:
-    """The file's content. A step has a pixel or more; where that is too much, the title says how many share one."""
+    """Returns the content of the file.
+
+    A step is at least one pixel wide. If that makes the picture too wide, several steps share a pixel and the title says so.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     num_steps = len(timeline.steps())
-    width = min(max(num_steps, 900), _MOST_PX)
+    width = min(max(num_steps, 900), _MAX_WIDTH_PX)
     slots_inches = min(max(0.18 * timeline.num_slots, 1.2), 10.0)
     figure = Figure(figsize=((width + _MARGIN_PX) / _DPI, slots_inches + 3.2), dpi=_DPI)
     FigureCanvasAgg(figure)
@@ -66,9 +69,7 @@ def _draw_slots(axes: Any, timeline: Timeline) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     _write_names(axes, timeline, bars)
     present = {bar.phase for bar in bars}
-    handles = [
-        Patch(color=COLOURS[phase][1], label=MEANINGS[phase].partition(":")[0]) for phase in Phase if phase in present
-    ]
+    handles = [Patch(color=COLOURS[phase][1], label=short_meaning(phase)) for phase in Phase if phase in present]
     if handles:
         axes.legend(
             handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), fontsize=8, frameon=False
@@ -76,7 +77,7 @@ def _draw_slots(axes: Any, timeline: Timeline) -> None:
 
 
 def _write_names(axes: Any, timeline: Timeline, bars: list[Bar]) -> None:
-    """Of requests, in bars that have room for them."""
+    """Writes the names of requests into the bars that have room for them."""
     if timeline.num_slots > 64:
         return
     step_px = axes.get_window_extent().width / max(len(timeline.steps()), 1)

@@ -21,9 +21,9 @@ from jaxserve.commands.flags import (
     define_engine_flags,
     describe_flags,
     engine_options,
-    make_engine,
     parse_flags,
 )
+from jaxserve.commands.make_engine import make_engine
 from jaxserve.models import checkpoint, families
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 

@@ -14,7 +14,7 @@ import jax
 import jaxlib
 from lib.timing import Peaks, Timing
 
-from jaxserve.commands.prompts import ResultsFile
+from jaxserve.commands.results_file import ResultsFile
 
 Record = dict[str, Any]
 Write = Callable[[Record], None]

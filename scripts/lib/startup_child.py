@@ -20,7 +20,8 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
 
     _stamp("jax")
     import jaxserve
-    from jaxserve.commands.flags import EngineOptions, make_engine
+    from jaxserve.commands.flags import EngineOptions
+    from jaxserve.commands.make_engine import make_engine
 
     _stamp("jaxserve")
     events: collections.Counter[str] = collections.Counter()

@@ -20,7 +20,7 @@ from jaxserve.engine.capacity import resolve_capacities
 from jaxserve.models import checkpoint, families
 from jaxserve.models.params import random_params
 from jaxserve.models.prepare import prepare_and_free
-from jaxserve.timeline.record import Timeline
+from jaxserve.timeline import Timeline, save_timeline
 
 
 class StepClock:
@@ -111,7 +111,7 @@ class Jaxserve:
         seconds = time.perf_counter() - start
         engine.observer = None
         if self._timeline_path is not None:
-            clock.timeline.save(self._timeline_path)  # that of the last round stays
+            save_timeline(clock.timeline, self._timeline_path)  # that of the last round stays
         stats, steps = engine.stats, clock.timeline.steps()
         work = work_of(steps, self._model, self._dtype, self._engine.config.weight_dtype)
         rows = steps.num_new.sum(axis=1)

@@ -19,7 +19,7 @@ from jaxserve import DEMO_MODEL, Engine, EngineConfig, SamplingParams
 from jaxserve.commands.chat import Conversation, converse
 from jaxserve.request import Request
 from tests import small_model
-from tests.test_generate import ROOT, command
+from tests.command_line import ROOT, command
 
 MAX_LEN = small_model.CAPACITIES["max_model_len"]
 # Makes the terminal that is stdin the one whose Ctrl-C is heard.

@@ -8,9 +8,16 @@ from typing import Any
 import pytest
 from absl import flags
 
+<<<<<<< HEAD
 from jaxserve import EngineConfig, SamplingParams, generate
 from jaxserve.commands import flags as cli
 from jaxserve.request import default_text, parameters_of
+=======
+from jaxserve import EngineConfig, SamplingParams
+from jaxserve.commands.flags import GROUPS, engine_options, parse_flags, sampling_params
+from jaxserve.commands.options import define_flags, help_text, parse_options
+from tests.command_line import parse
+>>>>>>> 77911ae (Import jaxserve lazily; flags are parsed before JAX is imported; timeline without a cycle; ids that are made up never collide)
 
 # Field -> arguments, and the value that they set.
 PARAMETERS: dict[str, tuple[str, Any]] = {
@@ -40,22 +47,27 @@ PARAMETERS: dict[str, tuple[str, Any]] = {
     "spaces_between_special_tokens": ("--nospaces_between_special_tokens", False),
     "truncate_prompt_tokens": ("--truncate_prompt_tokens=-1", -1),
 }
+<<<<<<< HEAD
 CAPACITIES = {"num_pages": 4096, "max_queue": 256, "tile_rows": 16, "kv_dtype": "float16", "attention_backend": "tpu"}
 CAPACITIES |= {"weight_dtype": "int8", "max_model_len": 512}
-
-
-def parse(*arguments: str) -> flags.FlagValues:
-    values = flags.FlagValues()
-    generate.define_flags(values)
-    assert values(["command", *arguments]) == ["command"]
-    return values
+=======
+CAPACITIES = {
+    "num_pages": 4096,
+    "max_model_len": 512,
+    "max_queue": 256,
+    "tile_rows": 16,
+    "kv_dtype": "float16",
+    "attention_backend": "tpu",
+}
+CAPACITIES |= {"weight_dtype": "int8"}
+>>>>>>> 77911ae (Import jaxserve lazily; flags are parsed before JAX is imported; timeline without a cycle; ids that are made up never collide)
 
 
 def test_every_field_of_sampling_params_has_a_flag_that_sets_it_and_nothing_else() -> None:
     assert PARAMETERS.keys() == {field.name for field in dataclasses.fields(SamplingParams)}
     for name, (arguments, value) in PARAMETERS.items():
         values = parse(*arguments.split())
-        assert cli.sampling_params(values) == SamplingParams(**{name: value}) != SamplingParams(), name
+        assert sampling_params(values) == SamplingParams(**{name: value}) != SamplingParams(), name
 
 
 @pytest.mark.parametrize("record", [SamplingParams, EngineConfig])
@@ -75,21 +87,21 @@ def test_every_field_of_the_engine_config_has_a_flag_that_sets_it_and_nothing_el
         value = CAPACITIES.get(field.name, default)
         if value == default:
             value = not default if isinstance(default, bool) else default * 2
-        config = cli.engine_options(parse(f"--{field.name}={value}")).config
+        config = engine_options(parse(f"--{field.name}={value}")).config
         assert config == EngineConfig(**{field.name: value}) != EngineConfig(), field.name
 
 
 def test_without_flags_the_defaults_of_the_records_hold() -> None:
-    assert cli.sampling_params(parse()) == SamplingParams()
-    assert cli.sampling_params(parse(), max_tokens=128) == SamplingParams(max_tokens=128)
-    assert cli.engine_options(parse()).config == EngineConfig()
-    assert cli.engine_options(parse(), max_waiting=None).config == EngineConfig(max_waiting=None)
+    assert sampling_params(parse()) == SamplingParams()
+    assert sampling_params(parse(), max_tokens=128) == SamplingParams(max_tokens=128)
+    assert engine_options(parse()).config == EngineConfig()
+    assert engine_options(parse(), max_waiting=None).config == EngineConfig(max_waiting=None)
 
 
 def test_flags_override_the_engine_config_file(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "engine.json"
     file.write_text(json.dumps({"max_slots": 3, "page_size": 8, "deterministic": False}))
-    config = cli.engine_options(parse(f"--config={file}", "--page_size=32", "--deterministic")).config
+    config = engine_options(parse(f"--config={file}", "--page_size=32", "--deterministic")).config
     assert config == EngineConfig(max_slots=3, page_size=32, deterministic=True)
 
 
@@ -118,7 +130,7 @@ def test_flags_override_the_engine_config_file(tmp_path: pathlib.Path) -> None:
 )
 def test_a_value_that_is_not_valid_is_refused_in_a_sentence(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError) as error:
-        generate.parse_options(parse("--prompt=x", *arguments), in_terminal=False)
+        parse_options(parse("--prompt=x", *arguments), in_terminal=False)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -136,33 +148,33 @@ def test_without_a_prompt_there_must_be_someone_to_talk_to(
     arguments: list[str], in_terminal: bool, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        generate.parse_options(parse(*arguments), in_terminal=in_terminal)
-    assert generate.parse_options(parse("--chat", "--stream"), in_terminal=True).interactive
+        parse_options(parse(*arguments), in_terminal=in_terminal)
+    assert parse_options(parse("--chat", "--stream"), in_terminal=True).interactive
 
 
 def test_a_chat_has_a_longer_default_than_other_text() -> None:
-    chat = generate.parse_options(parse("--chat", "--prompt=x"), in_terminal=False)
-    plain = generate.parse_options(parse("--prompt=x"), in_terminal=False)
+    chat = parse_options(parse("--chat", "--prompt=x"), in_terminal=False)
+    plain = parse_options(parse("--prompt=x"), in_terminal=False)
     assert (chat.params.max_tokens, plain.params.max_tokens) == (1024, 128)
 
 
 def test_all_prompts_may_wait_unless_a_flag_says_otherwise() -> None:
     def max_waiting(*arguments: str) -> int | None:
-        return generate.parse_options(parse("--prompt=x", *arguments), in_terminal=False).engine.config.max_waiting
+        return parse_options(parse("--prompt=x", *arguments), in_terminal=False).engine.config.max_waiting
 
     assert (max_waiting(), max_waiting("--max_waiting=7")) == (None, 7)
 
 
 def test_the_help_has_every_flag_once_in_its_group_with_its_default() -> None:
     values = parse()
-    text = generate.help_text(values)
+    text = help_text(values)
     assert max(map(len, text.splitlines())) <= 100
     assert "repeat this option" not in text and "\u00a0" not in text and "<" not in text
     names = [field.name for record in (SamplingParams, EngineConfig) for field in dataclasses.fields(record)]
     for name in {*names, *values} - {"help"}:
         lines = [line for line in text.splitlines() if line.startswith((f"  --{name}=", f"  --[no]{name}"))]
         assert len([line for line in lines if line.split()[0].partition("=")[0].endswith(name)]) == 1, name
-    groups = [line for line in text.splitlines() if line in cli.GROUPS]
+    groups = [line for line in text.splitlines() if line in GROUPS]
     assert groups == [
         *("Prompts and output", "Model", "What changes the logits", "How a token is drawn", "When it stops"),
         *("What is reported", "Engine"),
@@ -173,17 +185,17 @@ def test_the_help_has_every_flag_once_in_its_group_with_its_default() -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["-?"], ["--chat", "--help"], ["--helpshort"]])
 def test_help_goes_to_stdout_with_status_0(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     values = flags.FlagValues()
-    generate.define_flags(values)
+    define_flags(values)
     with pytest.raises(SystemExit) as end:
-        cli.parse_flags(["command", *arguments], values, lambda: "the help")
+        parse_flags(["command", *arguments], values, lambda: "the help")
     assert end.value.code == 0 and capsys.readouterr().out == "the help\n"
 
 
 def test_a_flag_that_does_not_exist_gets_a_sentence_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     values = flags.FlagValues()
-    generate.define_flags(values)
+    define_flags(values)
     with pytest.raises(SystemExit) as end:
-        cli.parse_flags(["command", "--temprature=1"], values, lambda: "")
+        parse_flags(["command", "--temprature=1"], values, lambda: "")
     output = capsys.readouterr()
     assert end.value.code == 1 and output.out == "" and output.err.count("\n") == 1
     assert output.err.startswith("error: ") and "temperature" in output.err and "--help" in output.err
@@ -191,6 +203,6 @@ def test_a_flag_that_does_not_exist_gets_a_sentence_and_status_1(capsys: pytest.
 
 def test_a_prompt_may_look_like_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
     values = flags.FlagValues()
-    generate.define_flags(values)
-    cli.parse_flags(["command", "--prompt", "--help"], values, lambda: "")
+    define_flags(values)
+    parse_flags(["command", "--prompt", "--help"], values, lambda: "")
     assert values.prompt == ["--help"] and capsys.readouterr().out == ""

@@ -7,7 +7,8 @@ import pytest
 
 from jaxserve import Request, SamplingParams
 from jaxserve.commands.printers import JsonWriter, Sink, StreamPrinter, TextPrinter, as_json
-from jaxserve.commands.prompts import ChatRequest, Entry, PromptError, ResultsFile
+from jaxserve.commands.prompts import ChatRequest, Entry, PromptError
+from jaxserve.commands.results_file import ResultsFile
 from jaxserve.engine.live_requests import Update
 from jaxserve.request import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
 

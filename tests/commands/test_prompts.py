@@ -1,11 +1,10 @@
-"""Files of prompts and results: one bad line loses no other, and a file of results is whole or named partial."""
+"""Files of prompts: one bad line loses no other, and no two lines have the same id."""
 
 import json
-import os
 
 import pytest
 
-from jaxserve.commands.prompts import ChatRequest, PromptError, ResultsFile, read_prompts
+from jaxserve.commands.prompts import ChatRequest, PromptError, read_prompts
 from jaxserve.request import Request, SamplingParams
 
 BASE = SamplingParams(temperature=0.5, max_tokens=9)
@@ -79,9 +78,9 @@ def test_json_line_may_be_a_conversation(tmp_path):
     (chat,) = _read(tmp_path, json.dumps({"messages": messages, "id": "c", "priority": 2, "top_k": 4}))
     params = SamplingParams(temperature=0.5, max_tokens=9, top_k=4)
     assert chat == ChatRequest(Request("c", "so", params=params, priority=2), tuple(messages))
-    led = chat.led_by("be brief")
+    led = chat.with_system("be brief")
     assert led.messages == ({"role": "system", "content": "be brief"}, *messages)
-    assert led.led_by("be long") == led
+    assert led.with_system("be long") == led
     with pytest.raises(ValueError, match="needs a model with a tokenizer"):
         chat.render(None)
 
@@ -110,7 +109,7 @@ def test_json_line_may_be_a_conversation(tmp_path):
         ('{"prompt": "x", "temperature": NaN}', "NaN is not valid JSON"),
         ('{"prompt": "x", "temperature": 1e999}', "temperature=inf"),
         ('{"prompt": "x", "n": 0}', "n=0 must be an integer from 1"),
-        ('{"prompt": "x", "prompt": "y"}', "'prompt' stands there twice"),
+        ('{"prompt": "x", "prompt": "y"}', "'prompt' is there twice"),
         ('{"prompt": "x", "id": 3}', "id=3"),
         ('{"prompt": "x", "params": {}}', "unknown field 'params'"),
         ('{"prompt_token_ids": "12"}', "list of token ids"),
@@ -143,6 +142,26 @@ def test_ids_must_differ(tmp_path):
     assert "id='a' was used in line 1" in error.message
 
 
+@pytest.mark.parametrize(
+    ("lines", "entries"),
+    [
+        (['{"id": "line-2", "prompt": "x"}', "{oops", '{"prompt": "y"}'], "line-2 error:line-2-2 line-3"),
+        (['{"prompt": "x"}', '{"prompt": "y", "id": "line-1"}'], "line-1-2 line-1"),
+        (["{oops", '{"prompt": "x", "id": "line-1"}'], "error:line-1-2 line-1"),
+        (
+            ['{"prompt": "x"}', '{"prompt": "y", "id": "line-1-2"}', '{"id": "line-1"}'],
+            "line-1-3 line-1-2 error:line-1",
+        ),
+        (['{"prompt": "x", "id": "a"}', '{"prompt": "y", "id": "a"}', '{"id": "a"}'], "a error:line-2 error:line-3"),
+        (['{"id": "a"}', '{"prompt": "y", "id": "a"}'], "error:line-1 a"),
+        (['{"id": "a"}', '{"id": "a"}'], "error:a error:line-2"),
+    ],
+)
+def test_no_two_lines_have_the_same_id_and_an_id_of_its_own_goes_to_a_valid_line_first(tmp_path, lines, entries):
+    read = _read(tmp_path, "\n".join(lines))
+    assert " ".join(f"{'error:' * isinstance(entry, PromptError)}{entry.id}" for entry in read) == entries
+
+
 def test_json_lines_in_a_text_file_are_not_taken_for_prompts(tmp_path):
     error, request = _read(tmp_path, '{"prompt": "x"}\n{"x": 1}', "prompts.txt")
     assert "name the file *.jsonl" in error.message
@@ -156,45 +175,6 @@ def test_prompts_file_that_cannot_be_read_is_refused_at_once(tmp_path):
         read_prompts(tmp_path / "none.jsonl", BASE)
     with pytest.raises(ValueError, match="directory"):
         read_prompts(tmp_path, BASE)
-
-
-def test_results_take_their_name_when_all_is_done(tmp_path):
-    path = tmp_path / "results.jsonl"
-    path.write_text("old\n")
-    with ResultsFile(path) as results:
-        results.write({"text": "é\u2028"})
-        assert json.loads(results.partial_path.read_text(encoding="utf-8")) == {"text": "é\u2028"}
-        assert path.read_text() == "old\n"
-    assert json.loads(path.read_text(encoding="utf-8")) == {"text": "é\u2028"}
-    assert os.listdir(tmp_path) == ["results.jsonl"]
-
-
-def test_finished_results_are_kept_after_ctrl_c(tmp_path):
-    path = tmp_path / "results.jsonl"
-    with pytest.raises(KeyboardInterrupt), ResultsFile(path) as results:
-        results.write({"id": 1})
-        raise KeyboardInterrupt
-    assert not path.exists()
-    assert results.partial_path.read_text() == '{"id": 1}\n'
-
-
-def test_results_path_that_cannot_be_written_is_found_at_once(tmp_path):
-    with pytest.raises(ValueError, match="cannot write results to .*No such file"):
-        ResultsFile(tmp_path / "none" / "results.jsonl")
-    with pytest.raises(ValueError, match="cannot write results to .*directory"):
-        ResultsFile(tmp_path)
-
-
-def test_results_go_straight_to_what_is_no_file_and_through_links(tmp_path):
-    with ResultsFile("/dev/null") as results:
-        results.write({})
-    assert not os.path.isfile("/dev/null")
-    link, target = tmp_path / "link", tmp_path / "target"
-    target.touch()
-    link.symlink_to(target)
-    with ResultsFile(link) as results:
-        results.write({})
-    assert link.is_symlink() and target.read_text() == "{}\n"
 
 
 @pytest.mark.parametrize(
@@ -214,17 +194,3 @@ def test_what_json_allows_and_a_request_does_not_is_an_error_of_its_line(tmp_pat
     assert (first.prompt, last.prompt) == ("y", "z")
     assert isinstance(bad, PromptError) and bad.id == default_id
     assert "prompts.jsonl:2:" in bad.message and message in bad.message
-
-
-def test_results_of_an_interrupted_run_are_not_overwritten(tmp_path):
-    partial = tmp_path / "out.jsonl.partial"
-    partial.write_text("{}\n")
-    with pytest.raises(ValueError, match="holds results of a run that was interrupted"):
-        ResultsFile(tmp_path / "out.jsonl")
-    assert partial.read_text() == "{}\n"
-
-
-def test_a_failure_before_any_result_leaves_no_file(tmp_path):
-    with pytest.raises(ValueError), ResultsFile(tmp_path / "out.jsonl"):
-        raise ValueError
-    assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from jaxserve.core.step import GPU_COMPILER_OPTIONS, programs
 from jaxserve.engine.capacity import resolve_capacities
 from pallas_kernels.backend import check_runs_here, resolve_backend
 from tests import small_model
-from tests.test_generate import run
+from tests.command_line import run
 
 CONFIG = EngineConfig(**{**small_model.CAPACITIES, "num_pages": 13})
 INTERPRETED = dataclasses.replace(CONFIG, interpret_kernels=True)

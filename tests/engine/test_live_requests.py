@@ -15,7 +15,7 @@ from jaxserve.core.scheduler import Status
 from jaxserve.engine.live_requests import LiveRequest, LiveSample
 from jaxserve.request import Request, SamplingParams
 from jaxserve.text.tokenizer import Tokenizer
-from tests.text import test_tokenizer
+from tests.text import small_tokenizers
 
 EOS = 1  # "</s>", a special token
 NOTHING = (0.0, 1, np.zeros(0, np.int32), np.zeros(0))
@@ -23,7 +23,7 @@ NOTHING = (0.0, 1, np.zeros(0, np.int32), np.zeros(0))
 
 @functools.cache
 def tokenizer_of(kind: str = "byte level") -> Tokenizer:
-    return test_tokenizer._tokenizer(kind)
+    return small_tokenizers.tokenizer_of(kind)
 
 
 def group_of(prompt: str = "the", *, tokenizer: Tokenizer | None = None, **params) -> LiveRequest:

@@ -18,7 +18,7 @@ from jaxserve.core.scheduler import Status, init_state, submit
 from jaxserve.grammar.constraints import FREE, Constraints, combine, constrain, from_answers, from_regex, token_bytes
 from jaxserve.text.tokenizer import IncrementalDecoder, Tokenizer, load_tokenizer
 from tests import small_model
-from tests.text import test_tokenizer
+from tests.text import small_tokenizers
 
 DATE = r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"
 JSON = r'\{"name": "[a-zé日 ]{1,8}", "tags": \[("[a-z]{1,3}"(, "[a-z]{1,3}"){0,2})?\], "age": (0|[1-9]\d{0,2})\}'
@@ -31,7 +31,7 @@ every_kind = pytest.mark.parametrize("kind", ["byte level", "byte fallback", "me
 
 
 def tokenizer_of(kind: str) -> Tokenizer:
-    return test_tokenizer._tokenizer(kind)
+    return small_tokenizers.tokenizer_of(kind)
 
 
 @jax.jit

@@ -13,7 +13,7 @@ from jaxserve.engine.live_requests import LiveRequest, LiveSample, Update
 from jaxserve.request import Request, SamplingParams
 from jaxserve.text.stop_strings import StopScanner
 from jaxserve.text.tokenizer import IncrementalDecoder, Tokenizer
-from tests.text import test_tokenizer
+from tests.text import small_tokenizers
 
 NONE = np.zeros(0)
 
@@ -92,13 +92,13 @@ def test_nothing_is_held_back_without_stop_strings():
 
 # Whole sequences. "byte level" merges bytes across characters, "byte fallback" has bytes where it lacks a piece.
 KINDS = ["byte level", "byte level, then another", "byte fallback", "metaspace"]
-TEXTS = [*test_tokenizer.TEXTS, "é日é日日 😀 the cat😀", "日😀日é the  the\n"]
+TEXTS = [*small_tokenizers.TEXTS, "é日é日日 😀 the cat😀", "日😀日é the  the\n"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @functools.cache
 def tokenizer_of(kind: str) -> Tokenizer:
-    return test_tokenizer._tokenizer(kind)
+    return small_tokenizers.tokenizer_of(kind)
 
 
 def prompt_of(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -1,121 +1,15 @@
 """Tokens to text, all at once and one by one, for every kind of decoder; chat templates; end-of-sequence ids."""
 
-import functools
 import json
-import tempfile
 import time
 
 import pytest
-import tokenizers
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from jaxserve.text.tokenizer import IncrementalDecoder, Tokenizer, load_eos_token_ids, load_tokenizer
-
-TEXTS = [
-    "the cat sat on the mat, and the dog did not.",
-    "  two  spaces\nand\n\nlines\t",
-    "naïve café, Übergröße, señor",
-    "日本語の文章です。中文字符也在这里。",
-    "smiles 😀😃👩‍👩‍👧 and flags 🇩🇪🇫🇷",
-]
-SPECIAL = ["<s>", "</s>", "<|end|>"]
-
-
-def _byte_level(may_split: bool = False) -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if may_split:
-        tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXTS * 3, trainer)
-    return tokenizer
-
-
-def _byte_fallback() -> tokenizers.Tokenizer:
-    """Llama 2's: pieces with U+2581 for a blank, and bytes for what has no piece."""
-    pieces = [*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += ["▁", "▁▁", *"abcdehnorstu,.", "é", "日", "▁t", "▁th", "▁the", "▁c", "at"]
-    merges = [("▁", "▁"), ("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("▁", "c"), ("a", "t")]
-    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True)
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return tokenizer
-
-
-def _metaspace() -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=SPECIAL, unk_token="<s>", show_progress=False)
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    return tokenizer
-
-
-def _word_piece() -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=[*SPECIAL, "<unk>"], show_progress=False)
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    return tokenizer
-
-
-def _suffix() -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.BPEDecoder()
-    trainer = trainers.BpeTrainer(
-        vocab_size=200, special_tokens=SPECIAL, end_of_word_suffix="</w>", show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    return tokenizer
-
-
-def _no_decoder() -> tokenizers.Tokenizer:
-    words = {word: i for i, word in enumerate([*SPECIAL, "the", "cat", "日本"])}
-    tokenizer = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(SPECIAL)
-    return tokenizer
-
-
-KINDS = {
-    "byte level": _byte_level,
-    "byte level, then another": functools.partial(_byte_level, may_split=True),
-    "byte fallback": _byte_fallback,
-    "metaspace": _metaspace,
-    "word piece": _word_piece,
-    "suffix": _suffix,
-    "no decoder": _no_decoder,
-}
-
-
-@functools.cache
-def _inner(kind: str) -> transformers.PreTrainedTokenizerFast:
-    """As transformers loads it from files."""
-    with tempfile.TemporaryDirectory() as directory:
-        backend = KINDS[kind]()
-        backend.add_tokens(["addéd", "[plain]"])
-        inner = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-        inner.save_pretrained(directory)
-        return transformers.AutoTokenizer.from_pretrained(directory)
-
-
-@functools.cache
-def _tokenizer(kind: str) -> Tokenizer:
-    return Tokenizer(_inner(kind))
+from jaxserve.text.tokenizer import IncrementalDecoder, load_eos_token_ids, load_tokenizer
+from tests.text.small_tokenizers import KINDS, TEXTS, hugging_face_tokenizer, tokenizer_of
 
 
 def _pushed(decoder: IncrementalDecoder, token_ids: list[int]) -> list[str]:
@@ -127,7 +21,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 @every_kind
 def test_encode_and_decode_equal_those_of_transformers(kind):
-    inner, tokenizer = _inner(kind), _tokenizer(kind)
+    inner, tokenizer = hugging_face_tokenizer(kind), tokenizer_of(kind)
     assert tokenizer.vocab_size == len(inner) and tokenizer.eos_token_id == inner.eos_token_id
     for text in [*TEXTS, "<s>the</s> cat<|end|>", ""]:
         ids = tokenizer.encode(text)
@@ -141,7 +35,7 @@ def test_encode_and_decode_equal_those_of_transformers(kind):
 @every_kind
 @given(data=st.data(), skip=st.booleans())
 def test_pieces_of_random_tokens_add_up_to_the_whole_text(kind, data, skip):
-    tokenizer = _tokenizer(kind)
+    tokenizer = tokenizer_of(kind)
     token = st.integers(0, tokenizer.vocab_size - 1) | st.integers(0, 12)
     ids = data.draw(st.lists(token, max_size=40))
     pieces = _pushed(IncrementalDecoder(tokenizer, skip_special_tokens=skip), ids)
@@ -151,7 +45,7 @@ def test_pieces_of_random_tokens_add_up_to_the_whole_text(kind, data, skip):
 @every_kind
 @given(text=st.text(alphabet="ab thé日😀🇩\n,.</s>", max_size=30))
 def test_pieces_never_end_within_a_character(kind, text):
-    tokenizer = _tokenizer(kind)
+    tokenizer = tokenizer_of(kind)
     pieces = _pushed(IncrementalDecoder(tokenizer), tokenizer.encode(text))
     assert not any("\ufffd" in piece for piece in pieces)
     assert "".join(pieces) == tokenizer.decode(tokenizer.encode(text))
@@ -160,7 +54,7 @@ def test_pieces_never_end_within_a_character(kind, text):
 @every_kind
 @given(data=st.data())
 def test_text_after_a_context_continues_it(kind, data):
-    tokenizer = _tokenizer(kind)
+    tokenizer = tokenizer_of(kind)
     tokens = st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=20)
     context, ids = data.draw(tokens), data.draw(tokens)
     whole = IncrementalDecoder(tokenizer)
@@ -170,28 +64,28 @@ def test_text_after_a_context_continues_it(kind, data):
 
 
 def test_first_word_after_a_context_keeps_its_blank():
-    tokenizer = _tokenizer("byte fallback")
+    tokenizer = tokenizer_of("byte fallback")
     the = tokenizer.encode("the", add_special_tokens=False)
     assert IncrementalDecoder(tokenizer).push(*the) == "the"
     assert IncrementalDecoder(tokenizer, context=tokenizer.encode("cat")).push(*the) == " the"
 
 
 def test_byte_level_holds_back_an_incomplete_character_only():
-    tokenizer = _tokenizer("byte level")
+    tokenizer = tokenizer_of("byte level")
     ids = [tokenizer.backend.token_to_id(character) for character in ("a", "ð", "Ł", "ĺ", "Ģ", "ð", "b")]
     decoder = IncrementalDecoder(tokenizer)
     assert [decoder.push(token) for token in ids] == ["a", "", "", "", "😀", "", "\ufffdb"]
 
 
 def test_invalid_byte_makes_its_whole_run_invalid_with_byte_fallback():
-    tokenizer = _tokenizer("byte fallback")
+    tokenizer = tokenizer_of("byte fallback")
     ids = [tokenizer.backend.token_to_id(token) for token in ("<0xC3>", "<0xA9>", "<0xFF>", "a")]
     assert tokenizer.decode(ids) == "\ufffd\ufffd\ufffda"
     assert _pushed(IncrementalDecoder(tokenizer), ids) == ["", "", "", "\ufffd\ufffd\ufffda", ""]
 
 
 def test_adjacent_added_tokens_are_joined_when_no_spaces_are_wanted():
-    tokenizer = _tokenizer("word piece")
+    tokenizer = tokenizer_of("word piece")
     ids = tokenizer.encode("<s></s>the<|end|>")
     assert tokenizer.decode(ids, skip_special_tokens=False) == "<s> </s> the <|end|>"
     joined = tokenizer.decode(ids, skip_special_tokens=False, spaces_between_special_tokens=False)
@@ -201,12 +95,12 @@ def test_adjacent_added_tokens_are_joined_when_no_spaces_are_wanted():
 
 @every_kind
 def test_decode_token_shows_special_tokens(kind):
-    assert _tokenizer(kind).decode_token(1) == "</s>"
+    assert tokenizer_of(kind).decode_token(1) == "</s>"
 
 
 @pytest.mark.parametrize("kind", ["byte level", "byte level, then another", "byte fallback"])
 def test_time_per_token_does_not_grow_with_the_sequence(kind):
-    tokenizer = _tokenizer(kind)
+    tokenizer = tokenizer_of(kind)
     byte = tokenizer.backend.token_to_id("ð") or tokenizer.backend.token_to_id("<0xF0>")
 
     def seconds(num_tokens: int) -> float:

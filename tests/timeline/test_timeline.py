@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from absl import flags
 
-from jaxserve import Engine, EngineConfig, Request, SamplingParams, generate
+from jaxserve import Engine, EngineConfig, Request, SamplingParams
 from jaxserve.core.scheduler import Status
 from jaxserve.engine.live_requests import LiveRequest, LiveSample
-from jaxserve.timeline import html as timeline_html
-from jaxserve.timeline import png as timeline_plot
-from jaxserve.timeline.record import Bar, Phase, Timeline, check_path, recording
+from jaxserve.timeline import Bar, Phase, Timeline, check_path, html, png, recording
+from jaxserve.timeline.legend import COLOURS
 from tests import small_model
+from tests.command_line import options_of, run_here
 
 NONE = 6  # rows of the queue; in a slot: no row
 PREFILL, RECOMPUTE, DECODE, STALLED, PREEMPTED = Phase
@@ -203,15 +202,15 @@ def assert_page_has(page: str, bars: list[Bar], timeline: Timeline) -> None:
     for rect, bar in zip(drawn, bars, strict=True):
         assert float(rect.attrib["x"]) == pytest.approx(bar.start * unit, abs=0.02 * bar.stop)
         assert float(rect.attrib["width"]) == pytest.approx((bar.stop - bar.start) * unit, abs=0.02 * bar.stop)
-        assert rect.find("title").text == timeline_html.describe(timeline, bar)  # type: ignore[union-attr]
-        assert rect.attrib["fill"] in timeline_html.COLOURS[bar.phase]
-    assert timeline_html.describe(timeline, bars[0]).startswith("<0> & co (prompt of ")
+        assert rect.find("title").text == html.describe(timeline, bar)  # type: ignore[union-attr]
+        assert rect.attrib["fill"] in COLOURS[bar.phase]
+    assert html.describe(timeline, bars[0]).startswith("<0> & co (prompt of ")
 
 
 def test_without_steps_there_is_an_empty_picture() -> None:
     timeline = empty()
-    assert timeline.bars() == [] and "0 requests, 0 steps" in timeline_html.render(timeline)
-    assert timeline_plot.draw(timeline).startswith(b"\x89PNG")
+    assert timeline.bars() == [] and "0 requests, 0 steps" in html.draw(timeline).decode()
+    assert png.draw(timeline).startswith(b"\x89PNG")
 
 
 def long_record(num_steps: int, num_slots: int) -> Timeline:
@@ -229,10 +228,10 @@ def long_record(num_steps: int, num_slots: int) -> Timeline:
 def test_thousands_of_steps_and_hundreds_of_slots_keep_a_pixel_each() -> None:
     timeline = long_record(4000, 256)
     assert [bar.stop - bar.start for bar in timeline.bars()] == [10] * 400
-    picture = timeline_plot.draw(timeline)
+    picture = png.draw(timeline)
     width, height = struct.unpack(">II", picture[16:24])
     assert width >= 4000 and height >= 256
-    page = timeline_html.render(timeline)
+    page = html.draw(timeline).decode()
     widths = {float(width) for width in re.findall(r'data-bar="" x="[\d.]+" y="0" width="([\d.]+)"', page)}
     assert widths == {10.0} and f'height="{4 * 256 + 220}"' in page
 
@@ -242,15 +241,15 @@ def test_a_picture_in_which_steps_share_pixels_says_so(monkeypatch: pytest.Monke
     axes = pytest.importorskip("matplotlib.axes").Axes
     monkeypatch.setattr(axes, "set_title", lambda self, title, **_: titles.append(title))
     timeline = long_record(2000, 2)
-    timeline_plot.draw(timeline)
-    monkeypatch.setattr(timeline_plot, "_MOST_PX", 1000)
-    timeline_plot.draw(timeline)
+    png.draw(timeline)
+    monkeypatch.setattr(png, "_MAX_WIDTH_PX", 1000)
+    png.draw(timeline)
     assert "share a pixel" not in titles[0] and "2.0 steps share a pixel: save it as .html" in titles[1]
 
 
 @pytest.mark.parametrize(("num_steps", "unit", "spacing"), [(10, 24.0, 5), (1100, 1.0, 100), (4000, 1.0, 100)])
 def test_ticks_stand_apart(num_steps: int, unit: float, spacing: int) -> None:
-    assert timeline_html.tick_spacing(num_steps, unit) == spacing
+    assert html.tick_spacing(num_steps, unit) == spacing
 
 
 @pytest.mark.parametrize(
@@ -264,11 +263,8 @@ def test_ticks_stand_apart(num_steps: int, unit: float, spacing: int) -> None:
 def test_a_path_that_cannot_be_used_is_refused_before_anything_is_done(path: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         check_path(path)
-    values = flags.FlagValues()
-    generate.define_flags(values)
-    values(["command", "--prompt=x", f"--timeline={path}"])
     with pytest.raises(ValueError, match=re.escape(message)):
-        generate.parse_options(values, in_terminal=False)
+        options_of("--prompt=x", f"--timeline={path}")
 
 
 def test_a_picture_without_matplotlib_is_refused_with_two_ways_out(
@@ -291,14 +287,10 @@ def test_the_command_line_draws_what_it_served(
     engine: Engine, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], ending: str
 ) -> None:
     path = tmp_path / f"out.{ending}"
-    values = flags.FlagValues()
-    generate.define_flags(values)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt_token_ids": [1, 2, 3]}\n' * 6)
     arguments = ["--max_tokens=5", "--ignore_eos", "--nodetokenize", f"--timeline={path}", f"--prompts_file={prompts}"]
-    values(["command", *arguments, f"--output={tmp_path / 'out.jsonl'}"])
-    options = generate.parse_options(values, in_terminal=False)
-    assert generate.run(options, make_engine=lambda _: engine) == 0
+    assert run_here(engine, *arguments, f"--output={tmp_path / 'out.jsonl'}") == 0
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG" if ending == "png" else b"<!DOCTYPE html>")
     if ending == "html":
