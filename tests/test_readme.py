@@ -10,8 +10,11 @@ import jax
 import pytest
 from absl import flags
 
-from jaxserve import SamplingParams, generate
-from jaxserve.commands.flags import make_engine, parse_flags
+from jaxserve import SamplingParams
+from jaxserve.commands import generation
+from jaxserve.commands.flags import parse_flags
+from jaxserve.commands.make_engine import make_engine
+from jaxserve.commands.options import define_flags, parse_options
 from jaxserve.commands.prompts import ChatRequest, parse_prompts
 from jaxserve.request import markdown_lines
 from pallas_kernels.backend import BACKENDS, check_runs_here
@@ -70,11 +73,11 @@ def test_the_first_command_prints_what_the_page_shows_and_no_token_hangs_on_the_
     sizes = ["--max_slots=8", "--max_model_len=256", "--max_waiting=4096", "--compilation_cache_dir="]
     arguments = [*shlex.split(command.partition("python -m ")[2]), f"--attention_backend={backend}", *sizes]
     values = flags.FlagValues()
-    generate.define_flags(values)
+    define_flags(values)
     assert parse_flags(arguments, values, str) == ["jaxserve.generate"]
-    options = generate.parse_options(values, in_terminal=False)
+    options = parse_options(values, in_terminal=False)
     engine = make_engine(options.engine)
-    assert generate.run(options, lambda _: engine) == 0
+    assert generation.run(options, lambda _: engine) == 0
     assert capsys.readouterr().out.strip() == shown.strip()
     # Kinds of CPU differ by about 0.01 here.
     params = dataclasses.replace(options.params, logprobs=2)

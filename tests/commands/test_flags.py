@@ -8,16 +8,11 @@ from typing import Any
 import pytest
 from absl import flags
 
-<<<<<<< HEAD
-from jaxserve import EngineConfig, SamplingParams, generate
-from jaxserve.commands import flags as cli
-from jaxserve.request import default_text, parameters_of
-=======
 from jaxserve import EngineConfig, SamplingParams
 from jaxserve.commands.flags import GROUPS, engine_options, parse_flags, sampling_params
 from jaxserve.commands.options import define_flags, help_text, parse_options
+from jaxserve.request import default_text, parameters_of
 from tests.command_line import parse
->>>>>>> 77911ae (Import jaxserve lazily; flags are parsed before JAX is imported; timeline without a cycle; ids that are made up never collide)
 
 # Field -> arguments, and the value that they set.
 PARAMETERS: dict[str, tuple[str, Any]] = {
@@ -47,20 +42,8 @@ PARAMETERS: dict[str, tuple[str, Any]] = {
     "spaces_between_special_tokens": ("--nospaces_between_special_tokens", False),
     "truncate_prompt_tokens": ("--truncate_prompt_tokens=-1", -1),
 }
-<<<<<<< HEAD
 CAPACITIES = {"num_pages": 4096, "max_queue": 256, "tile_rows": 16, "kv_dtype": "float16", "attention_backend": "tpu"}
 CAPACITIES |= {"weight_dtype": "int8", "max_model_len": 512}
-=======
-CAPACITIES = {
-    "num_pages": 4096,
-    "max_model_len": 512,
-    "max_queue": 256,
-    "tile_rows": 16,
-    "kv_dtype": "float16",
-    "attention_backend": "tpu",
-}
-CAPACITIES |= {"weight_dtype": "int8"}
->>>>>>> 77911ae (Import jaxserve lazily; flags are parsed before JAX is imported; timeline without a cycle; ids that are made up never collide)
 
 
 def test_every_field_of_sampling_params_has_a_flag_that_sets_it_and_nothing_else() -> None:
@@ -75,7 +58,7 @@ def test_a_flag_stands_in_the_group_of_its_field_with_its_meaning_and_default(re
     values = parse()
     by_group = values.flags_by_module_dict()
     for name, item in parameters_of(record).items():
-        assert item.group in cli.GROUPS and values[name] in by_group[item.group], name
+        assert item.group in GROUPS and values[name] in by_group[item.group], name
         default = {"max_tokens": "128, in a chat 1024", "max_waiting": "no bound"}.get(name, item.default)
         text = values[name].help.partition(";\n")[0]  # absl writes more about a list
         assert text.endswith(item.description + default_text(default)) and not item.description[0].islower(), name
