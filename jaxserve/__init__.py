@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jaxserve.config import EngineConfig
     from jaxserve.core.beam_search import beam_search
     from jaxserve.core.make_submission import make_submission
+    from jaxserve.core.programs import GPU_COMPILER_OPTIONS
     from jaxserve.core.scheduler import (
         EngineState,
         Handles,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
         init_state,
         submit,
     )
-    from jaxserve.core.step import GPU_COMPILER_OPTIONS, RunResults, StepOutput, StepOutputs, run, run_steps, step
+    from jaxserve.core.step import RunResults, StepOutput, StepOutputs, run, run_steps, step
     from jaxserve.demo_model import DEMO_MODEL
     from jaxserve.engine.async_engine import AsyncEngine, EngineClosedError, RequestFailedError, RequestHandle
     from jaxserve.engine.beams import BeamParams, BeamSearchOutput, BeamSequence, make_beam_rules, search_beams
@@ -102,7 +103,8 @@ _NAMES_OF_MODULE = {  # the imports above, for __getattr__
         "init_state",
         "submit",
     ),
-    "core.step": ("GPU_COMPILER_OPTIONS", "RunResults", "StepOutput", "StepOutputs", "run", "run_steps", "step"),
+    "core.programs": ("GPU_COMPILER_OPTIONS",),
+    "core.step": ("RunResults", "StepOutput", "StepOutputs", "run", "run_steps", "step"),
     "demo_model": ("DEMO_MODEL",),
     "engine.async_engine": ("AsyncEngine", "EngineClosedError", "RequestFailedError", "RequestHandle"),
     "engine.beams": ("BeamParams", "BeamSearchOutput", "BeamSequence", "make_beam_rules", "search_beams"),

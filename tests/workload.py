@@ -12,8 +12,9 @@ from flax import nnx
 
 from jaxserve import EngineConfig, ModelConfig, SamplingParams, Transformer
 from jaxserve.core.make_submission import make_submission
+from jaxserve.core.programs import programs
 from jaxserve.core.scheduler import EngineState, Handles, Status, Submission, check_invariants, init_state, submit
-from jaxserve.core.step import programs, run
+from jaxserve.core.step import run
 
 MODEL = ModelConfig("mistral", 128, 32, 64, 2, num_heads=4, num_kv_heads=2, head_dim=8, windows=(None, 24))
 CONFIG = EngineConfig(

@@ -1,8 +1,8 @@
 """A guard against compilations where there should be none (promise P1).
 
-JAX reports every compilation by XLA through `jax.monitoring`, once it is done and in the thread that asked for it; a program
-that is found in the persistent compilation cache is reported too, for it was not in memory. What a listener raises comes out
-of the call that compiled.
+JAX reports every compilation by XLA through `jax.monitoring`, when it is done and in the thread that compiled. It reports a
+program from the persistent compilation cache too, because that was not in memory. An exception that a listener raises comes
+out of the call that compiled.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ class UnexpectedCompilation(RuntimeError):
 
 @contextlib.contextmanager
 def forbid_compilation() -> Iterator[None]:
-    """Within it, a call that makes XLA compile anything raises; other threads are not affected. May be nested.
+    """A context in which a call that makes XLA compile anything raises. It affects this thread only, and may be nested.
 
-    Everything counts, also the small programs that `jax.numpy` makes of single operations on new shapes. The listener is
-    registered on first use and stays; `jax.monitoring.clear_event_listeners` takes it away for good.
+    Everything counts, even the small programs that `jax.numpy` makes of single operations on new shapes. The listener is
+    registered on first use and stays; after `jax.monitoring.clear_event_listeners` the guard has no effect any more.
 
     Raises:
-      UnexpectedCompilation: at the offending call, naming the program.
+      UnexpectedCompilation: at the call that compiled; the message names the program.
     """
     _listen()
     token = _forbidden.set(True)

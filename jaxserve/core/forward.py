@@ -1,40 +1,42 @@
-"""The model on the rows of a plan: the cost follows the rows in use, and one program serves any number of them.
+"""The model on the batch of a plan: the cost follows the batch rows in use, and one program serves any number of them.
 
-Native kernels take the number of rows at run time, and compute a row in one way whatever is beside it: so all rows go at once.
-The other backends go through tiles of a fixed number of rows. The plain backend attends row by row, so a tile may hold any
-rows. The kernels for accelerators are made for chunks or for single rows, and round differently; so there the rows are parted,
-and chunks go first: single rows may need their pages.
+Native kernels take the number of batch rows at run time and compute each in the same way whatever is beside it, so the whole
+batch goes through the model at once. The other backends go through tiles of a fixed size. The plain backend attends for each
+batch row on its own, so a tile may hold any of them. The kernels for accelerators serve either chunks or single tokens, and
+round differently, so the batch is split by kernel, chunks first: single tokens may need their pages.
 
     plan      slot     = [0 1 2 5 5 5 4 4 -]      slots 0, 1, 2 decode; 5 and 4 prefill
-    parted    slot     = [5 5 5 4 4 0 1 2 -]      num_chunk_rows = 5
+    split     slot     = [5 5 5 4 4 0 1 2 -]      num_chunk_rows = 5
 
-If `deterministic`, a row's kernel must depend on nothing but its request and position. So generated tokens always are single
-rows: a sequence that resumes after preemption recomputes them as it computed them first, many at once.
+If `deterministic`, the kernel of a token depends on nothing but its request and position. Generated tokens then always go
+through the kernel for single tokens: a sequence that resumes after preemption recomputes them, many at once, as it computed
+them first.
 """
 
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from jaxserve.config import EngineConfig
 from jaxserve.core.cache import KVPool
-from jaxserve.core.cache.attention import BatchLayout, paged_attend
+from jaxserve.core.cache.attention import BatchLayout
 from jaxserve.core.optional import if_any
 from jaxserve.core.pytree import Record, record
+from jaxserve.core.run_model import TokenBatch, in_tiles, run_model
 from jaxserve.core.sampling import token_logprobs
-from jaxserve.core.scheduler.state import EngineState, Queue
+from jaxserve.core.scheduler.state import EngineState
 from jaxserve.core.scheduler.transitions import Plan
-from jaxserve.models import ModelConfig, Transformer, graphdef_of
+from jaxserve.models import ModelConfig
+from jaxserve.models.bind import BoundModel, bind
+from jaxserve.models.prepare import Params
 
 
 @record
 class SplitBatch(Record):
-    """Rows of a step, those of chunks before single ones, each part in its old order."""
+    """The batch of a step, tokens of chunks before single ones, each part in its old order."""
 
     slot: Int32[Array, " B"]  # S = none
     position: Int32[Array, " B"]
@@ -43,10 +45,10 @@ class SplitBatch(Record):
 
 
 def split_by_kernel(state: EngineState, plan: Plan, *, config: EngineConfig) -> SplitBatch:
-    """Parts the rows of a plan by the kernel that they need."""
+    """Reorders the batch of a plan by the kernel that each token needs."""
     num_slots, max_batch_size = state.slots.row_id.shape[0], plan.slot.shape[0]
-    row = state.slots.row_id.at[plan.slot].get(mode="fill", fill_value=state.queue.status.shape[0])
     if config.deterministic:
+        row = _rows_of(state, plan.slot)
         single = plan.position >= state.queue.prompt_length.at[row].get(mode="fill", fill_value=0)
     else:
         single = plan.num_new.at[plan.slot].get(mode="fill", fill_value=0) == 1
@@ -65,167 +67,169 @@ def split_by_kernel(state: EngineState, plan: Plan, *, config: EngineConfig) -> 
 
 @record
 class PromptLogprobs(Record):
-    """Raw log probabilities of prompt tokens, one entry per row of the forward pass."""
+    """Raw log probabilities of prompt tokens, one entry per batch row of the forward pass."""
 
-    row_id: Int32[Array, " B"]  # queue row; Q = none: nothing was asked for here
+    row_id: Int32[Array, " B"]  # queue row; Q = none: the entry is empty
     position: Int32[Array, " B"]  # of the token in its prompt, from 1 on
     logprob: Float32[Array, " B"]  # of the token, given those before it
     rank: Int32[Array, " B"]  # of the token, 1 = most likely
-    top_ids: Int32[Array, "B K"]  # most likely tokens, first first; -1: none
+    top_ids: Int32[Array, "B K"]  # most likely tokens, most likely first; -1: none
     top_logprobs: Float32[Array, "B K"]
 
 
 @record
 class ForwardOutput(Record):
-    """What the forward pass of a step is for, the pages aside."""
+    """What a step needs of the forward pass, besides the pages."""
 
-    hidden: Float32[Array, "S E"]  # of each slot's last known token, if that is among the rows
+    hidden: Float32[Array, "S E"]  # final hidden state of each slot's latest token, if that is in the batch; else 0
     prompt: PromptLogprobs
 
 
 def no_prompt_logprobs(config: EngineConfig) -> PromptLogprobs:
-    """Entries for the rows of one step, none of which asked for anything."""
-    rows, tops = config.max_batch_size, config.max_logprobs
+    """Returns empty entries for the batch of one step."""
+    size, tops = config.max_batch_size, config.max_logprobs
     return PromptLogprobs(
-        row_id=jnp.full((rows,), config.queue_size, jnp.int32),
-        position=jnp.zeros((rows,), jnp.int32),
-        logprob=jnp.zeros((rows,), jnp.float32),
-        rank=jnp.zeros((rows,), jnp.int32),
-        top_ids=jnp.full((rows, tops), -1, jnp.int32),
-        top_logprobs=jnp.zeros((rows, tops), jnp.float32),
+        row_id=jnp.full((size,), config.queue_size, jnp.int32),
+        position=jnp.zeros((size,), jnp.int32),
+        logprob=jnp.zeros((size,), jnp.float32),
+        rank=jnp.zeros((size,), jnp.int32),
+        top_ids=jnp.full((size, tops), -1, jnp.int32),
+        top_logprobs=jnp.zeros((size, tops), jnp.float32),
     )
+
+
+class _Part(NamedTuple):
+    """Consecutive batch rows that one kernel serves, and the tiles that they go through."""
+
+    slot: Int32[Array, " B"]
+    position: Int32[Array, " B"]
+    start: Int32[Array, ""]
+    end: Int32[Array, ""]
+    layout: BatchLayout
+    tile_sizes: tuple[int, ...]
 
 
 def forward_batch(
-    params: nnx.State, state: EngineState, plan: Plan, *, model: ModelConfig, config: EngineConfig
+    params: Params, state: EngineState, plan: Plan, *, model: ModelConfig, config: EngineConfig
 ) -> tuple[KVPool, ForwardOutput]:
-    """The model on the rows of the plan; tile by tile, or natively all at once."""
-    if config.backend == "native":
-        return _all_rows(params, state, plan, model=model, config=config)
+    """Runs the model on the batch of the plan. Returns the new pool, and what the step needs of the results.
+
+    Args:
+      params: as in `step`, prepared.
+      state: in which every batch row's slot has the page that it writes to.
+      plan: the batch.
+      model, config: static.
+    """
     hidden = jnp.zeros((state.slots.row_id.shape[0], model.embed_dim), jnp.float32)
-    found = ForwardOutput(hidden=hidden, prompt=no_prompt_logprobs(config))
-    run = functools.partial(_tiles, params, state, model=model, config=config)
+    output = ForwardOutput(hidden=hidden, prompt=no_prompt_logprobs(config))
+    bound, none = bind(params, model), jnp.int32(0)
+    if config.backend == "native":
+        return _all_at_once(bound, state, plan, output, model=model, config=config)
     if config.backend == "reference":
-        rows = (plan.slot, plan.position, jnp.int32(0), plan.batch_size)
-        return run(rows, BatchLayout.SINGLE, config.tile_sizes, state.pool, found)
-    parted = split_by_kernel(state, plan, config=config)
-    chunks = (parted.slot, parted.position, jnp.int32(0), parted.num_chunk_rows)
-    pool, found = run(chunks, BatchLayout.CHUNKS, config.tile_sizes, state.pool, found)
-    single = (parted.slot, parted.position, parted.num_chunk_rows, parted.batch_size)
-    return run(single, BatchLayout.SINGLE, config.tile_sizes[-1:], pool, found)
+        parts = [_Part(plan.slot, plan.position, none, plan.batch_size, BatchLayout.SINGLE, config.tile_sizes)]
+    else:
+        split = split_by_kernel(state, plan, config=config)
+        batch, middle, end = (split.slot, split.position), split.num_chunk_rows, split.batch_size
+        parts = [
+            _Part(*batch, none, middle, BatchLayout.CHUNKS, config.tile_sizes),
+            _Part(*batch, middle, end, BatchLayout.SINGLE, config.tile_sizes[-1:]),
+        ]
+    pool = state.pool
+    for part in parts:
+        pool, output = _by_tiles(bound, state, part, pool, output, model=model, config=config)
+    return pool, output
 
 
-def _all_rows(
-    params: nnx.State, state: EngineState, plan: Plan, *, model: ModelConfig, config: EngineConfig
-) -> tuple[KVPool, ForwardOutput]:
-    """All rows in one pass, of which native kernels do those in use."""
-    queue, pool = state.queue, state.pool
-    num_slots, queue_size = state.slots.row_id.shape[0], queue.status.shape[0]
-    forward = nnx.merge(graphdef_of(model), params)
-    row = state.slots.row_id.at[plan.slot].get(mode="fill", fill_value=queue_size)
-    tokens = queue.tokens.at[row, plan.position].get(mode="fill", fill_value=0)
-    attend = paged_attend(
-        state.table.page_ids,
-        plan.slot,
-        plan.position,
-        BatchLayout.SINGLE,
-        group_size=model.group_size,
-        backend="native",
-        batch_size=plan.batch_size,
-    )
-    kv = tuple(zip(pool.k, pool.v, strict=True))
-    out, pages = forward(tokens, plan.position, attend=attend, kv=kv)
-    k, v = zip(*pages, strict=True)
-    last = plan.position + 1 == queue.num_tokens.at[row].get(mode="fill", fill_value=0)
-    hidden = jnp.zeros((num_slots, model.embed_dim), jnp.float32)
-    hidden = hidden.at[jnp.where(last, plan.slot, num_slots)].set(out, mode="drop")
-
-    size = config.tile_size  # logits of so many rows are alive at once
-
-    def tile(carry: tuple[Array, PromptLogprobs]) -> tuple[Array, PromptLogprobs]:
-        first, found = carry
-        index = first + jnp.arange(size, dtype=jnp.int32)
-        rows, ids, positions = (lax.dynamic_slice_in_dim(array, first, size) for array in (out, row, plan.position))
-        return first + size, _prompt_logprobs(forward, rows, ids, positions, index, queue, found, config)
-
-    prompt = (jnp.int32(0), no_prompt_logprobs(config))
-    prompt = lax.while_loop(lambda carry: carry[0] < plan.batch_size, tile, prompt)[1]
-    return KVPool(k=k, v=v), ForwardOutput(hidden=hidden, prompt=prompt)
-
-
-def _tiles(
-    params: nnx.State,
+def _all_at_once(
+    bound: BoundModel,
     state: EngineState,
-    rows: tuple[Int32[Array, " B"], Int32[Array, " B"], Int32[Array, ""], Int32[Array, ""]],
-    layout: BatchLayout,
-    sizes: tuple[int, ...],
-    pool: KVPool,
-    found: ForwardOutput,
+    plan: Plan,
+    output: ForwardOutput,
     *,
     model: ModelConfig,
     config: EngineConfig,
 ) -> tuple[KVPool, ForwardOutput]:
-    """Rows from `start` to `end` of (slot, position, start, end), in tiles of `sizes`, the widest first."""
-    slots, positions, start, end = rows
-    queue = state.queue
-    num_slots, queue_size = state.slots.row_id.shape[0], queue.status.shape[0]
-    padding = (0, sizes[0])  # a tile may start anywhere
-    slots = jnp.pad(slots, padding, constant_values=num_slots)
-    positions = jnp.pad(positions, padding)
-    forward = nnx.merge(graphdef_of(model), params)
+    """Runs the whole batch in one call, of which native kernels compute the batch rows in use. Only logits go by tiles."""
+    batch, cache = _tokens_of(state, plan.slot, plan.position), (state.table, state.pool)
+    options: dict[str, Any] = {"model": model, "config": config, "batch_size": plan.batch_size}
+    out, pool, hidden = run_model(bound, batch, cache, output.hidden, BatchLayout.SINGLE, **options)
 
-    def tile(size: int, carry: tuple[Array, KVPool, ForwardOutput]) -> tuple[Array, KVPool, ForwardOutput]:
-        first, pool, found = carry
+    def tile(size: int, first: Int32[Array, ""], prompt: PromptLogprobs) -> PromptLogprobs:
         index = first + jnp.arange(size, dtype=jnp.int32)
-        slot = jnp.where(index < end, lax.dynamic_slice_in_dim(slots, first, size), num_slots)
-        position = lax.dynamic_slice_in_dim(positions, first, size)
-        row = state.slots.row_id.at[slot].get(mode="fill", fill_value=queue_size)
-        tokens = queue.tokens.at[row, position].get(mode="fill", fill_value=0)
-        attend = paged_attend(
-            state.table.page_ids,
-            slot,
-            position,
-            layout,
-            group_size=model.group_size,
-            backend=config.backend,
-            interpret=config.interpret_kernels,
-        )
-        out, pages = forward(tokens, position, attend=attend, kv=tuple(zip(pool.k, pool.v, strict=True)))
-        last = position + 1 == queue.num_tokens.at[row].get(mode="fill", fill_value=0)
-        hidden = found.hidden.at[jnp.where(last, slot, num_slots)].set(out, mode="drop")
-        prompt = _prompt_logprobs(forward, out, row, position, index, queue, found.prompt, config)
-        k, v = zip(*pages, strict=True)
-        return first + size, KVPool(k=k, v=v), ForwardOutput(hidden=hidden, prompt=prompt)
+        hidden_states, tokens = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, first, size), (out, batch))
+        return _add_prompt_logprobs(prompt, hidden_states, tokens, index, bound, state, config)
 
-    carry = (start, pool, found)
-    for size in sizes:
-        smallest = 0 if size == sizes[-1] else size - 1
-        carry = lax.while_loop(
-            lambda carry, smallest=smallest: end - carry[0] > smallest, functools.partial(tile, size), carry
-        )
-    return carry[1], carry[2]
+    prompt = in_tiles(tile, output.prompt, jnp.int32(0), plan.batch_size, (config.tile_size,))
+    return pool, ForwardOutput(hidden=hidden, prompt=prompt)
 
 
-def _prompt_logprobs(
-    forward: Transformer,
+def _by_tiles(
+    bound: BoundModel,
+    state: EngineState,
+    part: _Part,
+    pool: KVPool,
+    output: ForwardOutput,
+    *,
+    model: ModelConfig,
+    config: EngineConfig,
+) -> tuple[KVPool, ForwardOutput]:
+    """Runs the batch rows of a part tile by tile; later tiles see the pages of earlier ones."""
+    num_slots, widest = state.slots.row_id.shape[0], part.tile_sizes[0]
+    slots = jnp.pad(part.slot, (0, widest), constant_values=num_slots)  # a tile may start anywhere
+    positions = jnp.pad(part.position, (0, widest))
+
+    def tile(size: int, first: Int32[Array, ""], carry: tuple[KVPool, ForwardOutput]) -> tuple[KVPool, ForwardOutput]:
+        pool, output = carry
+        index = first + jnp.arange(size, dtype=jnp.int32)
+        slot = jnp.where(index < part.end, lax.dynamic_slice_in_dim(slots, first, size), num_slots)
+        batch = _tokens_of(state, slot, lax.dynamic_slice_in_dim(positions, first, size))
+        options: dict[str, Any] = {"model": model, "config": config}
+        out, pool, hidden = run_model(bound, batch, (state.table, pool), output.hidden, part.layout, **options)
+        prompt = _add_prompt_logprobs(output.prompt, out, batch, index, bound, state, config)
+        return pool, ForwardOutput(hidden=hidden, prompt=prompt)
+
+    return in_tiles(tile, (pool, output), part.start, part.end, part.tile_sizes)
+
+
+def _tokens_of(state: EngineState, slot: Int32[Array, " B"], position: Int32[Array, " B"]) -> TokenBatch:
+    """Looks up the tokens of the slots' sequences."""
+    row = _rows_of(state, slot)
+    return TokenBatch(
+        slot=slot,
+        position=position,
+        token=state.queue.tokens.at[row, position].get(mode="fill", fill_value=0),
+        is_last=position + 1 == state.queue.num_tokens.at[row].get(mode="fill", fill_value=0),
+    )
+
+
+def _rows_of(state: EngineState, slot: Int32[Array, " B"]) -> Int32[Array, " B"]:
+    """The queue row in each batch row's slot; Q = none."""
+    return state.slots.row_id.at[slot].get(mode="fill", fill_value=state.queue.status.shape[0])
+
+
+def _add_prompt_logprobs(
+    prompt: PromptLogprobs,
     out: Float32[Array, "R E"],
-    row: Int32[Array, " R"],
-    position: Int32[Array, " R"],
+    batch: TokenBatch,
     index: Int32[Array, " R"],
-    queue: Queue,
-    found: PromptLogprobs,
+    bound: BoundModel,
+    state: EngineState,
     config: EngineConfig,
 ) -> PromptLogprobs:
-    """Adds a tile's rows, at `index` of all rows: each tells of the prompt token after its own. One tile's logits are alive."""
-    in_prompt = position + 1 < queue.prompt_length.at[row].get(mode="fill", fill_value=0)
-    asked = queue.num_prompt_logprobs.at[row].get(mode="fill", fill_value=-1)
-    asked = jnp.where(in_prompt, asked, -1)
+    """Adds what a tile says about prompt tokens at `index` of all batch rows; only this tile's logits are alive.
 
-    def add(found: PromptLogprobs, out: Float32[Array, "R E"]) -> PromptLogprobs:
-        token = queue.tokens.at[row, position + 1].get(mode="fill", fill_value=0)
+    Each batch row gives the distribution of the token after its own.
+    """
+    queue, row, position = state.queue, _rows_of(state, batch.slot), batch.position + 1
+    in_prompt = position < queue.prompt_length.at[row].get(mode="fill", fill_value=0)
+    num_logprobs = queue.num_prompt_logprobs.at[row].get(mode="fill", fill_value=-1)
+    num_logprobs = jnp.where(in_prompt, num_logprobs, -1)
+
+    def add(prompt: PromptLogprobs, out: Float32[Array, "R E"]) -> PromptLogprobs:
+        token = queue.tokens.at[row, position].get(mode="fill", fill_value=0)
         options: dict[str, Any] = {"max_logprobs": config.max_logprobs, "native": config.backend == "native"}
-        logprobs = token_logprobs(forward.logits(out), token, asked, **options)
-        new = PromptLogprobs(jnp.where(asked >= 0, row, queue.status.shape[0]), position + 1, *logprobs)
-        return jax.tree.map(lambda old, leaf: old.at[index].set(leaf, mode="drop"), found, new)
+        logprobs = token_logprobs(bound.logits(out), token, num_logprobs, **options)
+        new = PromptLogprobs(jnp.where(num_logprobs >= 0, row, queue.status.shape[0]), position, *logprobs)
+        return jax.tree.map(lambda old, leaf: old.at[index].set(leaf, mode="drop"), prompt, new)
 
-    return if_any(asked >= 0, add, found, out)
+    return if_any(num_logprobs >= 0, add, prompt, out)

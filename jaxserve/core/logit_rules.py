@@ -1,7 +1,7 @@
 """What a request changes about its logits before a token is chosen: allowed ids, bad words, minimum length, bias, penalties.
 
-The order is vLLM's: allowed ids, bad words, minimum length, bias, repetition, frequency, presence. Each kind is a loop of no
-trips unless some row asks for it, and a row's result depends on that row alone.
+The order is vLLM's: allowed ids, bad words, minimum length, bias, repetition, frequency, presence. A kind of rule that no
+sequence has is skipped at run time, and the logits of a sequence depend on that sequence alone.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ class LogitRules(Record):
 
 @record
 class Context(Record):
-    """What is known of the sequences that draw a token, one row each."""
+    """The tokens and lengths of R sequences that draw a token."""
 
     tokens: Int32[Array, "R M"]  # prompt, then generated; stale beyond num_tokens
     num_tokens: Int32[Array, " R"]  # prompt + generated; the position of the token to draw
@@ -68,12 +68,12 @@ def plain_rules(num_rows: int, vocab_size: int, config: EngineConfig) -> LogitRu
 
 
 def penalised(rules: LogitRules) -> Bool[Array, " R"]:
-    """Rows whose penalties need to know which tokens were seen."""
+    """Returns whether each sequence has penalties, which need to know the tokens that it has seen."""
     return (rules.presence_penalty != 0) | (rules.frequency_penalty != 0) | (rules.repetition_penalty != 1)
 
 
 def in_force(rules: LogitRules, context: Context) -> Bool[Array, " R"]:
-    """Rows whose logits `apply` may change."""
+    """Returns whether `apply` may change the logits of each sequence."""
     return (
         penalised(rules)
         | rules.restricted
@@ -86,13 +86,13 @@ def in_force(rules: LogitRules, context: Context) -> Bool[Array, " R"]:
 def apply(
     logits: Float32[Array, "R V"], rules: LogitRules, context: Context, active: Bool[Array, " R"]
 ) -> Float32[Array, "R V"]:
-    """Logits as the rules of their rows have them; -inf for what may not be drawn.
+    """Applies the rules of each sequence to its logits. Returns -inf for tokens that may not be drawn.
 
     Args:
       logits: raw logits.
-      rules: of the rows.
-      context: of the rows.
-      active: rows that count; the others' logits mean nothing afterwards.
+      rules: logit rules, one entry per sequence.
+      context: the sequences' tokens and lengths.
+      active: the sequences that count; the logits of others mean nothing afterwards.
     """
     early = context.num_generated < rules.min_tokens
     logits = if_any(active & rules.restricted, _keep_allowed, logits, rules)
@@ -107,9 +107,10 @@ def apply(
     return if_any(active & penalised(rules), _penalise_slots, logits, rules, context.seen, context.slot)
 
 
-def _ban(logits: Float32[Array, "R V"], ids: Int32[Array, "R X"], wanted: Bool[Array, "R X"]) -> Float32[Array, "R V"]:
+def _ban(logits: Float32[Array, "R V"], ids: Int32[Array, "R X"], banned: Bool[Array, "R X"]) -> Float32[Array, "R V"]:
+    """Gives the logit -inf to those of the ids that are banned."""
     row = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
-    return logits.at[row, jnp.where(wanted, ids, logits.shape[1])].set(-jnp.inf, mode="drop")
+    return logits.at[row, jnp.where(banned, ids, logits.shape[1])].set(-jnp.inf, mode="drop")
 
 
 def _keep_allowed(logits: Float32[Array, "R V"], rules: LogitRules) -> Float32[Array, "R V"]:
@@ -146,7 +147,7 @@ def _penalise_slots(
 
 
 def _penalise(logits: Float32[Array, "R V"], rules: LogitRules, seen: Int32[Array, "R V"]) -> Float32[Array, "R V"]:
-    """Repetition (Keskar et al., 2019) of all tokens seen, then frequency and presence of generated ones."""
+    """Penalises repetition of all tokens seen (Keskar et al., 2019), then frequency and presence of generated ones."""
     repetition = rules.repetition_penalty[:, None]
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(seen > 0, repeated, logits)
@@ -156,6 +157,6 @@ def _penalise(logits: Float32[Array, "R V"], rules: LogitRules, seen: Int32[Arra
 
 
 def ending(tokens: Int32[Array, "R M"], num_tokens: Int32[Array, " R"], length: int) -> Int32[Array, "R length"]:
-    """The last `length` tokens of each row; -2 where a row has fewer."""
+    """Returns the last `length` tokens of each sequence, with -2 in front where a sequence has fewer."""
     position = num_tokens[:, None] - length + jnp.arange(length, dtype=jnp.int32)[None, :]
     return jnp.where(position >= 0, jnp.take_along_axis(tokens, position, axis=1, mode="clip"), -2)

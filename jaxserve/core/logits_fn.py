@@ -1,4 +1,4 @@
-"""User functions in the loop: what one may do to the logits, and what it may remember."""
+"""The contract of a user's function on the logits: what it may change, and what it may remember."""
 
 from typing import Any, Protocol
 
@@ -8,19 +8,20 @@ from jaxserve.core.logit_rules import Context
 
 
 class LogitsFn(Protocol):
-    """A pure function of the rows that draw a token, traced into the step; nothing leaves the device.
+    """A pure function of the logits from which tokens are drawn. It is traced into the step, so nothing leaves the device.
 
-    It runs after the rules of `jaxserve.core.logit_rules` and before temperature, on a fixed number of rows at a time, of which
-    some may be padding. A row's result must depend on that row alone; then a request's tokens do not depend on its neighbours.
+    It runs after the rules of `jaxserve.core.logit_rules` and before temperature, on R sequences at a time, of which some may
+    be padding. What it returns for a sequence must depend on that sequence alone; then a request's tokens do not depend on
+    its neighbours.
     """
 
     def __call__(self, aux: Any, logits: Float32[Array, "R V"], context: Context) -> tuple[Any, Float32[Array, "R V"]]:
-        """Changes logits, and what is remembered.
+        """Returns new logits, and what to remember.
 
         Args:
           aux: what the function remembers of each sequence, a tree of arrays [R, ...] that starts as the submission says. It
             belongs to the sequence, not to its slot: it survives preemption.
-          logits: as the rules leave them, -inf for what may not be drawn. A row of -inf only ends its sequence with "error".
+          logits: as the rules leave them, -inf for what may not be drawn. If all are -inf, the sequence ends with "error".
           context: the sequences' tokens and lengths. The token drawn from these logits is the last one of the next call.
 
         Returns:

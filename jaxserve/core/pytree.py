@@ -1,4 +1,4 @@
-"""Frozen dataclasses that are JAX pytrees: the form of every record in the engine's state."""
+"""Records: frozen dataclasses that are JAX pytrees."""
 
 import dataclasses
 from typing import Any, Self, TypeVar, dataclass_transform
@@ -9,14 +9,14 @@ T = TypeVar("T")
 
 
 class Record:
-    """Base of all records: data and O(1) properties only; behaviour is module-level functions."""
+    """The base class of all records. A record has data and O(1) properties only; behaviour is in module-level functions."""
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
+        """Returns a copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
 
 @dataclass_transform(frozen_default=True)
 def record(cls: type[T]) -> type[T]:
-    """Class decorator: a frozen dataclass, every field of which is a pytree child."""
+    """Makes a class a frozen dataclass whose fields are all pytree children. A class decorator."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))

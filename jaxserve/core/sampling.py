@@ -1,13 +1,13 @@
 """From logits to tokens: greedy, temperature, min-p, top-k, top-p, and log probabilities.
 
-The order of operations is vLLM's: the rules of `logit_rules`, a user's function, temperature, then min-p, then top-k,
-then top-p on what is left, renormalised. Nothing sorts the vocabulary. Both thresholds are found bit by bit: an
-order-preserving map takes a float32 to a uint32, and 32
-passes that each count (top-k) or add up (top-p) what lies below a candidate finish_step its 32 bits. The draw needs two
-uniforms per row: one picks a block of the vocabulary, one a token within it. Whatever no row asks for is a loop of no trips.
+The order of operations is vLLM's: the rules of `logit_rules`, a user's function, temperature, then min-p, then top-k, then
+top-p on the renormalised rest. Nothing sorts the vocabulary. The thresholds of top-k and top-p are found bit by bit: an
+order-preserving map takes a float32 to a uint32, and each of 32 passes counts (top-k) or adds up (top-p) what lies below a
+candidate. A draw takes two uniforms: one picks a block of the vocabulary, the other a token within it. What no sequence
+asks for is skipped at run time.
 
-A row's result depends on that row alone. Randomness is counter-based: the key of a draw is made of the request's seed, the
-sample's index and the token's position, so nothing that happened before it matters.
+A sequence's result depends on that sequence alone. Randomness is counter-based: the key of a draw is made of the request's
+seed, the sample's index and the token's position, so nothing that happened before matters.
 """
 
 import functools
@@ -23,12 +23,12 @@ from jaxserve.core import logit_rules
 from jaxserve.core.logit_rules import Context, LogitRules
 from jaxserve.core.optional import if_any
 from jaxserve.core.pytree import Record, record
+from jaxserve.core.vocab_search import drop_ties, largest, ordered_bits, pick, top
 from jaxserve.request import GREEDY_BELOW
 from pallas_kernels.native import sampling as native_sampling
 
-_BLOCK = 128  # tokens per block of the two-level draw
-_TOP_K_PIECE = 16  # the largest k for which XLA:GPU has a kernel; for more it sorts whole rows
-_ALL = 1 << 30
+_TOP_K_PIECE = 16  # the largest k for which XLA:GPU has a kernel; for a larger one it sorts the whole vocabulary
+_ANY_SIZE = 1 << 30
 
 
 @record
@@ -52,14 +52,14 @@ class SamplingArrays(Record):
 
 @record
 class Sampled(Record):
-    """One token per row, and what is known about it."""
+    """One token per sequence, and its log probabilities."""
 
     token: Int32[Array, " R"]
     logprob: Float32[Array, " R"]  # of the token
-    rank: Int32[Array, " R"]  # of the token, 1 = most likely; 0 if the row asked for no logprobs
-    top_ids: Int32[Array, "R K"]  # most likely tokens, first first; -1: none, or the row asked for no logprobs
+    rank: Int32[Array, " R"]  # of the token, 1 = most likely; 0 if the request wants no logprobs
+    top_ids: Int32[Array, "R K"]  # most likely tokens, most likely first; -1: none, or the request wants no logprobs
     top_logprobs: Float32[Array, "R K"]  # of top_ids; 0 where there is none
-    failed: Bool[Array, " R"]  # no distribution to draw from: logits not finite, or every token ruled out
+    failed: Bool[Array, " R"]  # there is no distribution to draw from: logits not finite, or every token ruled out
 
 
 def greedy_arrays(num_rows: int) -> SamplingArrays:
@@ -87,107 +87,108 @@ def sample(
     changed: Float32[Array, "R V"] | None = None,
     native: bool = False,
 ) -> Sampled:
-    """Draws one token per row.
+    """Draws one token for each of R sequences.
 
     Args:
       logits: raw logits.
-      rows: sampling parameters of the rows.
-      rules: of the rows.
-      context: of the rows.
-      active: rows that count; what the others get is meaningless.
-      max_logprobs: K, size of the top lists.
-      changed: what a user's function made of the logits that the rules left, to draw from; None: the rules are applied here.
-      native: whether the kernels of `pallas_kernels.native` choose and report. They draw by the same algorithm, but add in
-        another order: what is drawn may differ where a sum is within rounding of a bound.
+      rows: sampling parameters, one entry per sequence.
+      rules: logit rules, one entry per sequence.
+      context: the sequences' tokens and lengths.
+      active: the sequences that count; the results of others are meaningless.
+      max_logprobs: static; K, the size of the top lists.
+      changed: the logits to draw from, as a user's function left them after the rules. None: the rules are applied here.
+      native: static; whether the kernels of `pallas_kernels.native` choose and report. They use the same algorithm, but add
+        in another order: the token may differ where a sum is within rounding of a threshold.
     """
-    ruled = active if changed is not None else active & logit_rules.in_force(rules, context)
+    has_rules = active if changed is not None else active & logit_rules.in_force(rules, context)
     choose, report = (_choose_natively, _report_natively) if native else (_choose, _report_raw)
-    given = (logits if changed is None else changed, rules, context)  # operands of `processed`, for `if_any`
+    inputs = (logits if changed is None else changed, rules, context)  # operands of `ruled_logits`, for `if_any`
 
-    def processed(logits: Float32[Array, "R V"], rules: LogitRules, context: Context) -> Float32[Array, "R V"]:
+    def ruled_logits(logits: Float32[Array, "R V"], rules: LogitRules, context: Context) -> Float32[Array, "R V"]:
         return logit_rules.apply(logits, rules, context, active) if changed is None else logits
 
-    def choose_by_rules(chosen: tuple[Array, Array], *given: Any) -> tuple[Array, Array]:
-        new = choose(processed(*given), rows, context, ruled)
-        return jax.tree.map(functools.partial(jnp.where, ruled), new, chosen)
+    def choose_by_rules(choice: tuple[Array, Array], *inputs: Any) -> tuple[Array, Array]:
+        new = choose(ruled_logits(*inputs), rows, context, has_rules)
+        return jax.tree.map(functools.partial(jnp.where, has_rules), new, choice)
 
-    chosen = (jnp.zeros_like(context.num_tokens), jnp.zeros_like(active))
+    choice = (jnp.zeros_like(context.num_tokens), jnp.zeros_like(active))
     if changed is None:
-        chosen = choose(logits, rows, context, active & ~ruled)
-        # In a loop that returns tokens only: the raw logits, needed afterwards, are then not copied.
-        token, failed = if_any(ruled, choose_by_rules, chosen, *given)
+        choice = choose(logits, rows, context, active & ~has_rules)
+        # The loop of `if_any` returns tokens only, so the raw logits, which are needed afterwards, are not copied.
+        token, failed = if_any(has_rules, choose_by_rules, choice, *inputs)
     else:
-        token, failed = choose_by_rules(chosen, *given)
+        token, failed = choose_by_rules(choice, *inputs)
 
-    asked = active & (rows.num_logprobs >= 0)
-    found = report(logits, token, active, asked & ~rows.processed, max_logprobs)
-    failed = failed | (active & ~jnp.isfinite(found[0]))
+    wants_logprobs = active & (rows.num_logprobs >= 0)
+    logprobs = report(logits, token, active, wants_logprobs & ~rows.processed, max_logprobs)
+    failed = failed | (active & ~jnp.isfinite(logprobs[0]))
 
     def report_processed(
-        found: tuple[Array, ...],
+        logprobs: tuple[Array, ...],
         logits: Array,
         rules: LogitRules,
         context: Context,
         rows: SamplingArrays,
-        *of_rows: Array,
+        *per_sequence: Array,
     ) -> tuple[Array, ...]:
-        token, active, asked = of_rows
+        token, active, wants_logprobs = per_sequence
         if changed is None:
             logits = logit_rules.apply(logits, rules, context, active)
-        logprobs = _processed_logprobs(logits, rows, active)
-        return _report(found, logprobs, jnp.zeros_like(logprobs[:, :1]), token, asked)
+        processed = _processed_logprobs(logits, rows, active)
+        return _report(logprobs, processed, jnp.zeros_like(processed[:, :1]), token, wants_logprobs)
 
-    if_asked = _each_in_turn if native else if_any
-    asked = asked & rows.processed
-    found = if_asked(asked, report_processed, found, *given, rows, token, active, asked)
-    logprob, rank, top_ids, top_logprobs = found
+    wants_processed = wants_logprobs & rows.processed
+    if_needed = _one_by_one if native else if_any
+    logprobs = if_needed(wants_processed, report_processed, logprobs, *inputs, rows, token, active, wants_processed)
+    logprob, rank, top_ids, top_logprobs = logprobs
     return Sampled(token=token, logprob=logprob, rank=rank, top_ids=top_ids, top_logprobs=top_logprobs, failed=failed)
 
 
-def _each_in_turn(
-    wanted: Bool[Array, " R"],
+def _one_by_one(
+    needed: Bool[Array, " R"],
     compute: Callable[..., tuple[Array, ...]],
-    found: tuple[Array, ...],
+    logprobs: tuple[Array, ...],
     logits: Float32[Array, "R V"],
     rules: LogitRules,
     context: Context,
     *more: Any,
 ) -> tuple[Array, ...]:
-    """`if_any` row by row: only rows that want it cost, and arrays on the way are of one row."""
-    (order,) = jnp.nonzero(wanted, size=wanted.shape[0], fill_value=0)
+    """Does the work of `if_any` for one sequence at a time: only those that need it cost, and temporary arrays are small."""
+    (order,) = jnp.nonzero(needed, size=needed.shape[0], fill_value=0)
     operands = (logits, rules, context.replace(seen=None), *more)
 
-    def one(index: Int32[Array, ""], found: tuple[Array, ...]) -> tuple[Array, ...]:
-        row = order[index]
-        of_row = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, row, 1), (found, *operands))
-        of_row = (*of_row[:3], of_row[3].replace(seen=context.seen), *of_row[4:])  # which has a row per slot
-        return jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, row, 0), found, compute(*of_row))
+    def one(index: Int32[Array, ""], logprobs: tuple[Array, ...]) -> tuple[Array, ...]:
+        place = order[index]
+        inputs = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, place, 1), (logprobs, *operands))
+        inputs = (*inputs[:3], inputs[3].replace(seen=context.seen), *inputs[4:])  # `seen` has an entry per slot
+        new = compute(*inputs)
+        return jax.tree.map(lambda old, leaf: lax.dynamic_update_slice_in_dim(old, leaf, place, 0), logprobs, new)
 
-    return lax.fori_loop(0, jnp.sum(wanted, dtype=jnp.int32), one, found)
+    return lax.fori_loop(0, jnp.sum(needed, dtype=jnp.int32), one, logprobs)
 
 
 def _choose(
-    logits: Float32[Array, "R V"], rows: SamplingArrays, context: Context, wanted: Bool[Array, " R"]
+    logits: Float32[Array, "R V"], rows: SamplingArrays, context: Context, needed: Bool[Array, " R"]
 ) -> tuple[Int32[Array, " R"], Bool[Array, " R"]]:
-    """A token for each wanted row, and whether there is none to be had; meaningless elsewhere."""
+    """Returns a token where `needed`, and whether there is no distribution; the token is meaningless elsewhere."""
 
     def draw(token: Int32[Array, " R"], logits: Float32[Array, "R V"], random: Bool[Array, " R"]) -> Array:
-        return jnp.where(random, _pick(_weights(logits, rows, random), _uniforms(rows, context)), token)
+        return jnp.where(random, pick(_weights(logits, rows, random), _uniforms(rows, context)), token)
 
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     failed = ~jnp.isfinite(jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0])
-    return if_any(wanted & rows.random, draw, token, logits, wanted & rows.random), wanted & failed
+    return if_any(needed & rows.random, draw, token, logits, needed & rows.random), needed & failed
 
 
 def _choose_natively(
-    logits: Float32[Array, "R V"], rows: SamplingArrays, context: Context, wanted: Bool[Array, " R"]
+    logits: Float32[Array, "R V"], rows: SamplingArrays, context: Context, needed: Bool[Array, " R"]
 ) -> tuple[Int32[Array, " R"], Bool[Array, " R"]]:
-    """As `_choose`."""
-    random = wanted & rows.random
+    """Does what `_choose` does, on a native kernel."""
+    random = needed & rows.random
     uniforms = jnp.zeros((random.shape[0], 2), jnp.float32)
     uniforms = if_any(random, lambda _, rows, context: _uniforms(rows, context), uniforms, rows, context)
     return native_sampling.choose(
-        logits, wanted, random, rows.temperature, rows.top_k, rows.top_p, rows.min_p, uniforms
+        logits, needed, random, rows.temperature, rows.top_k, rows.top_p, rows.min_p, uniforms
     )
 
 
@@ -195,43 +196,43 @@ def _report_raw(
     logits: Float32[Array, "R V"],
     token: Int32[Array, " R"],
     active: Bool[Array, " R"],
-    asked: Bool[Array, " R"],
+    wants_logprobs: Bool[Array, " R"],
     max_logprobs: int,
 ) -> tuple[Array, ...]:
-    """Log probability of each row's token; of rows that ask also its rank, and the top ids and their log probabilities."""
+    """Returns the raw log probability of each token; where wanted also its rank, the top ids and their log probabilities."""
     del active
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    found = (
+    logprobs = (
         (jnp.take_along_axis(logits, token[:, None], axis=1) - normaliser)[:, 0],
         jnp.zeros_like(token),
         jnp.full((token.shape[0], max_logprobs), -1, jnp.int32),
         jnp.zeros((token.shape[0], max_logprobs), jnp.float32),
     )
-    return if_any(asked, _report, found, logits, normaliser, token, asked)
+    return if_any(wants_logprobs, _report, logprobs, logits, normaliser, token, wants_logprobs)
 
 
 def _report_natively(
     logits: Float32[Array, "R V"],
     token: Int32[Array, " R"],
     active: Bool[Array, " R"],
-    asked: Bool[Array, " R"],
+    wants_logprobs: Bool[Array, " R"],
     max_logprobs: int,
 ) -> tuple[Array, ...]:
-    """As `_report_raw`."""
-    return native_sampling.report(logits, active, token, asked, max_logprobs=max_logprobs)
+    """Does what `_report_raw` does, on a native kernel."""
+    return native_sampling.report(logits, active, token, wants_logprobs, max_logprobs=max_logprobs)
 
 
 def _report(
-    found: tuple[Array, ...],
+    logprobs: tuple[Array, ...],
     logits: Float32[Array, "R V"],
     normaliser: Float32[Array, "R 1"],
     token: Int32[Array, " R"],
-    wanted: Bool[Array, " R"],
+    needed: Bool[Array, " R"],
 ) -> tuple[Array, ...]:
-    """(logprob, rank, top ids, their logprobs) of wanted rows, in place of those of `found`."""
-    max_logprobs = found[2].shape[1]
+    """Replaces the (logprob, rank, top ids, their logprobs) of `logprobs` where `needed`."""
+    max_logprobs = logprobs[2].shape[1]
     num_top = min(max_logprobs, logits.shape[1])
-    values, ids = lax.platform_dependent(logits, cuda=_top(num_top, _TOP_K_PIECE), default=_top(num_top, _ALL))
+    values, ids = lax.platform_dependent(logits, cuda=top(num_top, _TOP_K_PIECE), default=top(num_top, _ANY_SIZE))
     possible = values > -jnp.inf
     unused = ((0, 0), (0, max_logprobs - num_top))
     ids = jnp.pad(jnp.where(possible, ids, -1), unused, constant_values=-1)
@@ -240,8 +241,8 @@ def _report(
     rank = 1 + jnp.sum(logits > of_token, axis=-1, dtype=jnp.int32)
     new = ((of_token - normaliser)[:, 0], rank, ids, values)
     return tuple(
-        jnp.where(jnp.expand_dims(wanted, tuple(range(1, leaf.ndim))), leaf, old)
-        for leaf, old in zip(new, found, strict=True)
+        jnp.where(jnp.expand_dims(needed, tuple(range(1, leaf.ndim))), leaf, old)
+        for leaf, old in zip(new, logprobs, strict=True)
     )
 
 
@@ -253,55 +254,42 @@ def token_logprobs(
     max_logprobs: int,
     native: bool = False,
 ) -> tuple[Float32[Array, " R"], Int32[Array, " R"], Int32[Array, "R K"], Float32[Array, "R K"]]:
-    """Raw log probability and rank of given tokens, and the most likely ones, for rows that ask (num_logprobs >= 0).
+    """Returns the raw log probability and rank of tokens, and the most likely tokens with theirs.
 
-    Rows that do not ask get NaN, 0, -1 and 0.
+    Args:
+      logits: raw logits.
+      token: the tokens.
+      num_logprobs: most likely tokens to report for each; -1: nothing, and the results are NaN, 0, -1 and 0.
+      max_logprobs: static; K.
+      native: static; as in `sample`.
     """
-    asked = num_logprobs >= 0
+    needed = num_logprobs >= 0
     if native:
-        logprob, rank, ids, values = native_sampling.report(logits, asked, token, asked, max_logprobs=max_logprobs)
-        return jnp.where(asked, logprob, jnp.nan), rank, ids, values
-    nothing = (
+        logprob, rank, ids, values = native_sampling.report(logits, needed, token, needed, max_logprobs=max_logprobs)
+        return jnp.where(needed, logprob, jnp.nan), rank, ids, values
+    empty = (
         jnp.full(token.shape, jnp.nan, jnp.float32),
         jnp.zeros_like(token),
         jnp.full((token.shape[0], max_logprobs), -1, jnp.int32),
         jnp.zeros((token.shape[0], max_logprobs), jnp.float32),
     )
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    logprob, rank, ids, values = _report(nothing, logits, normaliser, token, asked)
+    logprob, rank, ids, values = _report(empty, logits, normaliser, token, needed)
     return logprob, rank, ids, values
 
 
-def _top(k: int, piece: int) -> Callable[[Float32[Array, "R V"]], tuple[Float32[Array, "R K"], Int32[Array, "R K"]]]:
-    """`lax.top_k`, at most `piece` at a time: those found are taken out before the next are looked for."""
-
-    def top(logits: Float32[Array, "R V"]) -> tuple[Float32[Array, "R K"], Int32[Array, "R K"]]:
-        left = jnp.maximum(logits, jnp.finfo(jnp.float32).min)  # -inf means: taken out
-        left = jnp.where(left == 0, 0, left)  # `lax.top_k` puts 0.0 before -0.0, whichever has the lower id
-        rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
-        found: list[Array] = []
-        for first in range(0, k, piece):
-            ids = lax.top_k(left, min(piece, k - first))[1].astype(jnp.int32)
-            left = left.at[rows, ids].set(-jnp.inf)
-            found.append(ids)
-        ids = jnp.concatenate(found, axis=1) if found else jnp.zeros((logits.shape[0], 0), jnp.int32)
-        return jnp.take_along_axis(logits, ids, axis=1), ids
-
-    return top
-
-
 def _weights(logits: Float32[Array, "R V"], rows: SamplingArrays, random: Bool[Array, " R"]) -> Float32[Array, "R V"]:
-    """What random rows draw in proportion to: 0 for dropped tokens, 1 for the most likely one."""
+    """Returns what random sequences draw in proportion to: 0 for dropped tokens, 1 for the most likely one."""
     temperature = jnp.where(random, rows.temperature, 1.0)
     scaled = logits / temperature[:, None]
     scaled = jnp.where(scaled == 0, 0, scaled)  # -0.0 and 0.0 must compare equal; adding 0.0 is optimised away
     weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))  # the largest is exactly 1
     weights = jnp.where(weights >= rows.min_p[:, None], weights, 0)
-    ordered = _ordered_bits(scaled)
+    ordered = ordered_bits(scaled)
 
     def keep_top_k(weights: Float32[Array, "R V"], ordered: UInt32[Array, "R V"]) -> Float32[Array, "R V"]:
         k = jnp.where(random & (rows.top_k > 0), rows.top_k, logits.shape[1])
-        threshold = _largest(lambda bits: jnp.sum(ordered >= bits, axis=-1, dtype=jnp.int32) >= k, k.shape)
+        threshold = largest(lambda bits: jnp.sum(ordered >= bits, axis=-1, dtype=jnp.int32) >= k, k.shape)
         return jnp.where(ordered >= threshold[:, None], weights, 0)
 
     def keep_top_p(weights: Float32[Array, "R V"], ordered: UInt32[Array, "R V"]) -> Float32[Array, "R V"]:
@@ -310,11 +298,11 @@ def _weights(logits: Float32[Array, "R V"], rows: SamplingArrays, random: Bool[A
         def below(bits: UInt32[Array, "R 1"]) -> Float32[Array, " R"]:
             return jnp.sum(jnp.where(ordered < bits, weights, 0), axis=-1)
 
-        threshold = _largest(lambda bits: below(bits) <= dropped, dropped.shape)
+        threshold = largest(lambda bits: below(bits) <= dropped, dropped.shape)
         threshold = jnp.minimum(threshold, jnp.max(ordered, axis=-1))[:, None]
         limited = (random & (rows.top_p < 1))[:, None]
-        kept = jnp.where((ordered >= threshold) | ~limited, weights, 0)
-        return _drop_ties(kept, (ordered == threshold) & limited, dropped - below(threshold))
+        remaining = jnp.where((ordered >= threshold) | ~limited, weights, 0)
+        return drop_ties(remaining, (ordered == threshold) & limited, dropped - below(threshold))
 
     weights = if_any(random & (rows.top_k > 0), keep_top_k, weights, ordered)
     return if_any(random & (rows.top_p < 1), keep_top_p, weights, ordered)
@@ -323,7 +311,7 @@ def _weights(logits: Float32[Array, "R V"], rows: SamplingArrays, random: Bool[A
 def _processed_logprobs(
     logits: Float32[Array, "R V"], rows: SamplingArrays, active: Bool[Array, " R"]
 ) -> Float32[Array, "R V"]:
-    """Log probabilities that tokens are drawn with; greedy rows: of the logits at temperature 1."""
+    """Returns the log probabilities that tokens are drawn with; for greedy sequences those at temperature 1."""
     random = active & rows.random
 
     def of_random(weights: Float32[Array, "R V"], logits: Float32[Array, "R V"]) -> Float32[Array, "R V"]:
@@ -334,39 +322,6 @@ def _processed_logprobs(
     return jnp.where(random[:, None], drawn_from, jax.nn.log_softmax(logits, axis=-1))
 
 
-def _drop_ties(
-    weights: Float32[Array, "R V"], tied: Bool[Array, "R V"], excess: Float32[Array, " R"]
-) -> Float32[Array, "R V"]:
-    """Of equal tokens at the top-p threshold, drops the first ones that fit into the excess mass, as a stable sort does."""
-    weight = jnp.max(jnp.where(tied, weights, 0), axis=-1)
-    num_tied = jnp.sum(tied, axis=-1, dtype=jnp.int32)
-    fitting = jnp.floor(excess / jnp.where(weight > 0, weight, 1)).astype(jnp.int32)
-    num_dropped = jnp.clip(fitting, 0, jnp.maximum(num_tied - 1, 0))
-
-    def drop(weights: Float32[Array, "R V"], tied: Bool[Array, "R V"]) -> Float32[Array, "R V"]:
-        order = jnp.cumsum(tied.astype(jnp.int32), axis=-1, dtype=jnp.int32)
-        return jnp.where(tied & (order <= num_dropped[:, None]), 0, weights)
-
-    return if_any(num_dropped > 0, drop, weights, tied)
-
-
-def _ordered_bits(x: Float32[Array, "R V"]) -> UInt32[Array, "R V"]:
-    """Unsigned integers that compare as the floats do; x holds no NaN and no -0.0."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    negative = (bits >> jnp.uint32(31)).astype(bool)
-    return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _largest(holds: Callable[[UInt32[Array, "R 1"]], Bool[Array, " R"]], shape: tuple[int, ...]) -> UInt32[Array, " R"]:
-    """The largest uint32 per row for which `holds`, a condition that is true at 0 and, once false, stays false."""
-
-    def settle_bit(index: Int32[Array, ""], value: UInt32[Array, " R"]) -> UInt32[Array, " R"]:
-        candidate = value | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
-        return jnp.where(holds(candidate[:, None]), candidate, value)
-
-    return lax.fori_loop(0, 32, settle_bit, jnp.zeros(shape, jnp.uint32))
-
-
 def _uniforms(rows: SamplingArrays, context: Context) -> Float32[Array, "R 2"]:
     def one(key_data: UInt32[Array, " 2"], sample_index: Int32[Array, ""], position: Int32[Array, ""]):
         key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
@@ -374,22 +329,3 @@ def _uniforms(rows: SamplingArrays, context: Context) -> Float32[Array, "R 2"]:
         return jax.random.uniform(key, (2,), jnp.float32)
 
     return jax.vmap(one)(rows.key_data, rows.sample_index, context.num_tokens)
-
-
-def _pick(weights: Float32[Array, "R V"], uniforms: Float32[Array, "R 2"]) -> Int32[Array, " R"]:
-    """Inverse transform sampling in two levels. A token of weight 0 is never picked, whatever the rounding."""
-    _, vocab_size = weights.shape
-    blocks = jnp.pad(weights, ((0, 0), (0, -vocab_size % _BLOCK))).reshape(weights.shape[0], -1, _BLOCK)
-    block = _inverse(jnp.sum(blocks, axis=-1), uniforms[:, 0])
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * _BLOCK + _inverse(inside, uniforms[:, 1])
-
-
-def _inverse(weights: Float32[Array, "R X"], uniform: Float32[Array, " R"]) -> Int32[Array, " R"]:
-    cumulative = jnp.cumsum(weights, axis=-1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    possible = weights > 0
-    index = jnp.arange(weights.shape[1], dtype=jnp.int32)[None, :]
-    first = jnp.min(jnp.where(possible & (cumulative > target), index, weights.shape[1]), axis=-1)
-    last = jnp.max(jnp.where(possible, index, 0), axis=-1)
-    return jnp.minimum(first, last)

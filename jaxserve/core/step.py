@@ -4,47 +4,41 @@
     state, outputs = run_steps(params, state, n, ...)    up to n of them, outputs stacked, for a host that streams and refills
     state, results = run(params, state, ...)             until nothing is left
 
-The three are plain functions, for use inside a caller's `jax.jit`. `programs` holds the only jit and the only donation, but for
-`engine_programs`, which are the Engine's own.
+The three are plain functions, for use inside a caller's `jax.jit`. `jaxserve.core.programs` has them jitted for a host.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxserve.config import EngineConfig
-from jaxserve.core import logit_rules
 from jaxserve.core.cache import copy_pages
+from jaxserve.core.draw import draw_tokens, nothing_drawn
 from jaxserve.core.forward import PromptLogprobs, forward_batch, no_prompt_logprobs
-from jaxserve.core.logit_rules import Context
 from jaxserve.core.logits_fn import LogitsFn
 from jaxserve.core.pytree import Record, record
-from jaxserve.core.sampling import Sampled, sample
+from jaxserve.core.sampling import Sampled
 from jaxserve.core.scheduler.state import EngineState, Status
-from jaxserve.core.scheduler.submission import Handles, Submission, abort, collect, submit
 from jaxserve.core.scheduler.token_counts import count_tokens
 from jaxserve.core.scheduler.transitions import finish_step, samples, schedule
-from jaxserve.models import ModelConfig, graphdef_of
-from jaxserve.models.prepare import prepare
-from pallas_kernels.backend import compiles_for_cuda
+from jaxserve.models import ModelConfig
+from jaxserve.models.bind import bind
+from jaxserve.models.prepare import Params, prepare
 
 
 @record
 class StepOutput(Record):
-    """What one step did. Entries of slots that did not sample are meaningless except `row_id` and `num_new`."""
+    """What one step did. Of a slot that did not sample, only `row_id`, `num_new` and `status` mean anything."""
 
     row_id: Int32[Array, " S"]  # queue row in each slot; Q = none
     num_new: Int32[Array, " S"]  # tokens whose keys and values were computed
     sampled: Bool[Array, " S"]  # whether a token was drawn
-    drawn: Sampled  # of S rows
+    drawn: Sampled  # one entry per slot
     status: Int32[Array, " S"]  # the row's `Status` after the step
-    prompt: PromptLogprobs  # of prompt tokens, where asked for
+    prompt: PromptLogprobs  # of the prompt tokens in the batch whose requests ask for them
     num_waiting: Int32[Array, ""]  # rows waiting after admission
     num_free_pages: Int32[Array, ""]  # while the step ran
     num_preempted: Int32[Array, ""]  # sequences that lost their slot in this step
@@ -52,7 +46,7 @@ class StepOutput(Record):
 
 @record
 class StepOutputs(Record):
-    """What a call of `run_steps` did."""
+    """What one call of `run_steps` did."""
 
     steps: StepOutput  # each field stacked, [n, ...]; entries from num_steps on are stale
     num_steps: Int32[Array, ""]
@@ -67,32 +61,37 @@ class RunResults(Record):
     """What `run` generated, one row per queue row; entries beyond `num_generated` are stale."""
 
     token_ids: Int32[Array, "Q max_new"]
-    logprobs: Float32[Array, "Q max_new"]  # of token_ids, raw distribution
+    logprobs: Float32[Array, "Q max_new"]  # of token_ids, under the raw distribution
     num_generated: Int32[Array, " Q"]
     status: Int32[Array, " Q"]  # a `Status`
     top_ids: Int32[Array, "Q max_new K"]
     top_logprobs: Float32[Array, "Q max_new K"]
-    prompt_logprobs: Float32[Array, "Q M_or_0"]  # of prompt tokens by position; NaN: the first, or not asked for
+    prompt_logprobs: Float32[
+        Array, "Q M_or_0"
+    ]  # of prompt tokens by position; NaN: the first token, or the row does not ask
     num_steps: Int32[Array, ""]
 
 
 def step(
-    params: nnx.State,
+    params: Params,
     state: EngineState,
     *,
     model: ModelConfig,
     config: EngineConfig,
     logits_fn: LogitsFn | None = None,
 ) -> tuple[EngineState, StepOutput]:
-    """One iteration: abort, admit, plan, forward, sample, retire.
+    """Does one iteration: abort, admit, plan, forward, sample, retire.
 
     Args:
-      params: `nnx.split(Transformer(model))[1]`; may be new ones on each call. In a loop of one's own best prepared before it
-        (`prepare`): else each call does that.
+      params: `nnx.split(Transformer(model))[1]`; each call may bring new ones. Call `prepare` before a loop of your own,
+        or every step does it again.
       state: what the previous step returned; may be donated.
       model: static.
       config: static.
       logits_fn: static; changes the logits that tokens are drawn from.
+
+    Returns:
+      The new state, and what the step did.
 
     Raises:
       ValueError: while tracing, if the state was made with another configuration.
@@ -103,9 +102,9 @@ def step(
     state, plan = schedule(state, config=config)
     state = state.replace(pool=copy_pages(state.pool, plan.copy_from, plan.copy_to))
     sampled = samples(state, plan.num_new)
-    pool, found = forward_batch(params, state, plan, model=model, config=config)
+    pool, forward = forward_batch(params, state, plan, model=model, config=config)
     state = count_tokens(state, sampled)
-    aux, drawn = _sample(params, state, found.hidden, sampled, logits_fn, model=model, config=config)
+    aux, drawn = draw_tokens(bind(params, model), state, forward.hidden, sampled, logits_fn, config=config)
     before, state = state, state.replace(aux=aux)
     state = finish_step(state.replace(pool=pool), plan.num_new, drawn.token, drawn.failed)
     output = StepOutput(
@@ -114,7 +113,7 @@ def step(
         sampled=sampled & ~drawn.failed,
         drawn=drawn,
         status=state.queue.status.at[before.slots.row_id].get(mode="fill", fill_value=Status.FREE),
-        prompt=found.prompt,
+        prompt=forward.prompt,
         num_waiting=jnp.sum(before.queue.status == Status.WAITING, dtype=jnp.int32),
         num_free_pages=before.table.num_free,
         num_preempted=jnp.sum(before.queue.num_preemptions, dtype=jnp.int32) - num_preempted,
@@ -123,7 +122,7 @@ def step(
 
 
 def run_steps(
-    params: nnx.State,
+    params: Params,
     state: EngineState,
     num_steps: Int32[Array, ""],
     *,
@@ -131,10 +130,17 @@ def run_steps(
     config: EngineConfig,
     logits_fn: LogitsFn | None = None,
 ) -> tuple[EngineState, StepOutputs]:
-    """Up to `num_steps` iterations; fewer when nothing is left, or when a row has finished and none waits for its slot.
+    """Does up to `num_steps` iterations in one loop on the device, and stacks their outputs.
+
+    It stops earlier when nothing is left to do, or when a row has finished and no other waits for its slot, so that the host
+    can refill the queue.
 
     Args:
-      num_steps: at most `config.max_steps_per_call`; a larger number counts as that.
+      params, state, model, config, logits_fn: as in `step`.
+      num_steps: traced; the largest number that counts is `config.max_steps_per_call`.
+
+    Returns:
+      The new state, and what the steps did.
     """
     params = prepare(params, model, config.backend, config.weight_dtype)
     capacity = config.max_steps_per_call
@@ -142,8 +148,8 @@ def run_steps(
     limit = jnp.minimum(num_steps, capacity)
 
     def go_on(carry: tuple[EngineState, StepOutput, Array, Array]) -> Bool[Array, ""]:
-        state, _, index, host_wanted = carry
-        return (index < limit) & ~host_wanted & has_work(state)
+        state, _, index, needs_host = carry
+        return (index < limit) & ~needs_host & has_work(state)
 
     def one_step(carry: tuple[EngineState, StepOutput, Array, Array]) -> tuple[EngineState, StepOutput, Array, Array]:
         state, ring, index, _ = carry
@@ -167,7 +173,7 @@ def run_steps(
 
 
 def run(
-    params: nnx.State,
+    params: Params,
     state: EngineState,
     *,
     model: ModelConfig,
@@ -177,13 +183,17 @@ def run(
     prompt_logprobs: bool = False,
     logits_fn: LogitsFn | None = None,
 ) -> tuple[EngineState, RunResults]:
-    """Iterates until every submitted sequence has finished: one compiled loop, nothing leaves the device in between.
+    """Iterates until every submitted sequence has finished, in one compiled loop: no array leaves the device in between.
 
     Args:
-      max_new_tokens: columns of the results; tokens of a sequence beyond it are generated but not reported.
+      params, state, model, config, logits_fn: as in `step`.
+      max_new_tokens: columns of the results. Tokens of a sequence beyond them are generated and in the state's queue, but
+        their log probabilities are dropped.
       num_top_logprobs: K of the results, at most `config.max_logprobs`; filled for rows that ask for logprobs.
-      prompt_logprobs: whether the results have those of prompts; filled for rows that ask for them.
-      logits_fn: as in `step`.
+      prompt_logprobs: whether the results have room for those of prompts; filled for rows that ask for them.
+
+    Returns:
+      The new state, and what was generated.
 
     Raises:
       ValueError: if `num_top_logprobs` is above `config.max_logprobs`, or `max_new_tokens` below 1.
@@ -198,7 +208,7 @@ def run(
     params = prepare(params, model, config.backend, config.weight_dtype)
     queue_size = config.queue_size
     shape = (queue_size, max_new_tokens)
-    kept = (
+    columns = (
         jnp.zeros(shape, jnp.float32),
         jnp.full((*shape, num_top_logprobs), -1, jnp.int32),
         jnp.zeros((*shape, num_top_logprobs), jnp.float32),
@@ -206,7 +216,7 @@ def run(
     of_prompt = jnp.full((queue_size, config.max_sequence_len if prompt_logprobs else 0), jnp.nan, jnp.float32)
 
     def one_step(carry: tuple[EngineState, tuple[Array, ...], Array]) -> tuple[EngineState, tuple[Array, ...], Array]:
-        state, (*kept, of_prompt), index = carry
+        state, (*columns, of_prompt), index = carry
         state, output = step(params, state, model=model, config=config, logits_fn=logits_fn)
         row = jnp.where(output.sampled, output.row_id, queue_size)
         column = (state.queue.num_tokens - state.queue.prompt_length).at[row].get(mode="fill", fill_value=0) - 1
@@ -215,28 +225,30 @@ def run(
             output.drawn.top_ids[:, :num_top_logprobs],
             output.drawn.top_logprobs[:, :num_top_logprobs],
         )
-        kept = [old.at[row, column].set(value, mode="drop") for old, value in zip(kept, new, strict=True)]
+        columns = [old.at[row, column].set(value, mode="drop") for old, value in zip(columns, new, strict=True)]
         prompt = output.prompt
         of_prompt = of_prompt.at[prompt.row_id, prompt.position].set(prompt.logprob, mode="drop")
-        return state, (*kept, of_prompt), index + 1
+        return state, (*columns, of_prompt), index + 1
 
-    start = (state, (*kept, of_prompt), jnp.int32(0))
-    state, kept, num_steps = lax.while_loop(lambda carry: has_work(carry[0]), one_step, start)
+    start = (state, (*columns, of_prompt), jnp.int32(0))
+    state, arrays, num_steps = lax.while_loop(lambda carry: has_work(carry[0]), one_step, start)
+    logprobs, top_ids, top_logprobs, of_prompt = arrays
     queue = state.queue
-    columns = queue.prompt_length[:, None] + jnp.arange(max_new_tokens, dtype=jnp.int32)[None, :]
+    position = queue.prompt_length[:, None] + jnp.arange(max_new_tokens, dtype=jnp.int32)[None, :]
     return state, RunResults(
-        token_ids=jnp.take_along_axis(queue.tokens, columns, axis=1, mode="clip"),
-        logprobs=kept[0],
+        token_ids=jnp.take_along_axis(queue.tokens, position, axis=1, mode="clip"),
+        logprobs=logprobs,
         num_generated=queue.num_tokens - queue.prompt_length,
         status=queue.status,
-        top_ids=kept[1],
-        top_logprobs=kept[2],
-        prompt_logprobs=kept[3],
+        top_ids=top_ids,
+        top_logprobs=top_logprobs,
+        prompt_logprobs=of_prompt,
         num_steps=num_steps,
     )
 
 
 def _check_shapes(state: EngineState, config: EngineConfig) -> None:
+    """Raises ValueError if the state was made with other capacities than those of `config`."""
     queue, table, pages = state.queue, state.table, state.pool.k[0]
     shapes = {
         "queue_size": (queue.tokens.shape[0], config.queue_size),
@@ -250,10 +262,10 @@ def _check_shapes(state: EngineState, config: EngineConfig) -> None:
         "max_bad_words": (queue.rules.bad_words.shape[1], config.max_bad_words),
         "penalties": (state.seen is not None, config.penalties),
     }
-    for name, (actual, wanted) in shapes.items():
-        if actual != wanted:
+    for name, (actual, configured) in shapes.items():
+        if actual != configured:
             raise ValueError(
-                f"the state was made for {name}={actual}, but config has {wanted}: use one config for both"
+                f"the state was made for {name}={actual}, but config has {configured}: use one config for both"
             )
 
 
@@ -262,12 +274,12 @@ def _num_finished(state: EngineState) -> Int32[Array, ""]:
 
 
 def has_work(state: EngineState) -> Bool[Array, ""]:
-    """Whether any row waits or runs."""
+    """Returns whether any row waits or runs."""
     return jnp.any((state.queue.status == Status.WAITING) | (state.queue.status == Status.RUNNING))
 
 
 def empty_outputs(num_steps: int, config: EngineConfig) -> StepOutputs:
-    """Room for the outputs of `num_steps` steps."""
+    """Returns room for the outputs of `num_steps` steps."""
 
     def zeros(*shape: int, dtype: Any = jnp.int32) -> Array:
         return jnp.zeros(shape, dtype)
@@ -280,7 +292,7 @@ def empty_outputs(num_steps: int, config: EngineConfig) -> StepOutputs:
         row_id=zeros(num_steps, slots),
         num_new=zeros(num_steps, slots),
         sampled=zeros(num_steps, slots, dtype=bool),
-        drawn=stacked(_nothing_drawn(config)),
+        drawn=stacked(nothing_drawn(config)),
         status=zeros(num_steps, slots),
         prompt=stacked(no_prompt_logprobs(config)),
         num_waiting=zeros(num_steps),
@@ -295,109 +307,3 @@ def empty_outputs(num_steps: int, config: EngineConfig) -> StepOutputs:
         num_preemptions=zeros(rows),
         num_free_pages=zeros(),
     )
-
-
-def _nothing_drawn(config: EngineConfig) -> Sampled:
-    slots, tops = config.max_slots, config.max_logprobs
-    return Sampled(
-        token=jnp.zeros((slots,), jnp.int32),
-        logprob=jnp.zeros((slots,), jnp.float32),
-        rank=jnp.zeros((slots,), jnp.int32),
-        top_ids=jnp.full((slots, tops), -1, jnp.int32),
-        top_logprobs=jnp.zeros((slots, tops), jnp.float32),
-        failed=jnp.zeros((slots,), bool),
-    )
-
-
-def _sample(
-    params: nnx.State,
-    state: EngineState,
-    hidden: Float32[Array, "S E"],
-    sampled: Bool[Array, " S"],
-    logits_fn: LogitsFn | None,
-    *,
-    model: ModelConfig,
-    config: EngineConfig,
-) -> tuple[Any, Sampled]:
-    """Output projection and sampling, in tiles of slots that sample: logits of one tile only are alive."""
-    num_slots, size = hidden.shape[0], config.tile_size
-    forward = nnx.merge(graphdef_of(model), params)
-    (order,) = jnp.nonzero(sampled, size=-(-num_slots // size) * size, fill_value=num_slots)
-    num_sampling = jnp.sum(sampled, dtype=jnp.int32)
-
-    def tile(carry: tuple[Array, Any, Sampled]) -> tuple[Array, Any, Sampled]:
-        start, aux, drawn = carry
-        slot = lax.dynamic_slice_in_dim(order.astype(jnp.int32), start, size)
-        row = state.slots.row_id.at[slot].get(mode="fill", fill_value=state.queue.status.shape[0])
-        queue = state.queue
-        rows, rules = jax.tree.map(lambda leaf: leaf.at[row].get(mode="clip"), (queue.sampling, queue.rules))
-        context = Context(
-            tokens=queue.tokens.at[row].get(mode="clip"),
-            num_tokens=queue.num_tokens.at[row].get(mode="fill", fill_value=0),
-            prompt_length=queue.prompt_length.at[row].get(mode="fill", fill_value=0),
-            stop_token_ids=queue.stop_token_ids.at[row].get(mode="fill", fill_value=-1),
-            slot=slot,
-            seen=state.seen,
-        )
-        num_left = jnp.minimum(num_sampling - start, size)
-        logits = forward.logits(hidden.at[slot].get(mode="fill", fill_value=0), num_left)
-        active, changed = slot < num_slots, None
-        if logits_fn is not None:
-            known = jax.tree.map(lambda leaf: leaf.at[row].get(mode="clip"), aux)
-            known, changed = logits_fn(known, logit_rules.apply(logits, rules, context, active), context)
-            aux = jax.tree.map(lambda old, leaf: old.at[row].set(leaf, mode="drop"), aux, known)
-        options: dict[str, Any] = {"max_logprobs": config.max_logprobs, "native": config.backend == "native"}
-        new = sample(logits, rows, rules, context, active, changed=changed, **options)
-        return start + size, aux, jax.tree.map(lambda old, leaf: old.at[slot].set(leaf, mode="drop"), drawn, new)
-
-    start = (jnp.int32(0), state.aux, _nothing_drawn(config))
-    return lax.while_loop(lambda carry: carry[0] < num_sampling, tile, start)[1:]
-
-
-@record
-class Changes(Record):
-    """What a host wants done between two calls."""
-
-    submission: Submission
-    collected: Bool[Array, " Q"]
-    aborted: Bool[Array, " Q"]
-    generation: Int32[Array, " Q"]  # of the rows collected and aborted
-
-
-def update(
-    state: EngineState, changes: Changes, *, model: ModelConfig, config: EngineConfig
-) -> tuple[EngineState, Handles]:
-    """Collects, aborts, submits: all that a host does to the state, in one call."""
-    state = collect(state, changes.collected, changes.generation)
-    state = abort(state, changes.aborted, changes.generation)
-    return submit(state, changes.submission, model=model, config=config)
-
-
-# Loops in CUDA graphs: without WHILE every loop of a step is driven by the host, which reads each condition back. The list
-# replaces XLA's own, so it names that too. XLA leaves loops out where the driver is older than CUDA 12.3.
-GPU_COMPILER_OPTIONS: dict[str, Any] = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
-}
-
-
-def compiler_options(config: EngineConfig) -> dict[str, Any] | None:
-    """What the programs of a configuration are compiled with."""
-    return GPU_COMPILER_OPTIONS if compiles_for_cuda(config.backend) else None
-
-
-@functools.cache
-def programs(
-    model: ModelConfig, config: EngineConfig, logits_fn: LogitsFn | None = None
-) -> dict[str, Callable[..., Any]]:
-    """The compiled programs of an engine, by name: `step`, `run_steps` and `update`. The state is donated to each.
-
-    On NVIDIA GPUs each is compiled with `GPU_COMPILER_OPTIONS`, as a caller's own `jax.jit` of `run` should be.
-    """
-    options = compiler_options(config)
-    static: dict[str, Any] = {"model": model, "config": config}
-    stepping = static | {"logits_fn": logits_fn}
-    return {
-        "step": jax.jit(functools.partial(step, **stepping), donate_argnums=1, compiler_options=options),
-        "run_steps": jax.jit(functools.partial(run_steps, **stepping), donate_argnums=1, compiler_options=options),
-        "update": jax.jit(functools.partial(update, **static), donate_argnums=0, compiler_options=options),
-    }

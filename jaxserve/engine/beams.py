@@ -8,15 +8,14 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from flax import nnx
 
 from jaxserve.config import EngineConfig
 from jaxserve.core.beam_search import BeamRules, Hypotheses, beam_search, longest, pages_per_request
 from jaxserve.core.cache import bytes_per_page
 from jaxserve.core.make_submission import check_prompt
-from jaxserve.core.step import GPU_COMPILER_OPTIONS
+from jaxserve.core.programs import GPU_COMPILER_OPTIONS
 from jaxserve.models import ModelConfig
-from jaxserve.models.prepare import loaded_dtype
+from jaxserve.models.prepare import Params, embedding_of, loaded_dtype
 from jaxserve.request import SamplingParams, check_ids, check_int
 from jaxserve.text.tokenizer import IncrementalDecoder, Tokenizer
 from pallas_kernels.backend import compiles_for_cuda
@@ -92,7 +91,7 @@ def search_beams(
     prompts: str | Sequence[str] | Sequence[Sequence[int]],
     beams: BeamParams | None = None,
     *,
-    params: nnx.State,
+    params: Params,
     model: ModelConfig,
     config: EngineConfig,
     tokenizer: Tokenizer | None = None,
@@ -195,15 +194,15 @@ def make_beam_rules(
     divisor = np.ones((len(max_tokens), max_new + 1), np.float32)
     known = _divisors(beams.length_penalty, min(beams.max_tokens, max_new))
     divisor[:, : len(known)] = known
-    hoped = divisor
+    attainable = divisor
     if beams.early_stopping == "never" and beams.length_penalty > 0:
-        hoped = np.repeat(np.take_along_axis(divisor, max_tokens[:, None], axis=1), max_new + 1, axis=1)
+        attainable = np.repeat(np.take_along_axis(divisor, max_tokens[:, None], axis=1), max_new + 1, axis=1)
     rows: dict[str, Any] = {
         "max_tokens": max_tokens,
         "eos_token_ids": np.tile(np.array(eos + (-1,) * num_unused, np.int32), (len(max_tokens), 1)),
         "stop_when_full": np.full(len(max_tokens), beams.early_stopping is True or beams.width == 1),
         "divisor": divisor,
-        "hoped_divisor": hoped,
+        "attainable_divisor": attainable,
     }
     return BeamRules(**rows)
 
@@ -277,12 +276,12 @@ def _check_memory(
     max_new: int,
     width: int,
     *,
-    params: nnx.State,
+    params: Params,
     model: ModelConfig,
     config: EngineConfig,
 ) -> None:
     """Raises ValueError if the device reports less free memory than the pool takes."""
-    weight: jax.Array = jax.tree.leaves(params["embedding"])[0]
+    weight = embedding_of(params)
     num_pages = num_requests * _pages_per_request(capacity, max_new, width, model=model, config=config)
     needed = num_pages * bytes_per_page(model, config.page_size, config.kv_dtype or str(loaded_dtype(params)))
     reported = next(iter(weight.devices())).memory_stats() or {}

@@ -2,16 +2,14 @@
 
 import dataclasses
 import logging
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxserve.config import EngineConfig
 from jaxserve.core.cache import bytes_per_page
 from jaxserve.models import ModelConfig
-from jaxserve.models.prepare import loaded_dtype
+from jaxserve.models.prepare import Params, embedding_of, loaded_dtype
 from pallas_kernels.backend import check_runs_here
 from pallas_kernels.native import serves_heads
 
@@ -22,7 +20,7 @@ _TPU_LANES = 128
 _POOL_BYTES_UNREPORTED = 1 << 30  # pool where the platform does not report free memory, as on CPU
 
 
-def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.State) -> EngineConfig:
+def resolve_capacities(config: EngineConfig, model: ModelConfig, params: Params) -> EngineConfig:
     """The configuration with everything chosen that was left open; logs what fits.
 
     `max_model_len` is lowered to what the model was made for if it was left at its default. The dtype of keys and values is
@@ -41,8 +39,7 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: nnx.Sta
             f"max_model_len={config.max_model_len} is longer than the {model.max_position} positions that the model "
             f"was made for: use at most {model.max_position}, or leave it out"
         )
-    embedding: Any = params["embedding"]
-    weight: jax.Array = embedding[...]
+    weight = embedding_of(params)
     kv_dtype = config.kv_dtype or str(loaded_dtype(params))
     config = dataclasses.replace(config, kv_dtype=kv_dtype)
     config = dataclasses.replace(config, attention_backend=_attention_backend(config, model, weight))

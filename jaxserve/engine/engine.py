@@ -22,14 +22,14 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-from flax import nnx
 
 from jaxserve.config import EngineConfig
 from jaxserve.core.forward import PromptLogprobs
 from jaxserve.core.logits_fn import LogitsFn
 from jaxserve.core.make_submission import one_per_prompt
+from jaxserve.core.programs import Changes
 from jaxserve.core.scheduler import Handles, Status, check_invariants
-from jaxserve.core.step import Changes, StepOutputs
+from jaxserve.core.step import StepOutputs
 from jaxserve.engine.beams import BeamParams, BeamSearchOutput, search_beams
 from jaxserve.engine.capacity import resolve_capacities
 from jaxserve.engine.intake import Intake
@@ -39,7 +39,7 @@ from jaxserve.engine.readback import Observer, take_prompt_logprobs, take_tokens
 from jaxserve.engine.stats import EngineStats
 from jaxserve.engine.transport import PackedOutputs, Reader, engine_programs
 from jaxserve.models import ModelConfig
-from jaxserve.models.prepare import prepare, prepare_and_free, unprepared
+from jaxserve.models.prepare import Params, prepare, prepare_and_free, unprepared
 from jaxserve.request import MAX_INT32, Request, RequestOutput, SamplingParams
 from jaxserve.text.tokenizer import Tokenizer, load_eos_token_ids, load_tokenizer
 
@@ -71,7 +71,7 @@ class Engine:
 
     def __init__(
         self,
-        params: nnx.State,
+        params: Params,
         model: ModelConfig,
         config: EngineConfig | None = None,
         *,
@@ -162,7 +162,7 @@ class Engine:
 
         dtype = dtype or "bfloat16"
 
-        def engine(params: nnx.State, model: ModelConfig, **options: Any) -> Self:
+        def engine(params: Params, model: ModelConfig, **options: Any) -> Self:
             chosen = resolve_capacities(config or EngineConfig(), model, params)
             params = prepare_and_free(params, model, chosen.backend, chosen.weight_dtype)
             return cls(params, model, chosen, seed=seed, logits_fn=logits_fn, aux=aux, **options)
@@ -429,7 +429,7 @@ class Engine:
         """Whether `step` has anything to do: requests, rows that the device is yet to end, or a call in flight."""
         return bool(self._unfinished or self._by_row or self._calls or self._undelivered)
 
-    def set_params(self, params: nnx.State) -> None:
+    def set_params(self, params: Params) -> None:
         """New weights, from the next step on. Nothing is compiled; running sequences keep their keys and values.
 
         May be called in any thread.
@@ -657,16 +657,16 @@ class Engine:
 class _Weights:
     """Parameters, in one object: those of two calls of `set_params` never mix."""
 
-    def __init__(self, params: nnx.State) -> None:
+    def __init__(self, params: Params) -> None:
         leaves, self.structure = jax.tree.flatten(params)
         self.leaves = tuple(leaves)
 
     @property
-    def params(self) -> nnx.State:
+    def params(self) -> Params:
         return jax.tree.unflatten(self.structure, self.leaves)
 
 
-def _commit(params: nnx.State) -> nnx.State:
+def _commit(params: Params) -> Params:
     """The same arrays, bound to where they are: what a program is compiled for must not change afterwards."""
     return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, params))
 

@@ -19,9 +19,10 @@ from jaxtyping import Array, Int32
 from jaxserve.config import EngineConfig
 from jaxserve.core.forward import PromptLogprobs
 from jaxserve.core.logits_fn import LogitsFn
+from jaxserve.core.programs import compiler_options, programs
 from jaxserve.core.pytree import Record, record
 from jaxserve.core.scheduler.state import EngineState, init_state
-from jaxserve.core.step import StepOutputs, compiler_options, empty_outputs, programs, run_steps
+from jaxserve.core.step import StepOutputs, empty_outputs, run_steps
 from jaxserve.models import ModelConfig
 
 

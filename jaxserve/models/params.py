@@ -54,15 +54,19 @@ def leaves_with_paths(params: nnx.State) -> list[tuple[Path, Any]]:
 
 def check_params(params: nnx.State, config: ModelConfig) -> None:
     """Raises ValueError unless `params` has the structure and shapes of a model of this config."""
-    expected, given = leaves_with_paths(abstract_params(config, jnp.float32)), leaves_with_paths(params)
-    shapes, given_shapes = ({path: leaf.shape for path, leaf in leaves} for leaves in (expected, given))
-    for path in sorted(shapes.keys() | given_shapes.keys(), key=str):
-        want, have = shapes.get(path), given_shapes.get(path)
-        if want != have:
-            name = ".".join(map(str, path))
-            raise ValueError(
-                f"parameter {name} has shape {have} but the config makes it {want}: pass the config of these parameters"
-            )
+    expected, actual = leaves_with_paths(abstract_params(config, jnp.float32)), leaves_with_paths(params)
+    expected_shapes, shapes = ({path: leaf.shape for path, leaf in leaves} for leaves in (expected, actual))
+    for path in sorted(expected_shapes.keys() | shapes.keys(), key=str):
+        want, have = expected_shapes.get(path), shapes.get(path)
+        if want == have:
+            continue
+        name = ".".join(map(str, path))
+        if have is None:
+            raise ValueError(f"parameter {name} of shape {want} is missing: pass the config of these parameters")
+        rule = "has no such parameter" if want is None else f"makes it {want}"
+        raise ValueError(
+            f"parameter {name} has shape {have} but a model of this config {rule}: pass the config of these parameters"
+        )
 
 
 def shardings_of(placement: Placement, params: nnx.State) -> list[Any]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from gate.compiler import Program, Target
 
 from jaxserve import EngineConfig, ModelConfig, SamplingParams, init_state, make_submission
-from jaxserve.core.step import Changes, programs
+from jaxserve.core.programs import Changes, programs
 from jaxserve.models.families.hugging_face import read_model_config
 from jaxserve.models.params import abstract_params
 from pallas_kernels.paged_attention import PagedKV, chunk_attention, decode_attention, jax_triton_decode

@@ -16,7 +16,7 @@ from lib.timing import Timing, free_bytes
 
 from jaxserve import EngineConfig, EngineState, ModelConfig, SamplingParams, StepOutputs, init_state, make_submission
 from jaxserve.core.cache import bytes_per_page
-from jaxserve.core.step import Changes, programs
+from jaxserve.core.programs import Changes, programs
 
 _PREFILL_REPEATS = 3
 

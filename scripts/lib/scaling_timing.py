@@ -25,9 +25,9 @@ from lib.timing import Timing, free_bytes
 from jaxserve import EngineConfig, EngineState, ModelConfig, Status
 from jaxserve.core.cache import KVPool, bytes_per_page, init_kv_pool
 from jaxserve.core.cache.kv_pool import stores_bits
+from jaxserve.core.programs import programs
 from jaxserve.core.scheduler.token_counts import count_tokens
 from jaxserve.core.scheduler.transitions import finish_step, samples, schedule
-from jaxserve.core.step import programs
 
 _MEMORY_SHARE = 0.8  # of what is free, for a pool
 

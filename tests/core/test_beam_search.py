@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import importlib
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -14,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve import BeamParams, EngineConfig, make_beam_rules, search_beams
-from jaxserve.core import beam_search
-from jaxserve.core.beam_search import BeamState, Hypotheses, advance, pages_per_request, start, take_over
-from jaxserve.core.cache.page_table import PageTable, init_page_table
+from jaxserve import BeamParams, EngineConfig, beam_search, make_beam_rules, search_beams
+from jaxserve.core.beam_search import BeamState, Hypotheses, advance, pages, pages_per_request, start
+from jaxserve.core.cache.page_table import PageTable, allocate_each, init_page_table
 from jaxserve.core.compile_guard import forbid_compilation
 from jaxserve.engine.beams import _check_memory, _shape
+from jaxserve.models.params import abstract_params
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from tests import small_model, workload
 from tests.core.test_step_programs import WRITES, instructions
@@ -117,8 +116,7 @@ def test_pages_are_conserved_shared_ones_are_never_written_and_all_are_free_in_t
 
 
 def test_a_page_that_siblings_share_and_write_is_noticed(params, monkeypatch):
-    module = importlib.import_module("jaxserve.core.beam_search")
-    monkeypatch.setattr(module, "_is_first_child", lambda parent: jnp.ones_like(parent, dtype=bool))
+    monkeypatch.setattr(pages, "_is_first_child", lambda parent: jnp.ones_like(parent, dtype=bool))
     with pytest.raises(AssertionError):
         check_trace(params, rules_of(BEAMS, LENGTHS))
 
@@ -161,20 +159,20 @@ class Pages:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_random_walk_of_take_overs_agrees_with_lists(seed):
     rng, num_slots, num_pages = random.Random(seed), 4, 12
-    move, give = jax.jit(take_over), jax.jit(importlib.import_module("jaxserve.core.cache.page_table").allocate_each)
-    table, pages = init_page_table(num_slots, 3, num_pages), Pages([[] for _ in range(num_slots)])
+    move, give = jax.jit(pages.take_over), jax.jit(allocate_each)
+    table, expected = init_page_table(num_slots, 3, num_pages), Pages([[] for _ in range(num_slots)])
     for _ in range(60):
-        wants = [len(held) < 3 and rng.random() < 0.6 for held in pages.slots]
-        table, granted = give(table, jnp.array(wants), jnp.array(list(map(len, pages.slots)), jnp.int32))
+        wants = [len(held) < 3 and rng.random() < 0.6 for held in expected.slots]
+        table, granted = give(table, jnp.array(wants), jnp.array(list(map(len, expected.slots)), jnp.int32))
         for slot, got in enumerate(granted.tolist()):
             if got:
-                pages.slots[slot] = [*pages.slots[slot], int(table.page_ids[slot, len(pages.slots[slot])])]
-        pages.check(table)
+                expected.slots[slot] = [*expected.slots[slot], int(table.page_ids[slot, len(expected.slots[slot])])]
+        expected.check(table)
         parent = [rng.randrange(num_slots + 1) for _ in range(num_slots)]
         kept = [rng.randint(0, 3) for _ in range(num_slots)]
         table = move(table, jnp.array(parent, jnp.int32), jnp.array(kept, jnp.int32))
-        pages.slots = [[*pages.slots, []][p][:k] for p, k in zip(parent, kept, strict=True)]
-        pages.check(table)
+        expected.slots = [[*expected.slots, []][p][:k] for p, k in zip(parent, kept, strict=True)]
+        expected.check(table)
 
 
 # --- isolation, shapes, invalid rows
@@ -242,6 +240,7 @@ def test_tokens_beyond_the_prompt_mean_nothing(params):
 )
 def test_what_does_not_fit_is_refused_while_tracing(changes, message, params):
     program = functools.partial(beam_search, **STATIC | changes)
+    params = abstract_params(changes["model"], jnp.float32) if "model" in changes else params
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(program, params, make_prompts(), LENGTHS, rules_of(BEAMS, LENGTHS))
 
@@ -364,7 +363,7 @@ def test_the_longest_sequence_bounds_the_output():
     assert rules.max_tokens.tolist() == [SMALL.max_model_len - 90, 50, 0]
     never = BeamParams(max_tokens=50, early_stopping="never", length_penalty=2.0)
     rules = make_beam_rules(never, np.array([90, 10, 0]), model=small_model.MODEL, config=SMALL)
-    assert np.all(rules.hoped_divisor == np.array([[6.0], [50.0], [1.0]], np.float32) ** 2)
+    assert np.all(rules.attainable_divisor == np.array([[6.0], [50.0], [1.0]], np.float32) ** 2)
 
 
 def test_sizes_are_powers_of_two_unless_they_fit_only_as_they_are():

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxserve.core.compile_guard import UnexpectedCompilation, forbid_compilation
+from jaxserve.core.programs import Changes, programs
 from jaxserve.core.scheduler import check_invariants, init_state
-from jaxserve.core.step import Changes, programs
 from tests import workload
 from tests.workload import CONFIG, MODEL
 

@@ -13,8 +13,8 @@ from flax import nnx
 
 from jaxserve import EngineConfig, SamplingParams
 from jaxserve.core.make_submission import make_submission
+from jaxserve.core.programs import programs
 from jaxserve.core.scheduler import EngineState, Status, Submission, abort, check_invariants, init_state
-from jaxserve.core.step import programs
 from tests import workload
 from tests.workload import CONFIG, MAX_NEW, MODEL, Asked, Traced, assert_same
 

@@ -10,9 +10,9 @@ import pytest
 
 from jaxserve.core.cache import attention
 from jaxserve.core.forward import split_by_kernel
+from jaxserve.core.programs import programs
 from jaxserve.core.scheduler import init_state
 from jaxserve.core.scheduler.transitions import Plan
-from jaxserve.core.step import programs
 from pallas_kernels.paged_attention import reference as paged_reference
 from pallas_kernels.rotary_write import reference as write_reference
 from tests import workload

@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.core.compile_guard import forbid_compilation
+from jaxserve.core.programs import programs
 from jaxserve.core.scheduler import EngineState, Status, init_state, submit
-from jaxserve.core.step import RunResults, programs, run
+from jaxserve.core.step import RunResults, run
 from jaxserve.models import causal_attend, graphdef_of
 from jaxserve.models.params import shardings_of
 from tests import workload

@@ -13,9 +13,9 @@ from flax import nnx
 from jaxserve import EngineConfig, run
 from jaxserve.core.compile_guard import forbid_compilation
 from jaxserve.core.logit_rules import Context, apply, plain_rules
+from jaxserve.core.programs import programs
 from jaxserve.core.sampling import greedy_arrays, sample
 from jaxserve.core.scheduler import EngineState, Status, check_invariants, init_state, submit
-from jaxserve.core.step import programs
 from tests import workload
 from tests.core import test_optional
 from tests.workload import CONFIG, MAX_NEW, MODEL, Asked, Traced, assert_run_agrees, assert_same, greedy

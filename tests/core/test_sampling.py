@@ -13,7 +13,7 @@ import scipy.stats
 from jax import lax
 
 from jaxserve import EngineConfig, SamplingParams
-from jaxserve.core import logit_rules, sampling
+from jaxserve.core import logit_rules, sampling, vocab_search
 from jaxserve.core.logit_rules import Context, LogitRules, plain_rules
 from jaxserve.core.sampling import Sampled, SamplingArrays, greedy_arrays, sample
 from tests.core import sampling_cases
@@ -129,7 +129,7 @@ def assert_weights_agree(program: Callable[..., Any], logits: np.ndarray, wanted
 
 
 def test_the_weights_test_notices_that_ties_at_the_top_p_boundary_are_kept(monkeypatch):
-    monkeypatch.setattr(sampling, "_drop_ties", lambda weights, tied, excess: weights)
+    monkeypatch.setattr(sampling, "drop_ties", lambda weights, tied, excess: weights)
     with pytest.raises(AssertionError):
         assert_weights_agree(jax.jit(lambda *args: sampling._weights(*args)), *random_rows(4, 1000, 24))
 
@@ -306,7 +306,7 @@ def test_the_largest_are_found_in_pieces_as_at_once_ties_and_banned_tokens_inclu
     logits = np.random.default_rng(0).integers(0, 9, (50, 40)).astype(np.float32)  # many ties
     logits[:20] = np.where(logits[:20] < 7, -np.inf, logits[:20])  # fewer left than are asked for
     values, ids = lax.top_k(jnp.asarray(logits), 20)
-    in_pieces = sampling._top(20, piece)(jnp.asarray(logits))
+    in_pieces = vocab_search.top(20, piece)(jnp.asarray(logits))
     np.testing.assert_array_equal(in_pieces[1], ids)
     np.testing.assert_array_equal(in_pieces[0], values)
 
@@ -384,7 +384,7 @@ def test_a_token_of_one_in_a_million_has_its_share_of_all_uniform_numbers():
     first = round(0.25 / (1 + 1e-6) * 2**23)
     uniform = np.arange(first - 100, first + 100) / np.float32(2**23)
     weights = np.tile(np.float32([0.25, 1e-6, 0.75]), (200, 1))
-    tokens = np.asarray(sampling._inverse(jnp.asarray(weights), jnp.asarray(uniform, jnp.float32)))
+    tokens = np.asarray(vocab_search.inverse(jnp.asarray(weights), jnp.asarray(uniform, jnp.float32)))
     counts = np.bincount(tokens)
     assert abs(counts[0] - 100) <= 1
     assert abs(counts[1] - 1e-6 * 2**23) <= 1

@@ -12,8 +12,8 @@ from flax import nnx
 
 from jaxserve import EngineConfig, SamplingParams
 from jaxserve.core.compile_guard import forbid_compilation
+from jaxserve.core.programs import programs
 from jaxserve.core.scheduler import EngineState, Status, abort
-from jaxserve.core.step import programs
 from jaxserve.models import Transformer, causal_attend, graphdef_of
 from pallas_kernels.native import library
 from tests import workload

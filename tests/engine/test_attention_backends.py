@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxserve import Engine, EngineConfig, SamplingParams
-from jaxserve.core.step import GPU_COMPILER_OPTIONS, programs
+from jaxserve.core.programs import GPU_COMPILER_OPTIONS, programs
 from jaxserve.engine.capacity import resolve_capacities
 from pallas_kernels.backend import check_runs_here, resolve_backend
 from tests import small_model

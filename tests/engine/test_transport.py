@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from jaxserve.core.programs import programs
 from jaxserve.core.scheduler import init_state
-from jaxserve.core.step import empty_outputs, programs
+from jaxserve.core.step import empty_outputs
 from jaxserve.engine.transport import Reader, engine_programs, pack
 from tests import workload
 from tests.workload import CONFIG, MODEL, make_params

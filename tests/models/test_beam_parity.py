@@ -6,7 +6,6 @@ of different lengths together; transformers gets them one by one.
 
 import dataclasses
 import functools
-import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,9 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from jaxserve import BeamParams, EngineConfig, make_beam_rules
-from jaxserve.core import beam_search
-from jaxserve.core.beam_search import BeamRules, Hypotheses
+from jaxserve import BeamParams, EngineConfig, beam_search, make_beam_rules
+from jaxserve.core.beam_search import BeamRules, Hypotheses, pages
 from jaxserve.core.compile_guard import forbid_compilation
 from jaxserve.models.checkpoint.hugging_face import load_hugging_face
 from jaxserve.models.families.hugging_face import read_model_config
@@ -175,9 +173,7 @@ def all_are_first(parent: jax.Array) -> jax.Array:
     ],
 )
 def test_seeded_bugs_are_noticed(function, wrong, monkeypatch, zoo_references) -> None:
-    monkeypatch.setattr(
-        importlib.import_module("jaxserve.core.beam_search"), function, wrong
-    )  # the name is a function, too
+    monkeypatch.setattr(pages, function, wrong)
     search = make_search(zoo_references(case(CASES[1])), 4)
     beams = BeamParams(width=4, max_tokens=NUM_NEW, num_return=4, eos_token_ids=())
     with pytest.raises(AssertionError):

@@ -9,8 +9,11 @@ from flax import nnx
 
 from jaxserve import ModelConfig
 from jaxserve.core.cache.attention import BatchLayout, paged_attend
-from jaxserve.models import causal_attend, graphdef_of
+from jaxserve.models import causal_attend
+from jaxserve.models.bind import bind
+from jaxserve.models.native import PackedParams
 from jaxserve.models.params import abstract_params, leaves_with_paths
+from jaxserve.models.prepare import PLACES, Params
 
 # Every family with each of its parts: biases, windows, norms of heads, tied and untied; sizes that fill no vector.
 MODELS = {
@@ -42,10 +45,20 @@ def make_params(name: str, dtype: str) -> nnx.State:
     return jax.tree.unflatten(jax.tree.structure(shapes), [random(*leaf) for leaf in leaves_with_paths(shapes)])
 
 
-def assert_equal(actual: nnx.State, expected: nnx.State) -> None:
-    for (path, a), (_, b) in zip(leaves_with_paths(actual), leaves_with_paths(expected), strict=True):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape), path
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
+def assert_equal(actual: Params, expected: Params) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def packed_leaf(params: Params, path: tuple) -> jax.Array:
+    """What became of the parameter that had this path in the model."""
+    assert isinstance(params, PackedParams)
+    if path[0] == "blocks":
+        (name,) = (name for name, place in PLACES.items() if place == path[2:])
+        return getattr(params.blocks[path[1]], name)
+    return getattr(params, path[0])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "backend"))
@@ -61,14 +74,14 @@ def paged_logits(params, kv, tokens, slot, position, batch_size, *, model: Model
         backend=backend,
         batch_size=batch_size,
     )
-    transformer = nnx.merge(graphdef_of(model), params)
+    transformer = bind(params, model)
     hidden, kv = transformer(tokens, position, attend=attend, kv=kv)
     return transformer.logits(hidden, batch_size), kv
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def dense_logits(params, tokens, *, model: ModelConfig):
-    transformer = nnx.merge(graphdef_of(model), params)
+    transformer = bind(params, model)
     positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     hidden, _ = transformer(tokens, positions, attend=causal_attend(1, tokens.shape[0]), kv=None)
     return transformer.logits(hidden)
@@ -77,7 +90,7 @@ def dense_logits(params, tokens, *, model: ModelConfig):
 LENGTHS, NUM_NEW, NUM_ROWS = (13, 9), 20, 24
 
 
-def generate(params: nnx.State, model: ModelConfig, kv_dtype: str) -> tuple[list[list[int]], list[list[np.ndarray]]]:
+def generate(params: Params, model: ModelConfig, kv_dtype: str) -> tuple[list[list[int]], list[list[np.ndarray]]]:
     """Greedy tokens of two sequences, prompts in one batch and then a row each, and the logits of all rows."""
     rng = np.random.default_rng(1)
     sequences = [rng.integers(0, model.vocab_size, length).tolist() for length in LENGTHS]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxserve import Engine, EngineConfig, SamplingParams, prepare, run
 from jaxserve.models.params import leaves_with_paths
@@ -22,6 +23,7 @@ from tests.pallas_kernels.native_models import (
     dense_logits,
     generate,
     make_params,
+    packed_leaf,
 )
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=f"native kernels: {library.why_not()}")
@@ -35,10 +37,10 @@ dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_preparing_packs_weights_widens_the_rest_and_loses_nothing(name, dtype):
     raw, model = make_params(name, dtype), MODELS[name]
     prepared = prepare(raw, model, "native")
-    assert jax.tree.structure(prepared) == jax.tree.structure(raw)
+    assert len(jax.tree.leaves(prepared)) == len(jax.tree.leaves(raw))
     num_packed = 0
-    for (path, new), (_, old) in zip(leaves_with_paths(prepared), leaves_with_paths(raw), strict=True):
-        kind = path[-1]
+    for path, old in leaves_with_paths(raw):
+        kind, new = path[-1], packed_leaf(prepared, path)
         if kind in ("qkv", "out", "down"):
             expected = native.pack(old)
         elif kind == "gate_up":
@@ -59,7 +61,7 @@ def test_preparing_again_changes_nothing_and_shapes_before_it_are_known(name, dt
     raw, model = make_params(name, dtype), MODELS[name]
     prepared = prepare(raw, model, "native")
     again = prepare(prepared, model, "native")
-    assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(prepared), strict=True))
+    assert again is prepared
     assert_equal(jax.jit(lambda params: prepare(params, model, "native"))(raw), prepared)
     for given in (raw, prepared):
         shapes = unprepared(given, model)
@@ -83,12 +85,26 @@ def test_other_backends_and_float16_keep_their_parameters():
 def test_preparing_and_freeing_gives_the_same_and_deletes_what_it_packed(name, dtype):
     model, expected = MODELS[name], prepare(make_params(name, dtype), MODELS[name], "native")
     mine = jax.tree.map(jnp.copy, make_params(name, dtype))
-    old = jax.tree.leaves(mine)
     prepared = prepare_and_free(mine, model, "native")
     assert_equal(prepared, expected)
-    new = jax.tree.leaves(prepared)
-    assert [leaf.is_deleted() for leaf in old] == [a is not b for a, b in zip(old, new, strict=True)]
-    assert sum(leaf.is_deleted() for leaf in old) >= 4 * model.num_layers + 1
+    for path, old in leaves_with_paths(mine):
+        assert old.is_deleted() == (packed_leaf(prepared, path) is not old)
+    assert sum(leaf.is_deleted() for leaf in jax.tree.leaves(mine)) >= 4 * model.num_layers + 1
+
+
+def test_a_parameter_that_has_no_packed_form_is_refused_by_name():
+    params = jax.tree.map(jnp.copy, make_params("llama", "bfloat16"))
+    params["blocks"][1]["router"] = nnx.Param(jnp.ones((48, 8), jnp.bfloat16))
+    with pytest.raises(
+        ValueError, match=r"parameter blocks\.1\.router has shape \(48, 8\) but .* has no such parameter"
+    ):
+        prepare(params, MODELS["llama"], "native")
+
+
+def test_packed_parameters_are_refused_by_other_backends():
+    packed = prepare(make_params("llama", "float32"), MODELS["llama"], "native")
+    with pytest.raises(ValueError, match="prepared for native kernels, not for the backend 'reference'"):
+        prepare(packed, MODELS["llama"], "reference")
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -1,4 +1,4 @@
-"""Attention over pages as the model sees it: write the rows' keys and values, then attend over pages only."""
+"""Attention over pages as a model sees it: write the tokens' keys and values, then attend over pages only."""
 
 import enum
 from typing import Any
@@ -12,10 +12,10 @@ from pallas_kernels.rotary_write import rotary_write
 
 
 class BatchLayout(enum.Enum):
-    """What a batch of rows is made of, which decides the kernel."""
+    """What a batch is made of, which decides the kernel."""
 
-    SINGLE = "single"  # rows that read their slots' pages each for itself, as in decoding; any mixture may be served so
-    CHUNKS = "chunks"  # of each slot a run of adjacent rows, at consecutive positions
+    SINGLE = "single"  # every batch row reads its slot's pages on its own, as in decoding; right for any batch
+    CHUNKS = "chunks"  # the batch rows of a slot are adjacent and at consecutive positions, so they share their reads
 
 
 def paged_attend(
@@ -29,24 +29,25 @@ def paged_attend(
     interpret: bool = False,
     batch_size: Int32[Array, ""] | None = None,
 ) -> Attend:
-    """An `attend` for rows that belong to slots; its `kv` is one layer's (k_pages, v_pages), and of packed weights all layers'.
+    """Returns an `attend` for tokens of sequences in slots. Its `kv` is the pair of page arrays of one layer.
 
-    Rows of one slot may come in one call or in many: every row is written before any attends, and attends to positions up
-    to its own. Rows whose slot is "none" (S) write nothing.
+    The tokens of one slot may come in one call or in many: all keys and values of a call are written before any token
+    attends, and a token attends to positions up to its own. Batch rows whose slot is "none" (S) write nothing.
 
     Args:
       page_ids: the page table.
-      slot, position: of each row.
+      slot, position: slot and position of the token in each batch row.
       layout: what the batch is made of.
       group_size: query heads per kv head.
-      backend, interpret: as in `pallas_kernels`.
-      batch_size: rows that count, the others' results may be undefined; None: all. Only "native" saves work by it.
+      backend, interpret: as in `pallas_kernels`. For "native" this is a `native.PagedBatch`, which packed parameters need.
+      batch_size: how many batch rows count, from the first on; results of others may be undefined. None: all. Only
+        "native" saves work by it.
     """
     if backend == "native":
         return native.PagedBatch(page_ids, slot, position, batch_size)
     run: dict[str, Any] = {"backend": backend, "interpret": interpret}
     blocks = None
-    if layout is BatchLayout.CHUNKS:  # the same for all layers
+    if layout is BatchLayout.CHUNKS:  # made once for all layers
         blocks = chunk_blocks(slot, position, num_slots=page_ids.shape[0], group_size=group_size, backend=backend)
 
     def attend(

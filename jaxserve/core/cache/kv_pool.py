@@ -1,10 +1,10 @@
-"""The pages themselves: per layer one array of keys and one of values, written in place.
+"""The KV pool: per layer one array of keys and one of values, written in place.
 
-Layout [pages, kv heads, page size, head dim]: a page of one head is contiguous, and kv heads can be sharded. No array
-holds more than one layer, so that a write touches one layer's buffer only.
+The layout is [pages, kv heads, page size, head dim]: a page of one head is contiguous, and kv heads can be sharded. An array
+holds one layer, so that a write touches the buffer of that layer only.
 
-On CPU a bfloat16 pool is kept as the bits of its numbers (uint16): XLA:CPU scatters into a bfloat16 array by converting
-all of it to float32 and back.
+On CPU a bfloat16 pool is stored as the bits of its numbers (uint16), because XLA:CPU scatters into a bfloat16 array by
+converting all of it to float32 and back.
 """
 
 from typing import TypeVar
@@ -31,14 +31,14 @@ class KVPool(Record):
 
 
 def init_kv_pool(model: ModelConfig, num_pages: int, page_size: int, dtype: str, *, as_bits: bool) -> KVPool:
-    """A pool of zeros.
+    """Returns a pool of zeros.
 
     Args:
-      model: gives layers, kv heads and head dim.
+      model: static; gives layers, kv heads and head dim.
       num_pages: N.
       page_size: T, tokens per page.
       dtype: "float32", "float16" or "bfloat16".
-      as_bits: keep bfloat16 as uint16 (see the module's note); no effect on other dtypes.
+      as_bits: whether bfloat16 is stored as uint16 (see the module's note); other dtypes are not affected.
 
     Raises:
       ValueError: if one array would hold more than 2^31 elements.
@@ -59,12 +59,12 @@ def init_kv_pool(model: ModelConfig, num_pages: int, page_size: int, dtype: str,
 
 
 def copy_pages(pages: T, source: Int32[Array, " S"], target: Int32[Array, " S"]) -> T:
-    """Copies whole pages, all of them read before the first is written; no work at all if there is none to copy.
+    """Copies whole pages; all are read before the first is written. Costs nothing when there is none to copy.
 
     Args:
       pages: arrays [N, ...], or a tree of them: a `KVPool`.
       source: pages to copy.
-      target: for each of them the page to overwrite, no two the same; N = none: it is not copied.
+      target: for each of them the page to overwrite, no two the same; N = none, this page is not copied.
     """
     (num_pages,) = {leaf.shape[0] for leaf in jax.tree.leaves(pages)}
 
@@ -78,11 +78,11 @@ def copy_pages(pages: T, source: Int32[Array, " S"], target: Int32[Array, " S"])
 
 
 def bytes_per_page(model: ModelConfig, page_size: int, dtype: str) -> int:
-    """Bytes of one page over all layers, keys and values."""
+    """Returns the bytes of one page over all layers, keys and values together."""
     itemsize = jnp.dtype(dtype).itemsize
     return 2 * model.num_layers * model.num_kv_heads * page_size * model.head_dim * itemsize
 
 
 def stores_bits(backend: str) -> bool:
-    """Whether a bfloat16 pool is kept as bits: where XLA's scatter on CPU writes it."""
+    """Returns whether a bfloat16 pool is stored as bits: on a CPU, with a backend that XLA or native code serves."""
     return jax.default_backend() == "cpu" and backend in ("reference", "native")

@@ -1,4 +1,4 @@
-"""What must hold of a state between two steps (promises P2 and P3), checked on the host under `debug_checks`."""
+"""Checks on the host of what must be true of a state between two steps (promises P2 and P3); see `debug_checks`."""
 
 import jax
 import numpy as np
@@ -8,16 +8,19 @@ from jaxserve.core.scheduler.state import EngineState, Queue, Slots, Status
 
 
 class InvariantError(AssertionError):
-    """The state contradicts itself: a defect of jaxserve, not of its user."""
+    """The state contradicts itself. This is a defect of jaxserve, not of its user."""
 
 
 def check_invariants(state: EngineState) -> None:
-    """Raises InvariantError, naming the first rule that is broken. Reads the scheduler's arrays back to the host.
+    """Checks the rules of a state. Copies the scheduler's arrays to the host.
 
-    Rules: a page is free or referred to, never both, and reference counts equal references; free pages are distinct; a
-    slot's pages are contiguous from its first and cover its computed tokens; slots and RUNNING rows name each other one to one;
-    lengths lie within their bounds; a page that several slots refer to holds the same positions of samples of one request, all
-    computed, none of them the prompt's last or after it.
+    A page is either free or referred to, and reference counts equal references. Free pages are distinct. A slot's pages are
+    contiguous from its first and cover its computed tokens. Slots and RUNNING rows name each other one to one. Lengths lie
+    within their bounds. A page that several slots refer to holds the same positions of samples of one request; all of these
+    are computed, and all lie before the prompt's last token.
+
+    Raises:
+      InvariantError: naming the first rule that is broken.
     """
     queue, slots, table = jax.device_get((state.queue, state.slots, state.table))
     num_pages, queue_size = table.free.shape[0], queue.status.shape[0]

@@ -1,6 +1,6 @@
-"""Who goes first, and who has to go: first come first served within a priority, lower priorities first.
+"""Which sequence is served next and which one is preempted: lower priorities first, then first come first served.
 
-Everything about the order of service is decided here; the transitions only ask.
+All decisions about order are made here; the transitions carry them out.
 """
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ _FIRST = jnp.iinfo(jnp.int32).min
 
 
 def next_waiting(state: EngineState) -> tuple[Int32[Array, ""], Bool[Array, ""]]:
-    """The waiting row with the lowest (priority, arrival), and whether any row waits."""
+    """Returns the waiting row with the lowest (priority, arrival), and whether any row waits."""
     queue = state.queue
     waiting = queue.status == Status.WAITING
     lowest = jnp.min(jnp.where(waiting, queue.priority, _LAST))
@@ -23,16 +23,16 @@ def next_waiting(state: EngineState) -> tuple[Int32[Array, ""], Bool[Array, ""]]
 
 
 def may_admit(state: EngineState, num_needed: Int32[Array, ""], num_decoding: Int32[Array, ""]) -> Bool[Array, ""]:
-    """Whether a sequence that needs `num_needed` pages may start now.
+    """Returns whether a sequence that needs `num_needed` pages may start now.
 
-    One page per decoding slot stays free, so that an admission does not cause a preemption in the next steps; when
-    nothing runs there is nobody to keep pages for, so the head of the queue always makes progress.
+    One page per decoding slot stays free, so that an admission does not cause a preemption in the next steps. When nothing
+    runs, no page has to stay free, so the head of the queue always makes progress.
     """
     return (num_needed + num_decoding <= state.table.num_free) | ~jnp.any(state.active)
 
 
 def victim(state: EngineState) -> Int32[Array, ""]:
-    """The slot to preempt: of those in use, the one with the highest (priority, arrival)."""
+    """Returns the slot to preempt: among those in use, the one with the highest (priority, arrival)."""
     row = jnp.where(state.active, state.slots.row_id, 0)
     priority = jnp.where(state.active, state.queue.priority[row], _FIRST)
     last = state.active & (priority == jnp.max(priority))
@@ -40,7 +40,10 @@ def victim(state: EngineState) -> Int32[Array, ""]:
 
 
 def service_order(state: EngineState, decoding: Bool[Array, " S"]) -> Int32[Array, " S"]:
-    """All slots in the order in which a step serves them: decoding, then prefilling by (priority, arrival), then unused."""
+    """Returns all slots in the order in which a step serves them.
+
+    Decoding slots come first, then prefilling ones, each by (priority, arrival), and unused ones last.
+    """
     row = jnp.where(state.active, state.slots.row_id, 0)
     group = jnp.where(decoding, 0, jnp.where(state.active, 1, 2)).astype(jnp.int32)
     slots = jnp.arange(row.shape[0], dtype=jnp.int32)

@@ -1,10 +1,10 @@
-"""The records of the engine's state. A queue row owns a sequence; a slot only lends it a place in the batch.
+"""The records of the engine's state. A queue row owns a sequence; a slot is a place in the batch that it has for a time.
 
     queue row   submitted ---> WAITING <--> RUNNING ---> STOP | LENGTH | ABORT | ERROR ---> FREE (collected)
                                    admit  preempt   finish                          collect
 
-Every fact is stored once. A slot is in use when it names a row; a slot decodes when one of its tokens has no key and
-value yet, and prefills when more have none; a finished row's reason is its status.
+Every fact is stored once. A slot is in use when it names a row. It decodes when exactly one of its tokens has no key and
+value yet, and prefills when more have none. The status of a finished row is the reason why it finished.
 """
 
 import enum
@@ -25,19 +25,19 @@ from jaxserve.request import FinishReason
 
 
 class Status(enum.IntEnum):
-    """Where a queue row is in its life; values from STOP on are reasons for having finished."""
+    """The phase that a queue row is in. Values from STOP on say why it finished."""
 
     FREE = 0
     WAITING = 1
     RUNNING = 2
-    STOP = 3  # an end-of-sequence or stop token was generated
-    LENGTH = 4  # max_tokens generated, or the longest sequence reached
+    STOP = 3  # an end-of-sequence token, a stop token or a stop sequence was generated
+    LENGTH = 4  # it has max_tokens new tokens, or is as long as a sequence can be
     ABORT = 5  # aborted by its owner
-    ERROR = 6  # was not valid when submitted
+    ERROR = 6  # it was not valid when submitted, or there was no distribution to draw from
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """The reason as users see it; None while not finished."""
+        """The reason as users see it; None while the row has not finished."""
         return _REASONS.get(self)
 
 
@@ -51,20 +51,22 @@ _REASONS: dict[Status, FinishReason] = {
 
 @record
 class Queue(Record):
-    """Submitted sequences, one row each, from submission to collection."""
+    """The submitted sequences, one row each, from submission to collection."""
 
     tokens: Int32[Array, "Q M"]  # prompt, then generated; stale beyond num_tokens
     prompt_length: Int32[Array, " Q"]  # tokens
     num_tokens: Int32[Array, " Q"]  # prompt + generated
     max_length: Int32[Array, " Q"]  # num_tokens at which the sequence ends
     stop_token_ids: Int32[Array, "Q Z"]  # generating one of these ends the sequence; -1: unused entry
-    stop_sequences: Int32[Array, "Q NS LS"]  # generating one of these does too; aligned at their end; -1: before it
+    stop_sequences: Int32[Array, "Q NS LS"]  # generating one of these does too; aligned at their end, -1 before it
     sampling: SamplingArrays
     rules: LogitRules
-    num_prompt_logprobs: Int32[Array, " Q"]  # most likely tokens reported per prompt token; -1: none, nor logprobs
+    num_prompt_logprobs: Int32[
+        Array, " Q"
+    ]  # most likely tokens to report per prompt token; -1: no prompt logprobs at all
     priority: Int32[Array, " Q"]  # lower goes first
     arrival: Int32[Array, " Q"]  # running number; breaks ties of priority
-    group: Int32[Array, " Q"]  # arrival of the request's first sequence; samples of one request have the same
+    group: Int32[Array, " Q"]  # arrival of the request's first sequence: the same for all samples of a request
     status: Int32[Array, " Q"]  # a `Status`
     abort_requested: Bool[Array, " Q"]  # seen by the next step
     num_preemptions: Int32[Array, " Q"]  # times this sequence lost its slot
@@ -73,42 +75,41 @@ class Queue(Record):
 
 @record
 class Slots(Record):
-    """Places in the batch. All else about the sequence in a slot is in its queue row."""
+    """The places in the batch. Everything else about the sequence in a slot is in its queue row."""
 
     row_id: Int32[Array, " S"]  # queue row; Q = none, the slot is not in use
     num_computed: Int32[Array, " S"]  # tokens whose keys and values are in the pool
-    num_counted: Int32[Array, " S"]  # tokens that `EngineState.seen` tells of; 0: the slot's row of it is stale
+    num_counted: Int32[Array, " S"]  # tokens counted in `EngineState.seen`; 0: the slot's entry there is stale
 
 
 @record
 class EngineState(Record):
-    """All there is between two steps. A value: keep it, copy it, restore it, run it twice."""
+    """Everything that there is between two steps. It is a value: keep it, copy it, restore it, run it twice."""
 
     queue: Queue
     slots: Slots
     table: PageTable
     pool: KVPool
-    seen: (
-        Int32[Array, "S V"] | None
-    )  # per slot 2 * times generated + whether in the prompt; None: no penalties in the config
-    aux: Any  # what a `LogitsFn` keeps per queue row: a tree of arrays [Q, ...]; None: nothing
-    next_arrival: Int32[Array, ""]  # number for the next submission; good for 2^31 of them, then make a new state
+    # Per slot and token id 2 * times generated + whether it is in the prompt; None: the config has no penalties.
+    seen: Int32[Array, "S V"] | None
+    aux: Any  # what a `LogitsFn` remembers per queue row, a tree of arrays [Q, ...]; None: nothing
+    next_arrival: Int32[Array, ""]  # arrival of the next sequence; a state serves 2^31 of them
 
     @property
     def active(self) -> Bool[Array, " S"]:
-        """Which slots are in use."""
+        """Whether each slot is in use."""
         return self.slots.row_id < self.queue.status.shape[0]
 
 
 def init_state(model: ModelConfig, config: EngineConfig, *, aux: Any = None) -> EngineState:
-    """The empty state: nothing submitted, all slots and pages free.
+    """Returns the empty state: nothing is submitted, and all slots and pages are free.
 
     Args:
       model, config: static.
-      aux: what a `LogitsFn` keeps of one sequence: arrays, or a tree of them. The state has one per queue row.
+      aux: what a `LogitsFn` remembers of one sequence: a tree of arrays. The state has one such tree per queue row.
 
     Raises:
-      ValueError: if `config.num_pages` or `config.kv_dtype` was left for the Engine to choose.
+      ValueError: if `config.num_pages` or `config.kv_dtype` is None, which leaves the choice to the Engine.
     """
     if config.num_pages is None or config.kv_dtype is None:
         raise ValueError("num_pages and kv_dtype must be set: give them in EngineConfig, or let the Engine choose them")

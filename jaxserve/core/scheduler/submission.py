@@ -1,7 +1,7 @@
-"""What an owner of sequences does between steps: submit, abort, collect. Pure, of fixed size, jittable.
+"""What an owner of sequences does between steps: submit, abort, collect. All are pure, jittable and of fixed size.
 
-Inside jit nothing raises: a row that is not valid ends at once with status ERROR, and a submission that finds no free row
-gets the handle "none". `jaxserve.core.make_submission` builds submissions on the host, where mistakes do raise.
+Nothing raises inside of a jit: a row that is not valid ends at once with status ERROR, and a submission that finds no free
+row gets the handle "none". `jaxserve.core.make_submission` builds submissions on the host, where mistakes do raise.
 """
 
 from typing import Any, TypeVar
@@ -22,25 +22,25 @@ T = TypeVar("T")
 
 @record
 class Submission(Record):
-    """A batch of new sequences; rows with `valid` False are padding."""
+    """New sequences, W at a time; entries with `valid` False are padding."""
 
     tokens: Int32[Array, "W M"]  # prompts, padded at the end
     prompt_length: Int32[Array, " W"]  # tokens, at least 1 and at most M - 1
     max_tokens: Int32[Array, " W"]  # tokens to generate at most; clipped to what M leaves
     stop_token_ids: Int32[Array, "W Z"]  # end-of-sequence ids among them; -1: unused entry
-    stop_sequences: Int32[Array, "W NS LS"]  # token ids, aligned at their end; -1: before it
-    sampling: SamplingArrays  # of W rows
-    rules: LogitRules  # of W rows
-    num_prompt_logprobs: Int32[Array, " W"]  # -1: none asked for
+    stop_sequences: Int32[Array, "W NS LS"]  # token ids, aligned at their end, -1 before it
+    sampling: SamplingArrays  # W entries
+    rules: LogitRules  # W entries
+    num_prompt_logprobs: Int32[Array, " W"]  # as in `Queue`
     priority: Int32[Array, " W"]  # lower goes first
-    follows: Bool[Array, " W"]  # one more sample of the request in the row before, whose prompt it repeats
+    follows: Bool[Array, " W"]  # whether this is one more sample of the request before it, whose prompt it repeats
     valid: Bool[Array, " W"]
-    aux: Any = None  # where a `LogitsFn` starts: a tree like `EngineState.aux`, [W, ...]
+    aux: Any = None  # what a `LogitsFn` starts with: a tree like `EngineState.aux`, [W, ...]
 
 
 @record
 class Handles(Record):
-    """Names of submitted sequences: a row alone is reused, a row and its generation are not."""
+    """The names of submitted sequences. Rows are reused, but a row and its generation together never are."""
 
     row_id: Int32[Array, " W"]  # Q = none: padding, or no row was free
     generation: Int32[Array, " W"]
@@ -49,10 +49,21 @@ class Handles(Record):
 def submit(
     state: EngineState, submission: Submission, *, model: ModelConfig, config: EngineConfig
 ) -> tuple[EngineState, Handles]:
-    """Puts sequences into free queue rows, in order, while there are any; the samples of one request together or not at all.
+    """Puts sequences into free queue rows, in order, the samples of one request together or not at all.
 
-    The first request that finds too few free rows is not taken, nor is anything after it: the handles' `row_id` is Q, and
-    the state is otherwise unchanged by them. A row that follows padding, or nothing, is the first of its request.
+    The first request that finds too few free rows is refused, and so is everything after it: the `row_id` of their handles
+    is Q, and they leave the state unchanged. An entry after padding is the first of its request, whatever `follows` says.
+
+    Args:
+      state: may be donated.
+      submission: the sequences.
+      model, config: static.
+
+    Returns:
+      The new state, and a handle for each entry of the submission.
+
+    Raises:
+      ValueError: while tracing, if the `aux` trees of the state and the submission differ.
     """
     if jax.tree.structure(state.aux) != jax.tree.structure(submission.aux):
         raise ValueError(
@@ -91,13 +102,13 @@ def submit(
         generation=queue.generation.at[row].add(1, mode="drop"),
     )
     handles = Handles(row_id=row, generation=queue.generation.at[row].get(mode="fill", fill_value=0))
-    num_taken = jnp.sum(row < queue_size, dtype=jnp.int32)
+    num_accepted = jnp.sum(row < queue_size, dtype=jnp.int32)
     aux = _set_rows(state.aux, row, submission.aux)
-    return state.replace(queue=queue, aux=aux, next_arrival=state.next_arrival + num_taken), handles
+    return state.replace(queue=queue, aux=aux, next_arrival=state.next_arrival + num_accepted), handles
 
 
 def abort(state: EngineState, mask: Bool[Array, " Q"], generation: Int32[Array, " Q"]) -> EngineState:
-    """Asks for rows to be aborted by the next step. Rows that finished first, or were reused since, are left alone."""
+    """Asks the next step to abort the rows in `mask`, except those that have finished or are of another generation."""
     queue = state.queue
     unfinished = (queue.status == Status.WAITING) | (queue.status == Status.RUNNING)
     requested = queue.abort_requested | (mask & unfinished & (generation == queue.generation))
@@ -105,7 +116,7 @@ def abort(state: EngineState, mask: Bool[Array, " Q"], generation: Int32[Array, 
 
 
 def collect(state: EngineState, mask: Bool[Array, " Q"], generation: Int32[Array, " Q"]) -> EngineState:
-    """Gives finished rows back to the queue, once their owner has read what he wants of them."""
+    """Frees the finished rows in `mask`, when their owner has read what it needs. Other generations stay as they are."""
     queue = state.queue
     collected = mask & (queue.status >= Status.STOP) & (generation == queue.generation)
     status = jnp.where(collected, Status.FREE.value, queue.status)
@@ -113,7 +124,7 @@ def collect(state: EngineState, mask: Bool[Array, " Q"], generation: Int32[Array
 
 
 def _ends_of_groups(submission: Submission) -> tuple[Int32[Array, " W"], Int32[Array, " W"]]:
-    """The first and the last row of the request to which each row belongs; of padding, itself.
+    """Returns the first and the last entry of the request that each entry belongs to; padding is its own.
 
     valid   = [1 1 1 1 0 1]      first = [0 1 1 1 4 5]
     follows = [0 0 1 1 0 1]      last  = [0 3 3 3 4 5]

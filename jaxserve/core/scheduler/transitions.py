@@ -3,35 +3,58 @@
 schedule: apply_aborts -> admit -> secure_pages -> plan    (forward, sample)    finish_step: advance -> retire
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from jaxserve.config import EngineConfig
+from jaxserve.core.cache import PageTable
 from jaxserve.core.cache.page_table import allocate, allocate_each, release, release_each, share
 from jaxserve.core.pytree import Record, record
 from jaxserve.core.scheduler import policy
 from jaxserve.core.scheduler.forks import Start, start_of
-from jaxserve.core.scheduler.state import EngineState, Queue, Status
+from jaxserve.core.scheduler.state import EngineState, Queue, Slots, Status
 
 
 @record
 class Plan(Record):
-    """The rows of one step: decode rows first, then prefill chunks, packed without gaps."""
+    """The batch of one step: one token per decoding slot, then chunks of prompts, packed without gaps."""
 
-    slot: Int32[Array, " B"]  # slot of each row; S = none, beyond the batch
-    position: Int32[Array, " B"]  # of the row's token in its sequence; 0 beyond the batch
-    batch_size: Int32[Array, ""]
-    num_new: Int32[Array, " S"]  # tokens this step computes per slot
-    copy_from: Int32[Array, " S"]  # pages to be copied, all at once, before any row is computed
+    slot: Int32[Array, " B"]  # slot of each batch row; S = none, beyond the batch
+    position: Int32[Array, " B"]  # of the token in its sequence; 0 beyond the batch
+    batch_size: Int32[Array, ""]  # batch rows in use
+    num_new: Int32[Array, " S"]  # tokens of each slot whose keys and values this step computes
+    copy_from: Int32[Array, " S"]  # pages to copy, all at once, before the model runs
     copy_to: Int32[Array, " S"]  # for each of them the page to overwrite; N = none
 
 
+@record
+class Occupancy(Record):
+    """Who is in which slot with which pages: everything that admission and preemption change.
+
+    Their loops carry this record and read the rest of the state from outside of the loop, so no loop can copy the KV pool.
+    """
+
+    status: Int32[Array, " Q"]  # a `Status`, as in `Queue`
+    num_preemptions: Int32[Array, " Q"]  # as in `Queue`
+    slots: Slots
+    table: PageTable
+
+
+def occupancy_of(state: EngineState) -> Occupancy:
+    """Returns the part of a state that admission and preemption change."""
+    queue = state.queue
+    return Occupancy(status=queue.status, num_preemptions=queue.num_preemptions, slots=state.slots, table=state.table)
+
+
+def with_occupancy(state: EngineState, occupancy: Occupancy) -> EngineState:
+    """Returns the state with that part replaced."""
+    queue = state.queue.replace(status=occupancy.status, num_preemptions=occupancy.num_preemptions)
+    return state.replace(queue=queue, slots=occupancy.slots, table=occupancy.table)
+
+
 def schedule(state: EngineState, *, config: EngineConfig) -> tuple[EngineState, Plan]:
-    """All that precedes the model in a step."""
+    """Does everything in a step that precedes the model: aborts, admission, pages, and the plan."""
     state, copied_page = admit(apply_aborts(state), config=config)
     state = secure_pages(state, config=config)
     return state, plan(state, copied_page, config=config)
@@ -40,31 +63,39 @@ def schedule(state: EngineState, *, config: EngineConfig) -> tuple[EngineState, 
 def finish_step(
     state: EngineState, num_new: Int32[Array, " S"], token: Int32[Array, " S"], failed: Bool[Array, " S"] | None = None
 ) -> EngineState:
-    """All that follows the model in a step; `token` and `failed` count only for slots that sample."""
+    """Does everything in a step that follows the model: records the tokens, and retires what has finished.
+
+    Args:
+      state: the state after `schedule`, with the new keys and values.
+      num_new: as in `Plan`.
+      token: what each slot drew; entries of slots that do not sample mean nothing.
+      failed: slots for which there was no distribution to draw from; None: none. Entries of slots that do not sample mean
+        nothing.
+    """
     state = state if failed is None else fail(state, failed & samples(state, num_new))
     return retire(advance(state, num_new, token))
 
 
 def fail(state: EngineState, failed: Bool[Array, " S"]) -> EngineState:
-    """Ends sequences for which the model gave no distribution to draw from: they get no token, and status ERROR."""
+    """Ends with status ERROR, and without a token, the sequences for which there was no distribution to draw from."""
     row = jnp.where(failed, state.slots.row_id, state.queue.status.shape[0])
     status = state.queue.status.at[row].set(Status.ERROR.value, mode="drop")
     return _vacate(state.replace(queue=state.queue.replace(status=status)), failed)
 
 
 def remaining(state: EngineState) -> Int32[Array, " S"]:
-    """Tokens per slot whose keys and values are not in the pool; 0 for slots not in use."""
+    """Returns how many tokens of each slot have no keys and values in the pool; 0 for slots not in use."""
     num_tokens = state.queue.num_tokens.at[state.slots.row_id].get(mode="fill", fill_value=0)
     return jnp.where(state.active, num_tokens - state.slots.num_computed, 0)
 
 
 def decoding(state: EngineState) -> Bool[Array, " S"]:
-    """Slots that lack the keys and values of one token only, the latest."""
+    """Returns the slots that lack only the keys and values of their latest token."""
     return remaining(state) == 1
 
 
 def apply_aborts(state: EngineState) -> EngineState:
-    """Ends the sequences whose abort was requested; their slots and pages are free afterwards."""
+    """Ends the sequences whose abort was requested, and frees their slots and pages."""
     queue = state.queue
     unfinished = (queue.status == Status.WAITING) | (queue.status == Status.RUNNING)
     aborted = queue.abort_requested & unfinished
@@ -86,47 +117,48 @@ def admit(state: EngineState, *, config: EngineConfig) -> tuple[EngineState, Int
     def head(
         state: EngineState, copied_page: Int32[Array, " S"]
     ) -> tuple[Int32[Array, ""], Start, Int32[Array, ""], Bool[Array, ""]]:
-        row, found = policy.next_waiting(state)
+        row, any_waits = policy.next_waiting(state)
         start = start_of(state, row, copied_page, page_size=config.page_size)
         num_needed = _ceil_div(state.queue.num_tokens[row], config.page_size) - start.num_shared
         num_decoding = jnp.sum(decoding(state), dtype=jnp.int32)
         fits = policy.may_admit(state, num_needed, num_decoding)
-        return row, start, num_needed, found & fits & ~start.waits & jnp.any(~state.active)
+        return row, start, num_needed, any_waits & fits & ~start.waits & jnp.any(~state.active)
 
-    def can_admit(state: EngineState, copied_page: Int32[Array, " S"]) -> Bool[Array, ""]:
-        return head(state, copied_page)[3]
+    def can_admit(carry: tuple[Occupancy, Int32[Array, " S"]]) -> Bool[Array, ""]:
+        occupancy, copied_page = carry
+        return head(with_occupancy(state, occupancy), copied_page)[3]
 
-    def admit_head(state: EngineState, copied_page: Int32[Array, " S"]) -> tuple[EngineState, Int32[Array, " S"]]:
-        row, start, num_needed, _ = head(state, copied_page)
-        slot = jnp.argmin(state.active).astype(jnp.int32)
-        table = share(state.table, start.lender, slot, start.num_shared)
+    def admit_head(carry: tuple[Occupancy, Int32[Array, " S"]]) -> tuple[Occupancy, Int32[Array, " S"]]:
+        occupancy, copied_page = carry
+        now = with_occupancy(state, occupancy)
+        row, start, num_needed, _ = head(now, copied_page)
+        slot = jnp.argmin(now.active).astype(jnp.int32)
+        table = share(now.table, start.lender, slot, start.num_shared)
         table, _ = allocate(table, slot, num_needed)
-        state = state.replace(
-            queue=state.queue.replace(status=state.queue.status.at[row].set(Status.RUNNING.value)),
-            slots=state.slots.replace(
-                row_id=state.slots.row_id.at[slot].set(row),
-                num_computed=state.slots.num_computed.at[slot].set(start.num_computed),
-                num_counted=state.slots.num_counted.at[slot].set(0),
+        occupancy = occupancy.replace(
+            status=occupancy.status.at[row].set(Status.RUNNING.value),
+            slots=Slots(
+                row_id=now.slots.row_id.at[slot].set(row),
+                num_computed=now.slots.num_computed.at[slot].set(start.num_computed),
+                num_counted=now.slots.num_counted.at[slot].set(0),
             ),
             table=table,
         )
-        return state, copied_page.at[slot].set(start.copied_page)
+        return occupancy, copied_page.at[slot].set(start.copied_page)
 
-    nothing = jnp.full_like(state.slots.row_id, state.table.num_pages)
-    return _loop_without_pool(can_admit, admit_head, state, nothing)
+    no_page = jnp.full_like(state.slots.row_id, state.table.num_pages)
+    occupancy, copied_page = lax.while_loop(can_admit, admit_head, (occupancy_of(state), no_page))
+    return with_occupancy(state, occupancy), copied_page
 
 
-def preempt(state: EngineState, slot: Int32[Array, ""]) -> EngineState:
+def preempt(occupancy: Occupancy, slot: Int32[Array, ""]) -> Occupancy:
     """Sends the sequence in `slot` back to the queue; its keys and values are recomputed when it resumes."""
-    row = state.slots.row_id[slot]
-    queue = state.queue.replace(
-        status=state.queue.status.at[row].set(Status.WAITING.value),
-        num_preemptions=state.queue.num_preemptions.at[row].add(1),
-    )
-    return state.replace(
-        queue=queue,
-        slots=state.slots.replace(row_id=state.slots.row_id.at[slot].set(queue.status.shape[0])),
-        table=release(state.table, slot),
+    row, queue_size = occupancy.slots.row_id[slot], occupancy.status.shape[0]
+    return Occupancy(
+        status=occupancy.status.at[row].set(Status.WAITING.value),
+        num_preemptions=occupancy.num_preemptions.at[row].add(1),
+        slots=occupancy.slots.replace(row_id=occupancy.slots.row_id.at[slot].set(queue_size)),
+        table=release(occupancy.table, slot),
     )
 
 
@@ -140,54 +172,58 @@ def secure_pages(state: EngineState, *, config: EngineConfig) -> EngineState:
         lacks_page = _page_to_write(state, config) == state.table.num_pages
         return decoding(state) & lacks_page, state.slots.num_computed // config.page_size
 
-    def too_few(state: EngineState) -> Bool[Array, ""]:
-        return jnp.sum(wants(state)[0], dtype=jnp.int32) > state.table.num_free
+    def too_few(occupancy: Occupancy) -> Bool[Array, ""]:
+        now = with_occupancy(state, occupancy)
+        return jnp.sum(wants(now)[0], dtype=jnp.int32) > now.table.num_free
 
-    (state,) = _loop_without_pool(too_few, lambda state: (preempt(state, policy.victim(state)),), state)
+    def preempt_one(occupancy: Occupancy) -> Occupancy:
+        return preempt(occupancy, policy.victim(with_occupancy(state, occupancy)))
+
+    state = with_occupancy(state, lax.while_loop(too_few, preempt_one, occupancy_of(state)))
     table, _ = allocate_each(state.table, *wants(state))
     return state.replace(table=table)
 
 
 def plan(state: EngineState, copied_page: Int32[Array, " S"], *, config: EngineConfig) -> Plan:
-    """Chooses the rows of this step: one per decoding slot, and up to `chunk_size` prefill rows, oldest first.
+    """Chooses the batch of this step: one token per decoding slot, and up to `chunk_size` prompt tokens, oldest slots first.
 
     Args:
       state: in which every slot has the pages that it needs.
-      copied_page: as `admit` returned it. The copied page may be somebody else's by now: it is read before it is written. A
-        slot that was preempted since has no page, and so nothing is written for it.
+      copied_page: as `admit` returned it. The source page may have been reassigned since; all copies read before any write.
+        A slot that was preempted since has no page, so nothing is copied for it.
       config: static.
     """
     order = policy.service_order(state, decoding(state))
-    wanted = remaining(state)[order]
-    prefill = jnp.where(wanted > 1, wanted, 0)
+    num_left = remaining(state)[order]
+    prefill = jnp.where(num_left > 1, num_left, 0)
     before = jnp.cumsum(prefill, dtype=jnp.int32) - prefill
-    granted = jnp.where(wanted > 1, jnp.clip(config.chunk_size - before, 0, wanted), wanted)
-    end = jnp.cumsum(granted, dtype=jnp.int32)
-    row = jnp.arange(config.max_batch_size, dtype=jnp.int32)
-    place = jnp.searchsorted(end, row, side="right").astype(jnp.int32)
+    num_new = jnp.where(num_left > 1, jnp.clip(config.chunk_size - before, 0, num_left), num_left)
+    end = jnp.cumsum(num_new, dtype=jnp.int32)
+    batch_row = jnp.arange(config.max_batch_size, dtype=jnp.int32)
+    place = jnp.searchsorted(end, batch_row, side="right").astype(jnp.int32)
     used = place < order.shape[0]
     slot = order.at[place].get(mode="fill", fill_value=order.shape[0])
-    offset = row - (end - granted).at[place].get(mode="clip")
+    offset = batch_row - (end - num_new).at[place].get(mode="clip")
     first = state.slots.num_computed.at[slot].get(mode="fill", fill_value=0)
     return Plan(
         slot=slot,
         position=jnp.where(used, first + offset, 0),
         batch_size=end[-1],
-        num_new=jnp.zeros_like(granted).at[order].set(granted),
+        num_new=jnp.zeros_like(num_new).at[order].set(num_new),
         copy_from=copied_page,
         copy_to=jnp.where(copied_page < state.table.num_pages, _page_to_write(state, config), state.table.num_pages),
     )
 
 
 def samples(state: EngineState, num_new: Int32[Array, " S"]) -> Bool[Array, " S"]:
-    """Slots that draw a token this step: those whose last known token is among the step's rows."""
+    """Returns the slots that draw a token in this step: those whose latest token is in the batch."""
     return state.active & (num_new == remaining(state))
 
 
 def advance(state: EngineState, num_new: Int32[Array, " S"], token: Int32[Array, " S"]) -> EngineState:
     """Records what the step computed: keys and values of `num_new` tokens, and one new token per sampling slot.
 
-    A row ends here when its token is one of its stop tokens, else when it has reached its length.
+    A sequence ends here when the new token stops it, or else when it has reached its greatest length.
     """
     queue, queue_size = state.queue, state.queue.status.shape[0]
     sampled = samples(state, num_new)
@@ -210,7 +246,7 @@ def advance(state: EngineState, num_new: Int32[Array, " S"], token: Int32[Array,
 def _ends_sequence(
     queue: Queue, tokens: Int32[Array, "Q M"], row: Int32[Array, " S"], num_tokens: Int32[Array, " S"]
 ) -> Bool[Array, " S"]:
-    """Whether what was generated ends with a stop sequence, and may end by then."""
+    """Returns whether the generated tokens end with a stop sequence, and are at least `min_tokens`."""
     sequences = queue.stop_sequences.at[row].get(mode="fill", fill_value=-1)
     if not sequences.shape[1]:
         return jnp.zeros(row.shape, bool)
@@ -218,9 +254,9 @@ def _ends_sequence(
     position = num_tokens[:, None] - sequences.shape[2] + jnp.arange(sequences.shape[2], dtype=jnp.int32)[None, :]
     recent = tokens.at[row[:, None], position].get(mode="fill", fill_value=-2)
     recent = jnp.where(position >= start, recent, -2)[:, None, :]
-    ended = jnp.all((sequences < 0) | (sequences == recent), axis=2) & (sequences[:, :, -1] >= 0)
+    is_match = jnp.all((sequences < 0) | (sequences == recent), axis=2) & (sequences[:, :, -1] >= 0)
     min_tokens = queue.rules.min_tokens.at[row].get(mode="fill", fill_value=0)
-    return jnp.any(ended, axis=1) & (num_tokens - start[:, 0] >= min_tokens)
+    return jnp.any(is_match, axis=1) & (num_tokens - start[:, 0] >= min_tokens)
 
 
 def retire(state: EngineState) -> EngineState:
@@ -230,6 +266,7 @@ def retire(state: EngineState) -> EngineState:
 
 
 def _vacate(state: EngineState, leaving: Bool[Array, " S"]) -> EngineState:
+    """Frees the slots in `leaving`, and their pages."""
     queue_size = state.queue.status.shape[0]
     return state.replace(
         slots=state.slots.replace(row_id=jnp.where(leaving, queue_size, state.slots.row_id)),
@@ -238,22 +275,9 @@ def _vacate(state: EngineState, leaving: Bool[Array, " S"]) -> EngineState:
 
 
 def _page_to_write(state: EngineState, config: EngineConfig) -> Int32[Array, " S"]:
-    """The page of each slot's first token that is not computed; N = none."""
+    """Returns the page of each slot's first token that is not computed; N = none."""
     index = state.slots.num_computed // config.page_size
     return jnp.take_along_axis(state.table.page_ids, index[:, None], axis=1, mode="clip")[:, 0]
-
-
-def _loop_without_pool(
-    cond: Callable[..., Bool[Array, ""]], body: Callable[..., tuple[Any, ...]], state: EngineState, *others: Array
-) -> tuple[Any, ...]:
-    """A while loop over (state, *others), the large arrays left out: they are not touched, nor can they be copied."""
-    pool, seen, aux, tokens = state.pool, state.seen, state.aux, state.queue.tokens
-
-    def split(state: EngineState, *others: Array) -> tuple[Any, ...]:
-        return state.replace(pool=None, seen=None, aux=None, queue=state.queue.replace(tokens=None)), *others
-
-    small, *rest = lax.while_loop(lambda carry: cond(*carry), lambda carry: split(*body(*carry)), split(state, *others))
-    return small.replace(pool=pool, seen=seen, aux=aux, queue=small.queue.replace(tokens=tokens)), *rest
 
 
 def _ceil_div(a: Int32[Array, ""], b: int) -> Int32[Array, ""]:

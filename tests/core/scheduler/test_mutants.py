@@ -30,14 +30,14 @@ class Edit:
 
 MUTANTS: dict[str, Edit | tuple[Edit, ...]] = {
     # Pages.
-    "a preempted sequence keeps its pages": Edit("preempt", "release(state.table, slot)", "state.table"),
+    "a preempted sequence keeps its pages": Edit("preempt", "release(occupancy.table, slot)", "occupancy.table"),
     "a finished sequence keeps its pages": Edit("_vacate", "release_each(state.table, leaving)", "state.table"),
     "one page more is freed than given back": Edit(
         "release",
         "table.num_free + jnp.sum(freed, dtype=jnp.int32)",
         "table.num_free + 1 + jnp.sum(freed, dtype=jnp.int32)",
     ),
-    "a page given out stays free": Edit("_taken", "table.num_free - num_taken", "table.num_free"),
+    "a page given out stays free": Edit("_pop", "table.num_free - num_pages", "table.num_free"),
     "reference counts are not taken down": Edit(
         "release", "reference_count=count", "reference_count=table.reference_count"
     ),
@@ -54,7 +54,7 @@ MUTANTS: dict[str, Edit | tuple[Edit, ...]] = {
     "the shortest overtakes": Edit("next_waiting", "(first, queue.arrival", "(first, queue.num_tokens"),
     "priorities do not count": Edit("next_waiting", "first = waiting & (queue.priority == lowest)", "first = waiting"),
     "no page is kept for decoding slots": Edit("may_admit", "num_needed + num_decoding", "num_needed"),
-    "the next sequence gets a busy slot": Edit("admit", "jnp.argmin(state.active)", "jnp.argmax(state.active)"),
+    "the next sequence gets a busy slot": Edit("admit", "jnp.argmin(now.active)", "jnp.argmax(now.active)"),
     "a sequence starts with what its slot's last one had": Edit(
         "admit", "num_computed.at[slot].set(start.num_computed)", "num_computed"
     ),
@@ -68,9 +68,9 @@ MUTANTS: dict[str, Edit | tuple[Edit, ...]] = {
         "victim", "last = state.active & (priority == jnp.max(priority))", "last = state.active"
     ),
     "a preempted sequence goes to the end of the queue": Edit(
-        "preempt",
-        "queue = state.queue.replace(",
-        "queue = state.queue.replace(arrival=state.queue.arrival.at[row].set(state.next_arrival),",
+        "next_waiting",
+        "(first, queue.arrival",
+        "(first, queue.arrival + 1_000_000 * queue.num_preemptions",
     ),
     # What the samples of one request share.
     "the page of the prompt's last token is shared": Edit(
@@ -113,7 +113,7 @@ MUTANTS: dict[str, Edit | tuple[Edit, ...]] = {
     ),
     "the chunk is one token too long": Edit("plan", "config.chunk_size - before", "config.chunk_size + 1 - before"),
     "a slot's decode row is missing": Edit(
-        "plan", "before, 0, wanted), wanted)", "before, 0, wanted), jnp.where(order == 1, 0, wanted))"
+        "plan", "before, 0, num_left), num_left)", "before, 0, num_left), jnp.where(order == 1, 0, num_left))"
     ),
     "every chunk draws a token": Edit("samples", "num_new == remaining(state)", "num_new > 0"),
     # How it ends.

@@ -236,7 +236,7 @@ def test_another_dtype_of_parameters_is_refused(dtype, saved):
 def test_saving_refuses_parameters_of_another_config(tmp_path):
     wider = dataclasses.replace(CONFIG, ffw_dim=32)
     with pytest.raises(
-        ValueError, match=r"blocks\.0\.ffw\.down has shape \(24, 16\) but the config makes it \(32, 16\)"
+        ValueError, match=r"blocks\.0\.ffw\.down has shape \(24, 16\) but a model of this config makes it \(32, 16\)"
     ):
         save_hugging_face(randomised(CONFIG), wider, tmp_path, jnp.float32)
     with pytest.raises(ValueError, match="lm_head"):

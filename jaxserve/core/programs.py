@@ -1,0 +1,66 @@
+"""The step and what a host does around it as jitted functions that donate the state."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool, Int32
+
+from jaxserve.config import EngineConfig
+from jaxserve.core.logits_fn import LogitsFn
+from jaxserve.core.pytree import Record, record
+from jaxserve.core.scheduler.state import EngineState
+from jaxserve.core.scheduler.submission import Handles, Submission, abort, collect, submit
+from jaxserve.core.step import run_steps, step
+from jaxserve.models import ModelConfig
+from pallas_kernels.backend import compiles_for_cuda
+
+
+@record
+class Changes(Record):
+    """What a host wants done to the state between two calls."""
+
+    submission: Submission
+    collected: Bool[Array, " Q"]
+    aborted: Bool[Array, " Q"]
+    generation: Int32[Array, " Q"]  # of the rows collected and aborted
+
+
+def update(
+    state: EngineState, changes: Changes, *, model: ModelConfig, config: EngineConfig
+) -> tuple[EngineState, Handles]:
+    """Collects, aborts and submits in one call: everything that a host does to the state."""
+    state = collect(state, changes.collected, changes.generation)
+    state = abort(state, changes.aborted, changes.generation)
+    return submit(state, changes.submission, model=model, config=config)
+
+
+# Puts loops into CUDA graphs: without WHILE the host drives every loop of a step and reads each condition back. The list
+# replaces XLA's own, so it repeats what that has. XLA leaves loops out where the driver is older than CUDA 12.3.
+GPU_COMPILER_OPTIONS: dict[str, Any] = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
+}
+
+
+def compiler_options(config: EngineConfig) -> dict[str, Any] | None:
+    """Returns the compiler options for the programs of a configuration; None: XLA's defaults."""
+    return GPU_COMPILER_OPTIONS if compiles_for_cuda(config.backend) else None
+
+
+@functools.cache
+def programs(
+    model: ModelConfig, config: EngineConfig, logits_fn: LogitsFn | None = None
+) -> dict[str, Callable[..., Any]]:
+    """Returns the jitted functions of an engine by name: `step`, `run_steps` and `update`. Each donates the state.
+
+    On NVIDIA GPUs each is compiled with `GPU_COMPILER_OPTIONS`; a caller's own `jax.jit` of `run` should have them too.
+    """
+    options = compiler_options(config)
+    static: dict[str, Any] = {"model": model, "config": config}
+    stepping = static | {"logits_fn": logits_fn}
+    return {
+        "step": jax.jit(functools.partial(step, **stepping), donate_argnums=1, compiler_options=options),
+        "run_steps": jax.jit(functools.partial(run_steps, **stepping), donate_argnums=1, compiler_options=options),
+        "update": jax.jit(functools.partial(update, **static), donate_argnums=0, compiler_options=options),
+    }
