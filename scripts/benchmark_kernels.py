@@ -23,11 +23,14 @@ from kernel_bench import options as benchmark_options
 from kernel_bench.cases import OPS, Case, Data, errors, make_data
 from kernel_bench.contenders import SPLITTING, Unavailable, make_contender
 from kernel_bench.options import Options, define_flags, parse_options
-from kernel_bench.step_timing import StepBench, StepCase, decode_work, prefill_flops
-from lib import report
+from kernel_bench.report import ReportTable, environment, rates
+from kernel_bench.step_timing import StepBench, StepCase
 from lib.command import first_line, run_command
-from lib.report import Record, Write
-from lib.timing import Peaks, Timer, free_bytes, measure, measure_peaks
+from lib.device import device_name, free_bytes
+from lib.peaks import Peaks, measure_peaks
+from lib.records import Record, Write, outputs, rounded, times
+from lib.roofline import prefill_flops, work_of_decode
+from lib.timing import Timer, measure
 
 from jaxserve.config import EngineConfig, read_json_object
 from jaxserve.models import families
@@ -57,13 +60,13 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
 
 def _run(options: Options) -> int:
     common: Record = {}
-    with report.outputs(options.csv, options.json, lambda: common) as write:
-        print(f"{report.device_name()}, jax {jax.__version__}")
+    with outputs(options.csv, options.json, lambda: common) as write:
+        print(f"{device_name()}, jax {jax.__version__}")
         peaks = _measure_peaks(options)
         step = options.op == "step"
-        common |= report.environment(peaks, "step" if step else "kernel", options.seed)
-        report.print_header(step=step)
-        statuses = (_run_step if step else _run_kernels)(options, peaks, write)
+        common |= environment(peaks, "step" if step else "kernel", options.seed)
+        table = ReportTable(step=step)
+        statuses = (_run_step if step else _run_kernels)(options, peaks, write, table)
     return 1 if "failed" in statuses else 0
 
 
@@ -82,16 +85,15 @@ def _product_dtype(dtype: str) -> str:
     return dtype if dtype in ("float32", "float16") else "bfloat16"
 
 
-def _run_kernels(options: Options, peaks: Peaks, write: Write) -> set[str]:
+def _run_kernels(options: Options, peaks: Peaks, write: Write, table: ReportTable) -> set[str]:
     """Measures all cases; returns the statuses that occurred."""
     statuses: set[str] = set()
-    reasons: set[tuple[str, str]] = set()
     for cases in _groups(options):
         timed = []
         for case in cases:
             for record in _measure_case(case, options, peaks):
                 write(record)
-                report.print_row(record, reasons)
+                table.print(record)
                 statuses.add(record["status"])
                 timed += [record] if record["status"] == "timed" else []
         if options.tune and timed:
@@ -144,8 +146,8 @@ def _measure_case(case: Case, options: Options, peaks: Peaks) -> list[Record]:
             record |= {"status": "failed" if failed else "left out", "reason": first_line(error)}
     for name, timing in measure(timers, options.repeats).items():
         seconds, dtype = timing.quantile(0.5), _product_dtype(case.dtype)
-        records[name] |= {"status": "timed"} | report.times(timing)
-        records[name] |= report.rates(case.bytes_moved, case.flops, seconds, peaks, dtype)
+        records[name] |= {"status": "timed"} | times(timing)
+        records[name] |= rates(case.bytes_moved, case.flops, seconds, peaks, dtype)
     return list(records.values())
 
 
@@ -153,7 +155,7 @@ def _checked_timer(name: str, case: Case, data: Data, record: Record) -> dict[st
     """The contender's timer by its name, nothing if its result is wrong; `record` gets how far that is from the reference."""
     contender = make_contender(name, case, data)
     error, bound = max(errors(case, data, contender.result()), key=lambda pair: pair[0] / pair[1])
-    record |= {"relative_error": report.rounded(error), "error_bound": bound}
+    record |= {"relative_error": rounded(error), "error_bound": bound}
     if not error <= bound:
         status = "failed" if name in BACKENDS else "left out"
         record |= {"status": status, "reason": f"wrong: its relative error is {error:.2g}, above {bound:.2g}"}
@@ -179,11 +181,10 @@ def _record(case: Case, name: str, options: Options) -> Record:
     }
 
 
-def _run_step(options: Options, peaks: Peaks, write: Write) -> set[str]:
+def _run_step(options: Options, peaks: Peaks, write: Write, table: ReportTable) -> set[str]:
     """Measures the step for all slots and contexts; returns the statuses that occurred."""
     model = families.read_model_config(options.model)
     statuses: set[str] = set()
-    reasons: set[tuple[str, str]] = set()
     for dtype in options.dtypes:
         engine = _step_engine(options, dtype)
         params = random_params(model, options.seed, dtype)
@@ -191,7 +192,7 @@ def _run_step(options: Options, peaks: Peaks, write: Write) -> set[str]:
             case = StepCase(model, slots, context, options.steps, options.repeats, engine)
             record = _measure_step(case, params, dtype, options, peaks)
             write(record)
-            report.print_row(record, reasons)
+            table.print(record)
             statuses.add(record["status"])
         del params  # before the next ones are made
     return statuses
@@ -226,6 +227,7 @@ def _measure_step(case: StepCase, params: Any, dtype: str, options: Options, pea
         "status": "left out",
         **dict.fromkeys(_STEP_MEASURED),
     }
+    model = case.model
     try:
         bench = StepBench(case, params)
         record |= {"tile_sizes": list(bench.config.tile_sizes), "num_pages": bench.config.num_pages}
@@ -236,21 +238,22 @@ def _measure_step(case: StepCase, params: Any, dtype: str, options: Options, pea
     except Exception as error:  # whatever a compiler says: other slots are measured all the same
         return record | {"status": "failed", "reason": first_line(error)}
     seconds = timing.quantile(0.5)
-    num_bytes, flops = decode_work(case, params)
-    prefill_flops_per_s = prefill_flops(case, params) / prefill_s
+    work = work_of_decode(model, dtype, str(bench.config.kv_dtype), slots=case.slots, num_tokens=case.mean_tokens)
+    num_bytes, flops = int(work.num_bytes[0]), int(work.flops[0])
+    prefill_flops_per_s = prefill_flops(model, dtype, case.context) / prefill_s
     return (
         record
-        | report.times(timing)
-        | report.rates(num_bytes, flops, seconds, peaks, dtype)
+        | times(timing)
+        | rates(num_bytes, flops, seconds, peaks, dtype)
         | {
             "status": "timed",
             "mean_tokens": case.mean_tokens,
-            "tokens_per_s": report.rounded(case.slots / seconds),
-            "share_of_roofline": report.rounded(num_bytes / peaks.bytes_per_s / seconds),
-            "prefill_ms": report.rounded(1e3 * prefill_s),
-            "prefill_tokens_per_s": report.rounded(case.context / prefill_s),
-            "prefill_flops_per_s": report.rounded(prefill_flops_per_s),
-            "prefill_share_of_matmul_rate": report.rounded(prefill_flops_per_s / peaks.matmul_flops_per_s[dtype]),
+            "tokens_per_s": rounded(case.slots / seconds),
+            "share_of_roofline": rounded(num_bytes / peaks.bytes_per_s / seconds),
+            "prefill_ms": rounded(1e3 * prefill_s),
+            "prefill_tokens_per_s": rounded(case.context / prefill_s),
+            "prefill_flops_per_s": rounded(prefill_flops_per_s),
+            "prefill_share_of_matmul_rate": rounded(prefill_flops_per_s / peaks.matmul_flops_per_s[dtype]),
         }
     )
 

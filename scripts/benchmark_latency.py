@@ -1,11 +1,11 @@
-"""Latency of a batch that starts together: the whole of it, its first tokens, each further token.
+"""Measures the latency of requests that start together: until all are done, until the first token, and per further token.
 
     python scripts/benchmark_latency.py --batch_sizes 1,8,32 --input_lens 128 --output_lens 128
     python scripts/benchmark_latency.py --batch_sizes 1 --model configs/models/llama-135m.json --json latency.jsonl
 
-The engine has as many slots as the largest batch. A single stream is compared with the limit of any engine that reads all
-weights once per token: their bytes over the read bandwidth, which is measured in the same run before and after
-(`machine_peaks.py`; the better one counts).
+The engine has as many slots as the largest batch. The table has milliseconds. A single stream is compared with the limit of any
+engine that reads all weights once per token: their bytes over the read bandwidth, which `machine_peaks.py` measures before and
+after in the same run; the higher one counts.
 """
 
 import dataclasses
@@ -16,16 +16,23 @@ from typing import Any
 import machine_peaks
 import numpy as np
 from absl import app, flags
-from lib import report
-from lib.command import PERCENTILES, Table, integers, run_command, spread
-from lib.engine_options import EngineOptions, define_engine_flags, fitted_options, load_model, make_warm_engine
+from lib.command import run_command
+from lib.engine_options import (
+    BENCHMARK,
+    EngineOptions,
+    define_engine_flags,
+    fitted_options,
+    load_model,
+    make_warm_engine,
+)
+from lib.flag_values import integers, options_from_flags
 from lib.plot import Line, Panel, check_plot, save_plot
-from lib.report import Record, rounded
-from lib.roofline import is_matrix
+from lib.records import PERCENTILES, Record, outputs, provenance, rounded, spread
+from lib.roofline import weight_bytes_per_token
 from lib.serving_load import Trace, offer
+from lib.table import Table, percent
 
 from jaxserve import ModelConfig, SamplingParams
-from jaxserve.models.params import abstract_params, leaves_with_paths
 
 _METHOD = (
     "all requests of a batch handed over at once, random prompts, greedy, no end-of-sequence; one untimed run of each case, "
@@ -42,7 +49,7 @@ _COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One kind of batch; lengths in tokens."""
+    """Requests of equal lengths, in tokens, that start together."""
 
     batch_size: int
     input_len: int
@@ -51,7 +58,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The flags, checked."""
+    """The command's flags, checked."""
 
     engine: EngineOptions
     model: ModelConfig
@@ -64,24 +71,26 @@ class Options:
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """All flags of the benchmark."""
+    """Defines all flags of the command."""
     define_engine_flags(values, max_slots="the largest batch", max_steps_per_call="that of --steps_per_call")
-    to: dict[str, Any] = {"flag_values": values, "module_name": "Benchmark"}
+    to: dict[str, Any] = {"flag_values": values, "module_name": BENCHMARK}
     flags.DEFINE_list("batch_sizes", "1,8,32", "Requests that start together.", **to)
     flags.DEFINE_list("input_lens", "128", "Tokens of each prompt.", **to)
     flags.DEFINE_list("output_lens", "128", "Tokens generated for each.", **to)
-    flags.DEFINE_integer("steps_per_call", 1, "Steps between two looks of the host.", lower_bound=1, **to)
+    flags.DEFINE_integer(
+        "steps_per_call", 1, "Steps per call of the engine; the host reads tokens once per call.", lower_bound=1, **to
+    )
     flags.DEFINE_integer("repeats", 5, "Timed runs of each case.", lower_bound=1, **to)
-    flags.DEFINE_integer("seed", 0, "Of the prompts.", lower_bound=0, upper_bound=2**31 - 1, **to)
+    flags.DEFINE_integer("seed", 0, "Seed of the prompts.", lower_bound=0, upper_bound=2**31 - 1, **to)
     flags.DEFINE_string("json", None, "Write the records as JSON lines to this file.", **to)
-    flags.DEFINE_string("plot", None, "Draw latencies over the batch size into this file.", **to)
+    flags.DEFINE_string("plot", None, "Draw latencies over the batch size into this file: .png, .svg or .pdf.", **to)
 
 
 def parse_options(values: flags.FlagValues) -> Options:
-    """Options from flags.
+    """Reads the flags.
 
     Raises:
-      ValueError: if a flag is not valid.
+      ValueError: if a flag's value is not valid.
     """
     lists = [integers(name, values[name].value or ()) for name in ("batch_sizes", "input_lens", "output_lens")]
     cases = tuple(Case(*sizes) for sizes in itertools.product(*lists))
@@ -101,33 +110,24 @@ def parse_options(values: flags.FlagValues) -> Options:
     for name, least in needed.items():
         if getattr(engine.config, name) < least:
             raise ValueError(f"{name}={getattr(engine.config, name)} is below the {least} that are needed: raise it")
-    return Options(
-        engine=engine,
-        model=model,
-        cases=cases,
-        steps_per_call=values.steps_per_call,
-        repeats=values.repeats,
-        seed=values.seed,
-        json=values.json,
-        plot=values.plot,
-    )
+    return options_from_flags(Options, values, engine=engine, model=model, cases=cases)
 
 
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
-    """Runs the benchmark; returns its exit status."""
+    """Runs the command and returns its exit status."""
     return run_command(argv, lambda: _run(parse_options(values)))
 
 
 def _run(options: Options) -> int:
     common: Record = {}
     dtype = options.engine.dtype
-    with report.outputs(None, options.json, lambda: common) as write:
+    with outputs(None, options.json, lambda: common) as write:
         peaks = [machine_peaks.measure([dtype])]
         engine = make_warm_engine(options.engine)
         traces = measure(engine, options)
         peaks.append(machine_peaks.measure([dtype]))
         bandwidth = max(peak["read"]["bytes_per_s"] for peak in peaks)
-        needed = weight_bytes(options.model, dtype, engine.config.weight_dtype)
+        needed = weight_bytes_per_token(options.model, dtype, engine.config.weight_dtype)
         limit_ms = 1e3 * needed / bandwidth
         common |= {
             "model": options.engine.model or "demo",
@@ -137,7 +137,7 @@ def _run(options: Options) -> int:
             "repeats": options.repeats,
             "read_bytes_per_s": rounded(bandwidth),
             "weight_bytes": needed,
-            **report.provenance(_METHOD, options.seed),
+            **provenance(_METHOD, options.seed),
         }
         print(
             f"{common['device']}, {common['model']} in {dtype}; milliseconds; weights of "
@@ -148,13 +148,13 @@ def _run(options: Options) -> int:
             record = summarize(case, runs, limit_ms)
             write(record)
             records.append(record)
-            table.row(_cells(record))
+            table.print_row(_cells(record))
     save_plot(options.plot, list(_panels(records)), title=f"{common['device']}, {common['model']} in {dtype}")
     return 0
 
 
 def measure(engine: Any, options: Options) -> dict[Case, list[Trace]]:
-    """The runs of each case, taken in turns; each run has prompts of its own."""
+    """Runs the cases in turns and returns the runs of each; each run has other prompts, and the first one is not counted."""
     rng = np.random.default_rng(options.seed)
     traces: dict[Case, list[Trace]] = {case: [] for case in options.cases}
     for repeat in range(options.repeats + 1):
@@ -169,10 +169,10 @@ def measure(engine: Any, options: Options) -> dict[Case, list[Trace]]:
 
 
 def summarize(case: Case, runs: Sequence[Trace], limit_ms: float) -> Record:
-    """The figures of a case.
+    """Returns the figures of a case.
 
     Raises:
-      RuntimeError: if a request did not get its tokens.
+      RuntimeError: if a request did not get all its tokens.
     """
     served = [one for run in runs for one in run.served]
     wrong = {len(one.token_times) for one in served} - {case.output_len}
@@ -193,28 +193,13 @@ def summarize(case: Case, runs: Sequence[Trace], limit_ms: float) -> Record:
     }
 
 
-def weight_bytes(model: ModelConfig, dtype: str, matrices_dtype: str | None = None) -> int:
-    """Bytes of the weights that each token needs: all, but of an embedding that is no output projection.
-
-    Args:
-      matrices_dtype: as `EngineConfig.weight_dtype`, the scales of which are not counted; None: as the other weights.
-    """
-    total = 0
-    for path, leaf in leaves_with_paths(abstract_params(model, dtype)):
-        if path[-1] != "embedding" or model.tied_embeddings:
-            narrow = matrices_dtype is not None and is_matrix(path, leaf)
-            total += leaf.size * np.dtype(matrices_dtype if narrow else leaf.dtype).itemsize
-    return total
-
-
 def _cells(record: Record) -> Record:
-    share = record["share_of_limit"]
     cells = {
         "batch size": record["batch_size"],
         "input": record["input_len"],
         "output": record["output_len"],
         "tok/s": record["output_tokens_per_s"],
-        "of limit": None if share is None else f"{100 * share:.0f}%",
+        "of limit": percent(record["share_of_limit"]),
     }
     for name, key in _LATENCIES.items():
         cells |= {f"{name} {part}": record[key][part] for part in PERCENTILES}
@@ -222,7 +207,7 @@ def _cells(record: Record) -> Record:
 
 
 def _panels(records: Sequence[Record]) -> Iterator[Panel]:
-    """Latencies over the batch size, a curve per lengths."""
+    """Yields a panel per latency over the batch size, with a curve per pair of input and output length."""
     lengths = dict.fromkeys((record["input_len"], record["output_len"]) for record in records)
     for name, key in _LATENCIES.items():
         lines = []

@@ -1,17 +1,15 @@
-"""What each sampling parameter costs per step: the sampler alone, on random logits, all features in one compiled program.
+"""Measures what each sampling parameter costs per step: the sampler alone, on random logits, in one compiled program.
 
     python scripts/benchmark_sampling.py --rows 32 --vocab_size 151936 --json sampling.jsonl
 
-"nothing asked" is the cost of all features when unused: greedy rows; the line above it is what no sampler can do without,
-argmax and log-sum-exp. Each other line is what one feature adds when every row asks for it. Contenders take turns; medians.
+"nothing asked" is a step of greedy rows, so it has the cost of all parameters that no row asks for. The line above it is the
+least that any sampler does: argmax and log-sum-exp, as XLA computes them. In each other line every row asks for the same;
+"added" is what that takes more than "nothing asked". Times are medians in milliseconds; the parameters take turns.
 """
 
 import dataclasses
 import functools
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from lib.command import run_command
+from lib.flag_values import options_from_flags
+from lib.records import Record, outputs, provenance
+from lib.table import Table
 
 from jaxserve import EngineConfig, ModelConfig, SamplingParams, init_state
 from jaxserve.core.logit_rules import Context
@@ -28,16 +30,6 @@ from jaxserve.core.sampling import sample
 from jaxserve.core.scheduler import EngineState
 from jaxserve.core.scheduler.token_counts import count_tokens
 from pallas_kernels.backend import resolve_backend
-
-FLAGS = flags.FLAGS
-flags.DEFINE_integer("rows", 32, "Sequences that draw a token in a step.", lower_bound=1)
-flags.DEFINE_integer("vocab_size", 151_936, "Tokens in the vocabulary.", lower_bound=300)
-flags.DEFINE_integer("sequence_length", 512, "Tokens of each sequence.", lower_bound=16)
-flags.DEFINE_integer("repeats", 15, "Timed calls per feature.", lower_bound=1)
-flags.DEFINE_enum(
-    "sampler", None, ["native", "plain"], "C++ kernels or plain JAX; by default what an engine uses here."
-)
-flags.DEFINE_string("json", None, "Also write the results as JSON lines to this file.")
 
 FEATURES: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 1.0},
@@ -52,37 +44,78 @@ FEATURES: dict[str, dict[str, Any]] = {
     "bad_words": {"bad_words": [[5, 6], [7]]},
     "min_tokens": {"min_tokens": 16},
 }
+_METHOD = "the sampler alone on random logits; parameters in turns, after an untimed call of each; medians and minima"
+_COLUMNS = {"asked for": 24, "ms/step": 9, "min ms": 9, "added ms": 9}
+_ROOM = 16  # tokens that a sequence may still generate
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command's flags, checked."""
+
+    rows: int
+    vocab_size: int
+    sequence_length: int
+    repeats: int
+    sampler: str
+    json: str | None
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines all flags of the command."""
+    to: dict[str, Any] = {"flag_values": values}
+    flags.DEFINE_integer("rows", 32, "Sequences that draw a token in a step.", lower_bound=1, **to)
+    flags.DEFINE_integer("vocab_size", 151_936, "Tokens in the vocabulary.", lower_bound=300, **to)
+    flags.DEFINE_integer("sequence_length", 512, "Tokens of each sequence.", lower_bound=16, **to)
+    flags.DEFINE_integer("repeats", 15, "Timed calls per parameter.", lower_bound=1, **to)
+    flags.DEFINE_enum(
+        "sampler", None, ["native", "plain"], "C++ kernels or plain JAX; by default what an engine uses here.", **to
+    )
+    flags.DEFINE_string("json", None, "Write the records as JSON lines to this file.", **to)
+
+
+def parse_options(values: flags.FlagValues) -> Options:
+    """Reads the flags."""
+    usual = "native" if resolve_backend(None) == "native" else "plain"
+    return options_from_flags(Options, values, sampler=values.sampler or usual)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The state in which every row asks for the same."""
+    """A state in which every row asks for the same parameters, and what the sampler sees of it."""
 
     state: EngineState
     context: Context
 
 
-def make_setting(model: ModelConfig, config: EngineConfig, **wanted: Any) -> Setting:
-    """Every row decodes its `sequence_length`-th token, with all tokens before counted."""
-    rows, length = config.max_slots, FLAGS.sequence_length
-    submission = empty_submission(rows, model, config)
-    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 16} | wanted)
-    for row in range(rows):
+def make_setting(model: ModelConfig, config: EngineConfig, length: int, **fields: Any) -> Setting:
+    """Makes a setting in which every row decodes its `length`-th token, with all tokens before it counted.
+
+    Args:
+      model: hyperparameters.
+      config: the engine's configuration.
+      length: tokens of each sequence.
+      fields: fields of SamplingParams; greedy by default.
+    """
+    num_rows = config.max_slots
+    submission = empty_submission(num_rows, model, config)
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": _ROOM} | fields)
+    for row in range(num_rows):
         tokens = np.random.default_rng(row).integers(0, model.vocab_size, length - 8)
         fill_row(submission, row, tokens.tolist(), params, seed=row, priority=0, eos_token_ids=(3,))
     state = init_state(model, config)
-    number = jnp.full((rows,), length, jnp.int32)
+    num_tokens = jnp.full((num_rows,), length, jnp.int32)
     queue = state.queue.replace(
         tokens=state.queue.tokens.at[:].set(submission.tokens),
-        prompt_length=number - 8,
-        num_tokens=number,
+        prompt_length=num_tokens - 8,
+        num_tokens=num_tokens,
         stop_token_ids=jnp.asarray(submission.stop_token_ids),
         sampling=jax.tree.map(jnp.asarray, submission.sampling),
         rules=jax.tree.map(jnp.asarray, submission.rules),
     )
-    slots = state.slots.replace(row_id=jnp.arange(rows, dtype=jnp.int32))
-    state = count_tokens(state.replace(queue=queue, slots=slots), jnp.ones((rows,), bool))
-    # One token less is counted than there are: a step counts one.
+    slots = state.slots.replace(row_id=jnp.arange(num_rows, dtype=jnp.int32))
+    state = count_tokens(state.replace(queue=queue, slots=slots), jnp.ones((num_rows,), bool))
+    # A step counts one token, so one less is counted than there are.
     state = state.replace(slots=state.slots.replace(num_counted=jnp.maximum(state.slots.num_counted - 1, 0)))
     return Setting(
         state=state,
@@ -97,12 +130,10 @@ def make_setting(model: ModelConfig, config: EngineConfig, **wanted: Any) -> Set
     )
 
 
-def one_step(
-    logits: jax.Array, setting_state: EngineState, context: Context, *, max_logprobs: int, native: bool
-) -> Any:
-    """What a step does after the output projection, but for the retiring; the state goes back to whoever donated it."""
+def one_step(logits: jax.Array, state: EngineState, context: Context, *, max_logprobs: int, native: bool) -> Any:
+    """Does what a step does after the output projection, without retiring; returns the drawn tokens and the state."""
     rows = jnp.ones(context.num_tokens.shape, bool)
-    state = count_tokens(setting_state, rows)
+    state = count_tokens(state, rows)
     queue = state.queue
     context = context.replace(seen=state.seen)
     options: dict[str, Any] = {"max_logprobs": max_logprobs, "native": native}
@@ -110,90 +141,86 @@ def one_step(
     return drawn, state
 
 
-def sampler() -> str:
-    """What samples."""
-    return FLAGS.sampler or ("native" if resolve_backend(None) == "native" else "plain")
-
-
-def least(logits: jax.Array) -> Any:
-    """What any sampler has to do."""
+def argmax_and_log_sum_exp(logits: jax.Array) -> Any:
+    """Does the least that any sampler has to do."""
     return jnp.argmax(logits, axis=-1), jax.nn.logsumexp(logits, axis=-1)
 
 
-def measure() -> list[dict[str, Any]]:
-    """One record per feature, times in milliseconds."""
-    model = ModelConfig("llama", FLAGS.vocab_size, 8, 8, 1, 1, 1, 8, max_position=FLAGS.sequence_length + 16)
+def measure(options: Options) -> list[Record]:
+    """Times each parameter and returns a record for each, in milliseconds."""
+    longest = options.sequence_length + _ROOM
+    model = ModelConfig("llama", options.vocab_size, 8, 8, 1, 1, 1, 8, max_position=longest)
     config = EngineConfig(
-        max_slots=FLAGS.rows,
-        max_queue=FLAGS.rows,
-        num_pages=-(-(FLAGS.sequence_length + 16) // 16),
-        max_model_len=FLAGS.sequence_length + 16,
+        max_slots=options.rows,
+        max_queue=options.rows,
+        num_pages=-(-longest // 16),
+        max_model_len=longest,
         kv_dtype="float32",
     )
-    logits = 3 * jax.random.normal(jax.random.key(0), (FLAGS.rows, FLAGS.vocab_size))
-    options: dict[str, Any] = {"max_logprobs": config.max_logprobs, "native": sampler() == "native"}
-    program = jax.jit(functools.partial(one_step, **options), donate_argnums=1)
-    argmax_and_sum = jax.jit(least)
-    calls: dict[str, Callable[[], float]] = {"argmax and log-sum-exp": lambda: _timed(argmax_and_sum, logits)}
-    for name, wanted in {"nothing asked": {}, **FEATURES}.items():
-        setting = make_setting(model, config, **wanted)
-        calls[name] = functools.partial(_timed_step, program, logits, setting)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(FLAGS.repeats + 1):
+    logits = 3 * jax.random.normal(jax.random.key(0), (options.rows, options.vocab_size))
+    static: dict[str, Any] = {"max_logprobs": config.max_logprobs, "native": options.sampler == "native"}
+    program = jax.jit(functools.partial(one_step, **static), donate_argnums=1)
+    least = jax.jit(argmax_and_log_sum_exp)
+    calls: dict[str, Callable[[], float]] = {"argmax and log-sum-exp": lambda: _seconds(least, logits)}
+    for name, fields in {"nothing asked": {}, **FEATURES}.items():
+        setting = make_setting(model, config, options.sequence_length, **fields)
+        calls[name] = functools.partial(_step_seconds, program, logits, setting)
+    times_ms: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(options.repeats + 1):
         for name, call in calls.items():
-            taken = call()
-            if repeat:  # the first one compiles
-                times[name].append(1e3 * taken)
-    unused = statistics.median(times["nothing asked"])
+            seconds = call()
+            if repeat:  # the first call compiles
+                times_ms[name].append(1e3 * seconds)
+    unused = statistics.median(times_ms["nothing asked"])
     return [
         {
             "feature": name,
-            "median_ms": round(statistics.median(taken), 3),
-            "min_ms": round(min(taken), 3),
-            "added_ms": round(statistics.median(taken) - unused, 3),
+            "median_ms": round(statistics.median(samples), 3),
+            "min_ms": round(min(samples), 3),
+            "added_ms": round(statistics.median(samples) - unused, 3),
         }
-        for name, taken in times.items()
+        for name, samples in times_ms.items()
     ]
 
 
-def _timed(function: Callable[..., Any], *arguments: Any) -> float:
+def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
     start = time.perf_counter()
     jax.block_until_ready(function(*arguments))
     return time.perf_counter() - start
 
 
-def _timed_step(program: Callable[..., Any], logits: jax.Array, setting: Setting) -> float:
+def _step_seconds(program: Callable[..., Any], logits: jax.Array, setting: Setting) -> float:
     state = jax.block_until_ready(jax.tree.map(jnp.copy, setting.state))
-    return _timed(program, logits, state, setting.context)
+    return _seconds(program, logits, state, setting.context)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Measures, prints a table, writes the records."""
-    if argv[1:]:
-        print(f"error: unexpected argument {argv[1]!r}: there are only flags", file=sys.stderr)
-        return 1
-    records = measure()
-    device = jax.devices()[0].device_kind
-    print(
-        f"{FLAGS.rows} rows, vocabulary {FLAGS.vocab_size}, {device}, jax {jax.__version__}, {sampler()} sampler; ms per step"
-    )
-    for record in records:
-        print(f"{record['feature']:24} {record['median_ms']:9.2f}  added {record['added_ms']:8.2f}")
-    if FLAGS.json is not None:
-        about = {
-            "rows": FLAGS.rows,
-            "vocab_size": FLAGS.vocab_size,
-            "repeats": FLAGS.repeats,
-            "sampler": sampler(),
-            "device": device,
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        with open(FLAGS.json, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(about | record) + "\n" for record in records)
+def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
+    """Runs the command and returns its exit status."""
+    return run_command(argv, lambda: _run(parse_options(values)))
+
+
+def _run(options: Options) -> int:
+    common = {
+        "rows": options.rows,
+        "vocab_size": options.vocab_size,
+        "repeats": options.repeats,
+        "sampler": options.sampler,
+        **provenance(_METHOD, seed=0),
+    }
+    with outputs(None, options.json, lambda: common) as write:
+        print(
+            f"{common['device']}, jax {jax.__version__}: {options.sampler} sampler, {options.rows} rows, vocabulary "
+            f"{options.vocab_size}; milliseconds per step, medians of {options.repeats}"
+        )
+        table = Table(_COLUMNS)
+        for record in measure(options):
+            write(record)
+            times = {"ms/step": record["median_ms"], "min ms": record["min_ms"]}
+            more = record["added_ms"] if record["feature"] in FEATURES else None
+            table.print_row({"asked for": record["feature"], **times, "added ms": more})
     return 0
 
 
 if __name__ == "__main__":
+    define_flags(flags.FLAGS)
     app.run(main)

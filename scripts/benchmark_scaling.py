@@ -1,4 +1,4 @@
-"""What a step costs as the engine gets larger: one thing varied at a time; the scheduler, all but the model, the whole step.
+"""Measures what a step costs as one thing at a time grows: the scheduler alone, all but the model, and the whole step.
 
     python scripts/benchmark_scaling.py --what=scheduler --json scaling.jsonl --plot scaling.png
     python scripts/benchmark_scaling.py --what=step --sweep=slots,long --model configs/models/llama-135m.json
@@ -11,9 +11,9 @@
     context     tokens of each sequence                                     capacity    the longest sequence there is room for
     pages       in the pool
 
-"scheduler" is all of a step but the model and the sampler (`scaling_timing.py`). "rest" is all of it but the model:
-`run_steps`, with a model of one layer eight wide, which writes as many logits. A line is fitted to each curve, by
-relative least squares; its constants are printed, with how far the worst point is off.
+"scheduler" is all of a step but the model and the sampler (`scaling/timing.py`). "rest" is all but the model: `run_steps` with
+a model of one layer, eight wide, which writes as many logits. The table has microseconds per step. A line is fitted to each
+curve by relative least squares; its constants are printed with the relative error of the worst point.
 """
 
 import dataclasses
@@ -23,12 +23,14 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
-from lib import report
-from lib.command import Table, first_line, integers, names, run_command
+from lib.command import first_line, run_command
+from lib.device import device_name
+from lib.flag_values import integers, names, options_from_flags
 from lib.plot import Line, Panel, check_plot, save_plot
-from lib.report import Record, rounded
-from lib.scaling_cases import SWEEPS, Base, Case, busy_state, make_cases
-from lib.scaling_timing import Bench, Pools, make_step, make_stub, stub_model
+from lib.records import Record, outputs, provenance, rounded, times
+from lib.table import Table, factor
+from scaling.cases import SWEEPS, Base, Case, busy_state, make_cases
+from scaling.timing import Bench, Pools, make_step, make_stub, stub_model
 
 from jaxserve import EngineConfig, ModelConfig, prepare
 from jaxserve.commands.flags import DTYPES
@@ -39,7 +41,7 @@ from jaxserve.models.params import random_params
 
 _WHAT = ("scheduler", "rest", "step")
 _STEPS = {"scheduler": 1000, "rest": 64, "step": 8}
-_TURNOVER_STEPS = 64  # each needs rows that wait
+_TURNOVER_STEPS = 64  # fewer, as each step needs sequences that wait
 _METHOD = (
     "(time of a call of n steps - median time of a call of one) / (n - 1); the same state before every call; cases of a sweep "
     "in turns; scheduler: no model, no sampler; rest: a model of one layer, 8 wide; step: random weights, keys and values; "
@@ -50,7 +52,7 @@ _COLUMNS = {"sweep": 10, "what": 9, "series": 8, "value": 9, "us/step": 9, "min"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The flags, checked."""
+    """The command's flags, checked."""
 
     what: tuple[str, ...]
     sweeps: tuple[str, ...]
@@ -68,32 +70,36 @@ class Options:
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """All flags of the benchmark."""
+    """Defines all flags of the command."""
     to: dict[str, Any] = {"flag_values": values}
-    flags.DEFINE_list("what", "all", f"{', '.join(_WHAT)}; all: all of them.", **to)
-    flags.DEFINE_list("sweep", "all", f"{', '.join(SWEEPS)}; all: all of them.", **to)
-    flags.DEFINE_list("points", [], "Of one sweep, in place of the usual ones.", **to)
+    flags.DEFINE_list("what", "all", f"What to time, or all: {', '.join(_WHAT)}.", **to)
+    flags.DEFINE_list("sweep", "all", f"What to vary, or all: {', '.join(SWEEPS)}.", **to)
+    flags.DEFINE_list("points", [], "Values of one sweep, in place of the default ones.", **to)
     flags.DEFINE_string("model", "configs/models/llama-135m.json", "A config.json file; weights are random.", **to)
     flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Of weights, keys and values.", **to)
-    flags.DEFINE_integer("slots", 32, "Where they are not varied.", lower_bound=1, **to)
+    flags.DEFINE_integer("slots", 32, "Slots, where they are not varied.", lower_bound=1, **to)
     flags.DEFINE_integer(
         "context", 256, "Tokens per sequence at first, where they are not varied.", lower_bound=2, **to
     )
     flags.DEFINE_integer(
-        "steps", None, "Per timed call; by default 1000 of the scheduler, 64 without a model, 8 whole ones.", 2, **to
+        "steps",
+        None,
+        "Steps per timed call; by default 1000 of the scheduler, 64 without a model, 8 whole ones.",
+        2,
+        **to,
     )
     flags.DEFINE_integer("repeats", 10, "Timed calls per case.", lower_bound=1, **to)
     flags.DEFINE_string("engine_config", None, "A JSON file; its slots, pages, rows and lengths do not count.", **to)
-    flags.DEFINE_integer("seed", 0, "Of tokens, pages and weights.", lower_bound=0, upper_bound=2**31 - 1, **to)
+    flags.DEFINE_integer("seed", 0, "Seed of tokens, pages and weights.", lower_bound=0, upper_bound=2**31 - 1, **to)
     flags.DEFINE_string("json", None, "Write measurements and fits as JSON lines to this file.", **to)
-    flags.DEFINE_string("plot", None, "Draw the curves into this file.", **to)
+    flags.DEFINE_string("plot", None, "Draw the curves into this file: .png, .svg or .pdf.", **to)
 
 
 def parse_options(values: flags.FlagValues) -> Options:
-    """Options from flags.
+    """Reads the flags.
 
     Raises:
-      ValueError: if a flag is not valid, or has no effect beside the others.
+      ValueError: if a flag's value is not valid, or has no effect beside the others.
     """
     sweeps, what = names("sweep", values.sweep, tuple(SWEEPS)), names("what", values.what, _WHAT)
     if values.points and len(sweeps) > 1:
@@ -102,25 +108,18 @@ def parse_options(values: flags.FlagValues) -> Options:
         raise ValueError(f"--sweep={','.join(sweeps)} is about the scheduler only: use --what=scheduler")
     check_plot(values.plot)
     path = values.engine_config
-    return Options(
+    return options_from_flags(
+        Options,
+        values,
         what=what,
         sweeps=sweeps,
         points=integers("points", values.points, low=0) if values.points else (),
-        model=values.model,
-        dtype=values.dtype,
-        slots=values.slots,
-        context=values.context,
-        steps=values.steps,
-        repeats=values.repeats,
         engine=read_json_object(path, "engine config") if path is not None else {},
-        seed=values.seed,
-        json=values.json,
-        plot=values.plot,
     )
 
 
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
-    """Runs the benchmark; returns its exit status."""
+    """Runs the command and returns its exit status."""
     return run_command(argv, lambda: _run(parse_options(values)))
 
 
@@ -132,7 +131,7 @@ def _run(options: Options) -> int:
         "dtype": options.dtype,
         "engine_config": options.engine,
         "repeats": options.repeats,
-        **report.provenance(_METHOD, options.seed),
+        **provenance(_METHOD, options.seed),
     }
     plans = [
         (what, name, cases, steps)
@@ -143,16 +142,15 @@ def _run(options: Options) -> int:
         for cases in [_cases(options, what, name, model, engine, steps)]
     ]
     records: list[Record] = []
-    with report.outputs(None, options.json, lambda: common) as write:
-        print(f"{report.device_name()}, {common['model']} in {options.dtype}; microseconds per step")
+    with outputs(None, options.json, lambda: common) as write:
+        print(f"{device_name()}, {common['model']} in {options.dtype}; microseconds per step")
         table = Table(_COLUMNS)
         for what, name, cases, steps in plans:
             for record in _measure(what, cases, model, engine, options, steps):
                 write(record)
                 records.append(record)
                 _print(table, record)
-            found = fits_of(name, what, records)
-            for fit in found:
+            for fit in fits_of(name, what, records):
                 write(fit)
                 print(f"  {describe_fit(fit)}", flush=True)
     save_plot(options.plot, _panels(records), title=f"{common['device']}, {common['model']} in {options.dtype}")
@@ -167,21 +165,22 @@ def _num_steps(options: Options, what: str, name: str) -> int:
 def _cases(options: Options, what: str, name: str, model: ModelConfig, engine: EngineConfig, steps: int) -> list[Case]:
     base = Base(options.slots, options.context, model.vocab_size, steps, engine.page_size)
     cases = make_cases(name, base, options.points)
-    return [case for case in cases if case.lengths or what == "scheduler"]  # an engine with nothing to do takes no step
+    return [
+        case for case in cases if case.lengths or what == "scheduler"
+    ]  # the whole engine takes no step when it is idle
 
 
 def _measure(
     what: str, cases: list[Case], model: ModelConfig, engine: EngineConfig, options: Options, steps: int
 ) -> Iterator[Record]:
-    """A record per case; what could not be measured says why."""
+    """Times the cases in turns and yields a record for each; one that could not be measured has the reason."""
     benches: list[Bench] = []
     records = [_record(what, case, steps) for case in cases]
     made: dict[int, Bench] = {}
     pools, weights = Pools(), {}
     for index, case in enumerate(cases):
-        of_case = (
-            stub_model(case.vocab_size) if what == "rest" else dataclasses.replace(model, vocab_size=case.vocab_size)
-        )
+        same_vocab = dataclasses.replace(model, vocab_size=case.vocab_size)
+        of_case = stub_model(case.vocab_size) if what == "rest" else same_vocab
         config = case.config(engine, steps)
         try:
             if what == "scheduler":
@@ -200,13 +199,13 @@ def _measure(
             benches.append(bench)
         except ValueError as error:
             records[index]["reason"] = str(error)
-        except Exception as error:  # whatever a compiler says: other cases are measured all the same
+        except Exception as error:  # compilers raise all kinds; the other cases are measured all the same
             records[index] |= {"status": "failed", "reason": first_line(error)}
     for _ in range(options.repeats):
         for bench in benches:
             bench.take_sample()
     for index, bench in made.items():
-        records[index] |= {"status": "timed"} | report.times(bench.timing())
+        records[index] |= {"status": "timed"} | times(bench.timing())
     yield from records
 
 
@@ -222,7 +221,7 @@ def _record(what: str, case: Case, steps: int) -> Record:
         "num_tokens": sum(case.lengths),
         "max_model_len": case.max_model_len,
         "num_pages": case.num_pages,
-        "num_rows": case.num_rows,
+        "num_rows": case.queue_size,
         "waiting": case.waiting,
         "turnover": case.turnover,
         "vocab_size": case.vocab_size,
@@ -235,7 +234,11 @@ def _record(what: str, case: Case, steps: int) -> Record:
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
-    """a, b and the largest |a + b x - y| / y, where the squares of these are least together."""
+    """Fits y = a + b x so that the sum of squares of (a + b x - y) / y is least.
+
+    Returns:
+      a, b, and the largest |a + b x - y| / y.
+    """
     values, costs = np.asarray(x, float), np.asarray(y, float)
     terms = np.stack([np.ones_like(values), values], axis=1) / costs[:, None]
     (a, b), *_ = np.linalg.lstsq(terms, np.ones_like(costs), rcond=None)
@@ -243,7 +246,7 @@ def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, floa
 
 
 def fits_of(name: str, what: str, records: list[Record]) -> Iterator[Record]:
-    """A line per series of the sweep; none through points whose time drowned in noise."""
+    """Fits a line to each series of a sweep, without points whose noise made their time negative, and yields its record."""
     timed = [
         record
         for record in records
@@ -275,19 +278,19 @@ def fits_of(name: str, what: str, records: list[Record]) -> Iterator[Record]:
 
 
 def _long_to_even(timed: list[Record]) -> Iterator[Record]:
-    """How much more one long sequence among short ones costs than as many tokens evenly spread."""
-    cost = {(record["series"], record["value"]): record["median_us"] for record in timed}
-    for value in sorted({value for _, value in cost}):
-        if {("one long", value), ("even", value)} <= cost.keys():
-            ratio = rounded(cost["one long", value] / cost["even", value])
+    """Yields how much more one long sequence among short ones costs than as many tokens evenly spread."""
+    costs = {(record["series"], record["value"]): record["median_us"] for record in timed}
+    for value in sorted({value for _, value in costs}):
+        if {("one long", value), ("even", value)} <= costs.keys():
+            ratio = rounded(costs["one long", value] / costs["even", value])
             yield {"kind": "ratio", "sweep": "long", "what": "step", "value": value, "one_long_to_even": ratio}
 
 
 def describe_fit(fit: Record) -> str:
-    """A sentence for people."""
+    """Returns the line that is printed for a fit or a ratio."""
     if fit["kind"] == "ratio":
-        times = f"{fit['one_long_to_even']:.2f}x"
-        return f"one sequence of {fit['value']} tokens among short ones: {times} of as many spread evenly"
+        ratio = factor(fit["one_long_to_even"])
+        return f"one sequence of {fit['value']} tokens among short ones: {ratio} of as many spread evenly"
     name = " ".join(filter(None, (fit["what"], fit["sweep"], fit["series"])))
     text = (
         f"{name}: {fit['us_per_step']:.3g} us + {fit['us_per_unit']:.3g} us per {fit['unit']} (worst point "
@@ -305,7 +308,7 @@ def _print(table: Table, record: Record) -> None:
         return
     cells = {name: record[name] for name in ("sweep", "what", "series", "value")}
     costs = {"us/step": record["median_us"], "min": record["min_us"], "p90": record["p90_us"]}
-    table.row(cells | costs | {"tokens": record["num_tokens"], "pages": record["num_pages"]})
+    table.print_row(cells | costs | {"tokens": record["num_tokens"], "pages": record["num_pages"]})
 
 
 def _panels(records: list[Record]) -> list[Panel]:

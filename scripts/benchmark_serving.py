@@ -1,12 +1,12 @@
-"""Serving at a given load: how long users wait as requests arrive at random, at each of several rates.
+"""Measures how long users wait under a load: requests arrive at random, at each of several rates.
 
     python scripts/benchmark_serving.py --rates 2,4,8,16 --slo ttft_ms:500,tpot_ms:100
     python scripts/benchmark_serving.py --rates 1,2,3 --burstiness 0.3 --model configs/models/llama-135m.json --json out.jsonl
 
-Arrivals are a Poisson process, or with --burstiness below 1 come in bursts (gamma-distributed gaps); the same at every rate,
-stretched. The load is open (`serving_load.py`). TTFT: from when a request was due to its first token; TPOT: per token after the
-first; ITL: between tokens; E2E: to the last one. Goodput counts requests that kept all bounds of --slo. Where requests pile up
-as long as they arrive, the rate is above what the engine can do: what users wait then grows with the length of the run.
+Arrivals are a Poisson process, or with --burstiness below 1 come in bursts (gamma-distributed gaps); every rate has the same
+gaps, stretched. The load is open (`lib/serving_load.py`). The table has milliseconds. TTFT: from when a request was due to its
+first token; TPOT: per token after the first; ITL: between two tokens; E2E: to the last token. Goodput: requests per second that
+kept all bounds of --slo. "above capacity": requests piled up as long as they arrived, so latencies grow with the run's length.
 """
 
 import dataclasses
@@ -15,12 +15,21 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
-from lib import report, workloads
-from lib.command import PERCENTILES, Table, positive, run_command
-from lib.engine_options import EngineOptions, define_engine_flags, fitted_options, load_model, make_warm_engine
+from lib import workloads
+from lib.command import run_command
+from lib.engine_options import (
+    BENCHMARK,
+    EngineOptions,
+    define_engine_flags,
+    fitted_options,
+    load_model,
+    make_warm_engine,
+)
+from lib.flag_values import options_from_flags, positive_numbers
 from lib.plot import Line, Panel, check_plot, save_plot
-from lib.report import Record
+from lib.records import PERCENTILES, Record, outputs, provenance
 from lib.serving_load import Trace, arrival_times, offer, parse_slos, summarize
+from lib.table import Table
 from lib.workloads import Workload
 
 from jaxserve import timeline
@@ -41,7 +50,7 @@ _COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The flags, checked."""
+    """The command's flags, checked."""
 
     engine: EngineOptions
     workload: Workload
@@ -57,27 +66,33 @@ class Options:
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """All flags of the benchmark."""
+    """Defines all flags of the command."""
     workloads.define_flags(values)
     define_engine_flags(values, max_waiting="no bound", max_steps_per_call="that of --steps_per_call")
     cli.define_timeline_flag(values)
-    to: dict[str, Any] = {"flag_values": values, "module_name": "Benchmark"}
-    flags.DEFINE_list("rates", "1,2,4,8", "Requests per second; inf: all at once.", **to)
-    flags.DEFINE_float("burstiness", 1.0, "Shape of the gaps: 1: Poisson, below: bursts, above: regular.", **to)
-    flags.DEFINE_string("slo", "", "Bounds for goodput, as in ttft_ms:500,tpot_ms:100; also e2e_ms.", **to)
-    flags.DEFINE_integer("steps_per_call", 1, "Steps between two looks of the host.", lower_bound=1, **to)
+    to: dict[str, Any] = {"flag_values": values, "module_name": BENCHMARK}
+    flags.DEFINE_list("rates", "1,2,4,8", "Requests per second, a run for each; inf: all at once.", **to)
+    flags.DEFINE_float(
+        "burstiness", 1.0, "Shape of the gaps: 1 is a Poisson process, less is bursts, more is regular.", **to
+    )
+    flags.DEFINE_string("slo", "", "Bounds for goodput, such as ttft_ms:500,tpot_ms:100; also e2e_ms.", **to)
+    flags.DEFINE_integer(
+        "steps_per_call", 1, "Steps per call of the engine; the host reads tokens once per call.", lower_bound=1, **to
+    )
     flags.DEFINE_string("json", None, "Write the records as JSON lines to this file.", **to)
-    flags.DEFINE_string("plot", None, "Draw latencies and goodput over the rate into this file.", **to)
+    flags.DEFINE_string(
+        "plot", None, "Draw latencies and goodput over the rate into this file: .png, .svg or .pdf.", **to
+    )
 
 
 def parse_options(values: flags.FlagValues) -> Options:
-    """Options from flags.
+    """Reads the flags.
 
     Raises:
-      ValueError: if a flag is not valid, or has no effect beside the others.
+      ValueError: if a flag's value is not valid, or has no effect beside the others.
     """
     finite = [rate for rate in values.rates if rate != "inf"]
-    rates = positive("rates", finite) if finite or not values.rates else ()
+    rates = positive_numbers("rates", finite) if finite or not values.rates else ()
     rates += (float("inf"),) * (len(finite) < len(values.rates))
     if not 0.01 <= values.burstiness <= 1000:
         raise ValueError(f"--burstiness={values.burstiness} must lie in [0.01, 1000]: 1 is a Poisson process")
@@ -95,30 +110,21 @@ def parse_options(values: flags.FlagValues) -> Options:
     for name, needed in (("max_model_len", workload.longest), ("max_steps_per_call", values.steps_per_call)):
         if getattr(engine.config, name) < needed:
             raise ValueError(f"{name}={getattr(engine.config, name)} is below the {needed} that are needed: raise it")
-    return Options(
-        engine=engine,
-        workload=workload,
-        workload_flags=workloads.describe_workload(values),
-        rates=rates,
-        burstiness=values.burstiness,
-        slos=slos,
-        steps_per_call=values.steps_per_call,
-        seed=values.seed,
-        json=values.json,
-        plot=values.plot,
-        timeline=values.timeline,
+    workload_flags = workloads.describe_workload(values)
+    return options_from_flags(
+        Options, values, engine=engine, workload=workload, workload_flags=workload_flags, rates=rates, slos=slos
     )
 
 
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
-    """Runs the benchmark; returns its exit status."""
+    """Runs the command and returns its exit status."""
     return run_command(argv, lambda: _run(parse_options(values)))
 
 
 def _run(options: Options) -> int:
     common: Record = {}
     records = []
-    with report.outputs(None, options.json, lambda: common) as write:
+    with outputs(None, options.json, lambda: common) as write:
         engine = make_warm_engine(options.engine)
         common |= {
             "model": options.engine.model or "demo",
@@ -128,7 +134,7 @@ def _run(options: Options) -> int:
             "burstiness": options.burstiness,
             "slos_ms": options.slos,
             "steps_per_call": options.steps_per_call,
-            **report.provenance(_METHOD, options.seed),
+            **provenance(_METHOD, options.seed),
         }
         prompts, params = options.workload.prompts, options.workload.params
         offer(engine, prompts[:2], params[:2], [0.0, 0.0][: len(prompts)], steps_per_call=options.steps_per_call)
@@ -140,7 +146,7 @@ def _run(options: Options) -> int:
             record = {"rate": rate if rate < float("inf") else "inf", **summarize(trace, rate, options.slos)}
             write(record)
             records.append(record)
-            table.row(_cells(record))
+            table.print_row(_cells(record))
     for line in _notes(records):
         print(line)
     save_plot(options.plot, _panels(records), title=f"{common['device']}, {common['model']}")
@@ -169,7 +175,7 @@ def _cells(record: Record) -> Record:
 
 
 def _notes(records: Sequence[Record]) -> list[str]:
-    """What a reader should know of the rates."""
+    """Returns lines about rates above capacity and about refused requests."""
     notes = [
         f"rate {record['rate']}: {100 * record['queue_growth']:.0f}% of what arrived was left over while it arrived; latencies "
         "grow with the number of requests"

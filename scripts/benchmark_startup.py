@@ -1,4 +1,4 @@
-"""How long it takes from nothing to the first token, in fresh processes: import, load, compile, generate.
+"""Measures the time from nothing to the first token in fresh processes: import, load, compile, generate.
 
     python scripts/benchmark_startup.py
     python scripts/benchmark_startup.py --model configs/models/llama-135m.json --max_model_len 512 --json startup.jsonl
@@ -7,8 +7,9 @@
     cold      native kernels were built before; no compiled programs
     cached    JAX's persistent cache has the programs of the cold start, as the command line keeps them
 
-Each repeat is one start of each kind, in this order, in directories of its own. Files are read from the system's page cache.
-Without --model the demo model starts; a config.json file gets random weights.
+Each repeat is one start of each kind, in this order, with caches of its own. Files come from the system's page cache. Without
+--model the demo model starts; a config.json file gets random weights. The table has seconds for each phase (the column "import"
+is jax and jaxserve together), and how many of the compiled programs came from a cache.
 """
 
 import dataclasses
@@ -24,24 +25,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
-from lib import report
-from lib.command import Table, run_command
-from lib.engine_options import EngineOptions, define_engine_flags, fitted_options, load_model
-from lib.report import Record, rounded
+from lib.command import run_command
+from lib.engine_options import BENCHMARK, EngineOptions, define_engine_flags, fitted_options, load_model
+from lib.flag_values import options_from_flags
+from lib.records import Record, outputs, provenance, rounded
+from lib.table import Table
 
 from jaxserve import DEMO_MODEL
 from jaxserve.models import checkpoint
 
 STARTS = ("first", "cold", "cached")
-PHASES = (
-    "python",
-    "jax",
-    "jaxserve",
-    "load",
-    "compile",
-    "first_token",
-)  # in this order, each from the end of the one before
-_CHILD = pathlib.Path(__file__).parent / "lib" / "startup_child.py"
+# Each phase lasts from the end of the one before.
+PHASES = ("python", "jax", "jaxserve", "load", "compile", "first_token")
+_CHILD = pathlib.Path(__file__).parent / "startup" / "child.py"
 _METHOD = (
     "fresh processes, kinds of start in turns; seconds from the spawn of the process: python: to its first line; jax and "
     "jaxserve: imports; load: Engine made, weights and pool there; compile: warm_up; first_token: of one prompt; medians"
@@ -51,7 +47,7 @@ _COLUMNS = {"start": 7} | dict.fromkeys(PHASES, 11) | {"import": 8, "total": 8, 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The flags, checked."""
+    """The command's flags, checked."""
 
     engine: EngineOptions
     prompt_len: int
@@ -61,20 +57,20 @@ class Options:
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """All flags of the benchmark."""
+    """Defines all flags of the command."""
     define_engine_flags(values)
-    to: dict[str, Any] = {"flag_values": values, "module_name": "Benchmark"}
+    to: dict[str, Any] = {"flag_values": values, "module_name": BENCHMARK}
     flags.DEFINE_integer("prompt_len", 16, "Tokens of the prompt.", lower_bound=1, **to)
     flags.DEFINE_integer("repeats", 3, "Starts of each kind.", lower_bound=1, **to)
-    flags.DEFINE_integer("timeout_s", 600, "Longest that a start may take.", lower_bound=1, **to)
+    flags.DEFINE_integer("timeout_s", 600, "Seconds that a start may take at most.", lower_bound=1, **to)
     flags.DEFINE_string("json", None, "Write the records as JSON lines to this file.", **to)
 
 
 def parse_options(values: flags.FlagValues) -> Options:
-    """Options from flags.
+    """Reads the flags.
 
     Raises:
-      ValueError: if a flag is not valid, or has no effect.
+      ValueError: if a flag's value is not valid, or has no effect.
     """
     if values["compilation_cache_dir"].present:
         raise ValueError("--compilation_cache_dir has no effect: each repeat has caches of its own; leave it out")
@@ -88,18 +84,12 @@ def parse_options(values: flags.FlagValues) -> Options:
         )
     path = engine.model or DEMO_MODEL
     if engine.load_format != "dummy":
-        path = str(checkpoint.resolve_model(path))  # where the hub's cache is, the children do not know
-    return Options(
-        engine=dataclasses.replace(engine, model=os.path.abspath(path)),
-        prompt_len=values.prompt_len,
-        repeats=values.repeats,
-        timeout_s=values.timeout_s,
-        json=values.json,
-    )
+        path = str(checkpoint.resolve_model(path))  # the children have other caches and would not find it
+    return options_from_flags(Options, values, engine=dataclasses.replace(engine, model=os.path.abspath(path)))
 
 
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
-    """Runs the benchmark; returns its exit status."""
+    """Runs the command and returns its exit status."""
     return run_command(argv, lambda: _run(parse_options(values), values.model or "demo"))
 
 
@@ -111,24 +101,24 @@ def _run(options: Options, name: str) -> int:
         "config": dataclasses.asdict(options.engine.config),
         "prompt_len": options.prompt_len,
         "repeats": options.repeats,
-        **report.provenance(_METHOD, options.engine.seed),
+        **provenance(_METHOD, options.engine.seed),
     }
-    with report.outputs(None, options.json, lambda: common) as write:
+    with outputs(None, options.json, lambda: common) as write:
         print(f"{common['device']}, {name} in {options.engine.dtype}; seconds, medians of {options.repeats}")
-        found: dict[str, list[Record]] = {start: [] for start in STARTS}
+        runs_of: dict[str, list[Record]] = {start: [] for start in STARTS}
         for _ in range(options.repeats):
-            for start, told in starts(options):
-                found[start].append(told)
+            for start, answer in starts(options):
+                runs_of[start].append(answer)
         table = Table(_COLUMNS)
-        for start, runs in found.items():
+        for start, runs in runs_of.items():
             record = {"start": start, **summarize(runs)}
             write(record)
-            table.row(_cells(record))
+            table.print_row(_cells(record))
     return 0
 
 
 def starts(options: Options) -> Iterator[tuple[str, Record]]:
-    """One start of each kind, in the order in which each finds what it should."""
+    """Starts once in each kind, in the order in which each finds the caches that it should; yields kind and answer."""
     with tempfile.TemporaryDirectory() as folder:
         caches = {start: os.path.join(folder, "first" if start == "first" else "later") for start in STARTS}
         for start in STARTS:
@@ -136,10 +126,10 @@ def starts(options: Options) -> Iterator[tuple[str, Record]]:
 
 
 def spawn(options: Options, environment: Mapping[str, str], compilation_cache_dir: str) -> Record:
-    """Starts a process and waits for what it tells; its stamps count from the spawn.
+    """Starts a process and returns its answer, with its times counted from the spawn.
 
     Raises:
-      RuntimeError: if it fails, or takes too long.
+      RuntimeError: if the process fails, or takes too long.
     """
     settings = dataclasses.asdict(options.engine) | {
         "prompt_len": options.prompt_len,
@@ -160,13 +150,13 @@ def spawn(options: Options, environment: Mapping[str, str], compilation_cache_di
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it said nothing"]
         raise RuntimeError(f"a start failed: {lines[-1]}")
-    told = json.loads(done.stdout.splitlines()[-1])
-    told["stamps"] = {phase: told["stamps"][phase] - begin for phase in PHASES}
-    return told
+    answer = json.loads(done.stdout.splitlines()[-1])
+    answer["stamps"] = {phase: answer["stamps"][phase] - begin for phase in PHASES}
+    return answer
 
 
 def summarize(runs: Sequence[Record]) -> Record:
-    """Medians of the phases and of the whole; the whole's is not the sum of the phases'."""
+    """Returns the medians of the phases and of the total, which is not the sum of the phases' medians."""
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for run in runs:
         before = 0.0

@@ -1,4 +1,4 @@
-"""What continuous batching and paging buy: the same engine and weights, static against continuous, reserved against paged.
+"""Measures what continuous batching and paging buy: static against continuous batching, reserved against paged memory.
 
     python scripts/benchmark_static_vs_continuous.py --model configs/models/llama-135m.json --json out.jsonl --plot out.png
 
@@ -8,9 +8,9 @@ Three questions, over output lengths from all alike to heavy-tailed:
             reserves the longest sequence, against all slots on pages
   both      static batches on reserved memory against continuous batching on pages
 
-All requests are there from the beginning. Contenders take turns, medians; ratios of time are medians of pairs. Steps, occupancy
-and memory are counted, not timed. Exit status 1 if static and continuous batching gave different tokens. --helpfull lists the
-flags of engine and workload too.
+Engine and weights are the same, and all requests are there from the beginning. Contenders take turns; times are medians, and
+ratios of times are medians over pairs of runs. Steps, occupancy and memory are counted, not timed. The exit status is 1 if
+static and continuous batching gave different tokens. --helpfull lists the flags of the engine and the workload too.
 """
 
 import dataclasses
@@ -20,12 +20,15 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
-from lib import batching, batching_report, workloads
-from lib.batching import DISTRIBUTIONS, Contender
-from lib.command import Table, names, run_command
+from batching import report, runs
+from batching.runs import DISTRIBUTIONS, Contender
+from lib import workloads
+from lib.command import run_command
 from lib.engine_options import EngineOptions, define_engine_flags, fitted_options, load_model, make_warm_engine
+from lib.flag_values import names, options_from_flags
 from lib.plot import check_plot
-from lib.report import outputs, provenance, rounded
+from lib.records import outputs, provenance, rounded
+from lib.table import Table
 
 from jaxserve import timeline
 from jaxserve.commands import flags as cli
@@ -38,7 +41,7 @@ _METHOD = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The flags, checked."""
+    """The command's flags, checked."""
 
     distributions: tuple[str, ...]
     repeats: int
@@ -51,26 +54,31 @@ class Options:
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """All flags of the benchmark."""
+    """Defines all flags of the command."""
     to: dict[str, Any] = {"flag_values": values}
     flags.DEFINE_list(
         "distributions",
         [name for name in DISTRIBUTIONS if name != "workload"],
-        f"Of output lengths: {', '.join(DISTRIBUTIONS)}; workload: as --output_lengths or the file says; or all.",
+        f"Distributions of output lengths, or all: {', '.join(DISTRIBUTIONS)} (as --output_lengths or the file says).",
         **to,
     )
-    flags.DEFINE_integer("repeats", 3, "Runs of each contender.", lower_bound=1, **to)
+    flags.DEFINE_integer("repeats", 3, "Timed runs of each contender.", lower_bound=1, **to)
     flags.DEFINE_boolean("memory", True, "Compare reserved with paged memory too.", **to)
-    flags.DEFINE_float("pool_share", 0.25, "Of the pool that gives all slots the longest sequence; for memory.", **to)
+    flags.DEFINE_float(
+        "pool_share",
+        0.25,
+        "Size of the pool for the comparison of memory, as a share of the longest sequence in all slots.",
+        **to,
+    )
     flags.DEFINE_string("json", None, "Write the measurements to this file, as JSON lines.", **to)
-    flags.DEFINE_string("plot", None, "Draw them into this file, .png, .svg or .pdf.", **to)
+    flags.DEFINE_string("plot", None, "Draw the measurements into this file: .png, .svg or .pdf.", **to)
     cli.define_timeline_flag(values)
     define_engine_flags(values)
     workloads.define_flags(values, num_requests=128)
 
 
 def parse_options(values: flags.FlagValues) -> Options:
-    """Options from flags.
+    """Reads the flags.
 
     Raises:
       ValueError: if a flag's value is not valid, or has no effect beside the others.
@@ -85,20 +93,11 @@ def parse_options(values: flags.FlagValues) -> Options:
     if values.timeline is not None:
         timeline.check_path(values.timeline)
     check_plot(values.plot)
-    return Options(
-        distributions=distributions,
-        repeats=values.repeats,
-        memory=values.memory,
-        pool_share=values.pool_share,
-        json=values.json,
-        plot=values.plot,
-        timeline=values.timeline,
-        seed=values.seed,
-    )
+    return options_from_flags(Options, values, distributions=distributions)
 
 
 def make_workloads(options: Options, values: flags.FlagValues, engine: EngineOptions) -> dict[str, workloads.Workload]:
-    """The same prompts with outputs of each distribution."""
+    """Makes a workload for each distribution: the same prompts with other output lengths."""
     model, tokenizer = load_model(engine)
     base = workloads.workload_from_flags(values, model.vocab_size, tokenizer)
     made = {}
@@ -106,13 +105,13 @@ def make_workloads(options: Options, values: flags.FlagValues, engine: EngineOpt
         lengths = base.output_lengths
         if name != "workload":
             rng = np.random.default_rng([options.seed, DISTRIBUTIONS.index(name)])
-            lengths = batching.draw_outputs(name, values.shortest_output, values.longest_output, len(base), rng)
+            lengths = runs.draw_outputs(name, values.shortest_output, values.longest_output, len(base), rng)
         made[name] = workloads.Workload(base.prompts, lengths)
     return made
 
 
 def batching_contenders(options: EngineOptions) -> list[Contender]:
-    """One engine with room for all slots."""
+    """Makes the contenders of one engine with room for all slots."""
     engine = make_warm_engine(options)
     return [
         Contender("static", engine, engine.config.max_slots),
@@ -121,31 +120,31 @@ def batching_contenders(options: EngineOptions) -> list[Contender]:
 
 
 def num_reserved_slots(pool_share: float, max_slots: int) -> int:
-    """Sequences for which the smaller pool has room when each reserves the longest.
+    """Returns how many sequences the smaller pool has room for when each reserves the longest one.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if it has room for none.
     """
-    fitting = int(pool_share * max_slots)
-    if not fitting:
+    num_slots = int(pool_share * max_slots)
+    if not num_slots:
         raise ValueError(
             f"--pool_share={pool_share} of {max_slots} slots holds no longest sequence: raise it, or --max_slots"
         )
-    return fitting
+    return num_slots
 
 
-def memory_contenders(options: EngineOptions, fitting: int) -> list[Contender]:
-    """Engines with the same pool: `fitting` slots with room for the longest sequence each, and all slots."""
+def memory_contenders(options: EngineOptions, num_reserved: int) -> list[Contender]:
+    """Makes engines with the same pool: `num_reserved` slots with room for the longest sequence each, and all slots."""
     config = options.config
-    num_pages = fitting * config.pages_per_slot
+    num_pages = num_reserved * config.pages_per_slot
     few, many = (
         make_warm_engine(
             dataclasses.replace(options, config=dataclasses.replace(config, max_slots=slots, num_pages=num_pages))
         )
-        for slots in (fitting, config.max_slots)
+        for slots in (num_reserved, config.max_slots)
     )
     return [
-        Contender("static, reserved", few, fitting, reserved=True),
+        Contender("static, reserved", few, num_reserved, reserved=True),
         Contender("continuous, reserved", few, None, reserved=True),
         Contender("continuous, paged", many, None),
     ]
@@ -154,14 +153,14 @@ def memory_contenders(options: EngineOptions, fitting: int) -> list[Contender]:
 def measure(
     part: str, table: Table, contenders: list[Contender], made: dict[str, workloads.Workload], options: Options
 ) -> Iterator[dict[str, Any]]:
-    """A record for each contender and distribution; the first contender is what the table compares the others with."""
+    """Measures one part and yields a record per contender and distribution; the table compares all with the first contender."""
     for name, workload in made.items():
-        runs = batching.compare(contenders, workload, options.repeats)
-        pairs = list(zip(contenders, runs, strict=True))
+        runs_of_each = runs.compare(contenders, workload, options.repeats)
+        pairs = list(zip(contenders, runs_of_each, strict=True))
         records = []
         for contender, own in pairs:
-            tokens = next(runs[0].token_ids for other, runs in pairs if other.engine is contender.engine)
-            over = {other.name: batching.ratios(own, base) for other, base in pairs if other is not contender}
+            tokens = next(others[0].token_ids for other, others in pairs if other.engine is contender.engine)
+            over = {other.name: runs.ratios(own, base) for other, base in pairs if other is not contender}
             records.append(
                 {
                     "benchmark": "static_vs_continuous",
@@ -173,23 +172,21 @@ def measure(
                     "output_tokens": workload.num_output_tokens,
                     "mean_output": workload.num_output_tokens / len(workload),
                     "longest_output": max(workload.output_lengths),
-                    **batching.measures(contender, own, workload),
+                    **runs.measures(contender, own, workload),
                     "over": over,
-                    **batching.padding(workload, contender.engine.config.max_slots),
+                    **runs.padding(workload, contender.engine.config.max_slots),
                     "tokens_equal": all(run.token_ids == tokens for run in own),
                     "repeats": options.repeats,
                 }
             )
             if options.timeline is not None and name == options.distributions[0]:
-                timeline.save_timeline(
-                    own[-1].timeline, batching_report.timeline_path(options.timeline, contender.name)
-                )
-        batching_report.print_rows(table, records)
+                timeline.save_timeline(own[-1].timeline, report.timeline_path(options.timeline, contender.name))
+        report.print_rows(table, records)
         yield from records
 
 
 def run(options: Options, values: flags.FlagValues) -> int:
-    """Measures, prints, writes; returns the exit status.
+    """Measures, prints and writes; returns the exit status.
 
     Raises:
       ValueError: if the model, the workload or a file is not valid.
@@ -221,29 +218,29 @@ def run(options: Options, values: flags.FlagValues) -> int:
     }
     parts: dict[str, Callable[[], list[Contender]]] = {"batching": lambda: batching_contenders(engine)}
     if options.memory:
-        fitting = num_reserved_slots(options.pool_share, engine.config.max_slots)
-        parts["memory"] = lambda: memory_contenders(engine, fitting)
+        num_reserved = num_reserved_slots(options.pool_share, engine.config.max_slots)
+        parts["memory"] = lambda: memory_contenders(engine, num_reserved)
     records = []
     with outputs(None, options.json, lambda: common) as write:
-        batching_report.print_about(common, len(next(iter(made.values()))), longest)
+        report.print_about(common, len(next(iter(made.values()))), longest)
         for part, make in parts.items():
             contenders = make()
-            table = batching_report.start_table(part)
+            table = report.start_table(part)
             for record in measure(part, table, contenders, made, options):
                 write(_rounded(record))
                 records.append(record)
             del contenders
             gc.collect()  # the engines, before the next ones are made
-    batching_report.print_verdict(records)
+    report.print_verdict(records)
     if options.plot is not None:
-        batching_report.plot(records, options.plot)
+        report.plot(records, options.plot)
     return 0 if all(record["tokens_equal"] for record in records) else 1
 
 
 def _rounded(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with four digits of each number that is not whole."""
-    known = {float: rounded, dict: _rounded}
-    return {name: known.get(type(value), lambda value: value)(value) for name, value in record.items()}
+    """Returns the record with four digits of each number that is not an integer."""
+    rules = {float: rounded, dict: _rounded}
+    return {name: rules.get(type(value), lambda value: value)(value) for name, value in record.items()}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,14 +1,14 @@
-"""Offline throughput: how fast a workload is done, and how near that is to what the machine can do.
+"""Measures offline throughput: how fast a workload is done, and how near that is to what the machine can do.
 
     python scripts/benchmark_throughput.py
     python scripts/benchmark_throughput.py --model configs/models/llama-135m.json --json out.jsonl
     python scripts/benchmark_throughput.py --model configs/models/llama-135m.json \\
         --compare transformers,transformers_cb,vllm,llama_cpp --vllm_python ~/vllm/bin/python --llama_cpp_server llama-server
 
-Without flags the demo model serves W48 (`workloads.py`); `--model` takes a checkpoint, or a config.json for random weights.
-`--compare` runs what a user would pick instead, in the same run and in turns, on the same weights, prompts and token counts;
-each is a process of its own, under an interpreter of its own if one is given, and what is not installed is named and left out.
-How the machine's peaks are found: `machine_peaks.py`; what the steps had to do at least: `roofline.py`.
+Without flags the demo model serves W48 (`lib/workloads.py`); `--model` takes a checkpoint, or a config.json for random weights.
+`--compare` runs other engines in the same run and in turns, on the same weights, prompts and token counts. Each engine is a
+process of its own, under an interpreter of its own if one is given; one that is not installed is named and left out.
+`machine_peaks.py` measures what the machine can do, `lib/roofline.py` counts what the steps had to do at least.
 """
 
 import contextlib
@@ -24,10 +24,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
-from lib import report as benchmark_report
 from lib import workloads
 from lib.command import run_command
 from lib.engine_options import BENCHMARK, EngineOptions, define_engine_flags, fitted_options, load_model, run_app
+from lib.flag_values import names, options_from_flags
+from lib.records import outputs
 from lib.workloads import Workload
 from peers import report
 from peers.process import Peer, PeerError, PeerProcess, PeerUnavailable
@@ -38,7 +39,7 @@ from jaxserve import DEMO_MODEL, ModelConfig
 from jaxserve.commands.flags import define_timeline_flag
 from jaxserve.timeline import check_path
 
-PEERS = {  # module and arguments of the driver
+PEERS = {  # name -> module and arguments of the driver
     "transformers": ("peers.transformers_driver", ("static",)),
     "transformers_cb": ("peers.transformers_driver", ("continuous",)),
     "vllm": ("peers.vllm_driver", ()),
@@ -50,30 +51,32 @@ _FLAGS_OF = {
     "llama_cpp_python": ("llama_cpp",),
     "llama_cpp_server": ("llama_cpp",),
 }
-_PYTHON_OF = {name: flag for flag, names in _FLAGS_OF.items() if flag.endswith("_python") for name in names}
+_PYTHON_OF = {name: flag for flag, peers in _FLAGS_OF.items() if flag.endswith("_python") for name in peers}
 _LOAD_SECONDS = 1800
-_QUIET_LOAD = 0.5  # processes that wanted to run in the last minute
+_QUIET_LOAD = 0.5  # load average of the last minute
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """All flags of the benchmark."""
+    """Defines all flags of the command."""
     workloads.define_flags(values)
     define_engine_flags(values)
     define_timeline_flag(values)
     to: dict[str, Any] = {"flag_values": values, "module_name": BENCHMARK}
-    flags.DEFINE_list("compare", [], f"Peers to run in turns with: {', '.join(PEERS)}.", **to)
+    flags.DEFINE_list("compare", [], f"Engines to compare with, in turns: {', '.join(PEERS)}.", **to)
     flags.DEFINE_integer("repeats", 5, "Timed rounds of each engine.", lower_bound=1, **to)
     flags.DEFINE_string("json", None, "Write the records as JSON lines to this file.", **to)
-    flags.DEFINE_integer("timeout_s", 3600, "Longest that a round may take.", lower_bound=1, **to)
-    for flag, names in _FLAGS_OF.items():
+    flags.DEFINE_integer("timeout_s", 3600, "Seconds that a round may take at most.", lower_bound=1, **to)
+    for flag, peers in _FLAGS_OF.items():
         if flag.endswith("_python"):
-            flags.DEFINE_string(flag, None, f"Interpreter of {' and '.join(names)}; by default this one.", **to)
+            flags.DEFINE_string(
+                flag, None, f"Python interpreter that has {' and '.join(peers)}; by default this one.", **to
+            )
     flags.DEFINE_string("llama_cpp_server", "llama-server", "Path of llama.cpp's llama-server.", **to)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The flags, checked."""
+    """The command's flags, checked."""
 
     engine: EngineOptions
     model: ModelConfig
@@ -89,17 +92,15 @@ class Options:
 
 
 def parse_options(values: flags.FlagValues) -> Options:
-    """Options from flags.
+    """Reads the flags.
 
     Raises:
       ValueError: if a flag's value is not valid, or has no effect on what is measured.
     """
-    for name in values.compare:
-        if name not in PEERS:
-            raise ValueError(f"--compare: {name!r} is unknown: use {', '.join(PEERS)}")
-    for flag, names in _FLAGS_OF.items():
-        if values[flag].present and not set(names) & set(values.compare):
-            raise ValueError(f"--{flag} has no effect without --compare={names[0]}: leave it out")
+    compare = names("compare", values.compare, tuple(PEERS), all_allowed=False) if values.compare else ()
+    for flag, peers in _FLAGS_OF.items():
+        if values[flag].present and not set(peers) & set(compare):
+            raise ValueError(f"--{flag} has no effect without --compare={peers[0]}: leave it out")
     if values.timeline is not None:
         check_path(values.timeline)
     model, tokenizer = load_model(fitted_options(values))
@@ -115,32 +116,29 @@ def parse_options(values: flags.FlagValues) -> Options:
             f"max_model_len={engine.config.max_sequence_len} is shorter than the longest sequence, {workload.longest} "
             "tokens: raise it, or leave it out"
         )
-    return Options(
+    return options_from_flags(
+        Options,
+        values,
         engine=engine,
         model=model,
         workload=workload,
         workload_flags=workloads.describe_workload(values),
-        compare=tuple(dict.fromkeys(values.compare)),
+        compare=compare,
         pythons={name: values[flag].value or sys.executable for name, flag in _PYTHON_OF.items()},
-        llama_cpp_server=values.llama_cpp_server,
-        repeats=values.repeats,
-        timeout_s=values.timeout_s,
-        json=values.json,
-        timeline=values.timeline,
     )
 
 
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
-    """Runs the benchmark; returns its exit status, 1 after an error."""
+    """Runs the command and returns its exit status."""
     return run_command(argv, lambda: _main(parse_options(values)))
 
 
 def _main(options: Options) -> int:
     common: dict[str, Any] = {}
-    with benchmark_report.outputs(None, options.json, lambda: common) as write:
+    with outputs(None, options.json, lambda: common) as write:
         load = os.getloadavg()[0]
         if load > _QUIET_LOAD:
-            print(f"the machine is not quiet (load average {load:.1f}): engines whose threads spin lose the most by it")
+            print(f"the machine is not idle (load average {load:.1f}): that slows engines whose threads spin the most")
         peaks = find_peaks(options.engine.dtype)
         name = options.engine.model or "the demo model"
         print(
@@ -154,7 +152,7 @@ def _main(options: Options) -> int:
 
 
 def find_peaks(dtype: str) -> dict[str, Any]:
-    """What `machine_peaks.py` finds, in a process that is gone afterwards: its memory and threads are not the engine's.
+    """Returns what `machine_peaks.py` measures, in a process of its own, which leaves no memory or threads behind.
 
     Raises:
       ValueError: if it failed.
@@ -175,10 +173,10 @@ def find_peaks(dtype: str) -> dict[str, Any]:
 
 
 def run(options: Options, peaks: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """All records; prints what they say.
+    """Runs all rounds, prints the results and yields all records.
 
     Raises:
-      PeerError: if this engine failed.
+      PeerError: if jaxserve failed; another engine that fails is named and left out.
     """
     with contextlib.ExitStack() as stack:
         directory = options.engine.model or DEMO_MODEL
@@ -214,9 +212,9 @@ def conclude(
     peak_bytes: Mapping[str, int | None],
     peaks: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """The records of all rounds together; prints them."""
+    """Prints and yields the records of all rounds together."""
     by_name = {name: [one for one in measured if one.name == name] for name in loaded}
-    by_name = {name: found for name, found in by_name.items() if found}
+    by_name = {name: own_rounds for name, own_rounds in by_name.items() if own_rounds}
     summaries = {
         name: report.summary_record(
             [record for record in rounds if record["contender"] == name], loaded[name], peak_bytes[name]
@@ -226,7 +224,7 @@ def conclude(
     ours = [record for record in rounds if record["contender"] == OURS]
     engine = report.engine_record(ours, by_name[OURS], options.workload, loaded[OURS], dict(peaks))
     report.print_engine(summaries[OURS], engine, options.workload)
-    ratios = [report.ratio_record(by_name[OURS], found) for name, found in by_name.items() if name != OURS]
+    ratios = [report.ratio_record(by_name[OURS], theirs) for name, theirs in by_name.items() if name != OURS]
     if ratios:
         report.print_comparison(list(summaries.values()), ratios)
     yield from [*summaries.values(), engine, *ratios]
@@ -235,10 +233,10 @@ def conclude(
 def start(
     options: Options, directory: str, peaks: Mapping[str, Any], stack: contextlib.ExitStack
 ) -> tuple[dict[str, Peer], dict[str, dict[str, Any]]]:
-    """The engines that are there, loaded, and what each said about itself; this one first.
+    """Loads the engines, jaxserve first, and returns those that could be loaded, and what each told about itself.
 
     Raises:
-      PeerError: if this engine could not be loaded.
+      PeerError: if jaxserve could not be loaded.
     """
     peers: dict[str, Peer] = {}
     loaded: dict[str, dict[str, Any]] = {}
@@ -267,15 +265,15 @@ def start(
             print(f"{name} {what}: {error}", flush=True)
             continue
         if name == OURS:
-            settings["pool_bytes"] = loaded[name]["pool_bytes"]  # as much for the others
+            settings["pool_bytes"] = loaded[name]["pool_bytes"]  # the others get as much
     return peers, loaded
 
 
 def make_peer(name: str, options: Options) -> PeerProcess:
-    """The process of an engine.
+    """Starts the process of an engine.
 
     Raises:
-      PeerUnavailable: if its interpreter is not there.
+      PeerUnavailable: if its interpreter does not exist.
     """
     if name == OURS:
         # Beside others on one accelerator, XLA must not take most of its memory at once.
@@ -286,7 +284,7 @@ def make_peer(name: str, options: Options) -> PeerProcess:
 
 
 def own_options(name: str, options: Options) -> dict[str, Any]:
-    """What only this engine is told."""
+    """Returns the settings that only the engine of this name gets."""
     if name == OURS:
         engine = options.engine
         return {
@@ -302,13 +300,13 @@ def own_options(name: str, options: Options) -> dict[str, Any]:
 
 
 def write_weights(options: Options, directory: str) -> None:
-    """The random weights as a checkpoint that every engine loads."""
+    """Writes the random weights as a checkpoint that every engine loads."""
     import jax
 
     from jaxserve.models.checkpoint.hugging_face import save_hugging_face
     from jaxserve.models.params import random_params
 
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # the accelerator is the engines'
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # leaves the accelerator's memory to the engines
         params = random_params(options.model, options.engine.seed, options.engine.dtype)
         save_hugging_face(params, options.model, directory, options.engine.dtype)
 

@@ -2,11 +2,11 @@
 
     python scripts/evaluate_demo_model.py --work_dir=../demo_work --out=scripts/results/demo_model.json
 
-Bits per byte: over all held-out files, every file led by `<|endoftext|>`. The 5-gram reads the held-out tokens as one
-row. The model reads windows of its context that overlap by half, and each token is scored once, in the first window
-that holds it, so with at least half a context before it (except in the first window).
+Bits per byte: over all held-out files, with `<|endoftext|>` before each. The 5-gram reads the held-out tokens as one sequence.
+The model reads windows of its context that overlap by half. Each token is scored once, in the first window that holds it, so
+with at least half a context before it (except in the first window).
 
-Completions: see `demo_completions.py`.
+Completions: see `demo/completions.py`.
 """
 
 import json
@@ -30,12 +30,12 @@ _WINDOWS_AT_ONCE = 4
 
 
 def ngram_bits(train: np.ndarray, heldout: np.ndarray, vocab_size: int) -> float:
-    """Bits of the held-out tokens after the first `NGRAM_ORDER - 1`."""
+    """Returns the bits of the held-out tokens after the first `NGRAM_ORDER - 1`."""
     return kneser_ney.bits(kneser_ney.fit(train, NGRAM_ORDER, vocab_size), heldout)
 
 
 def model_bits(model: Transformer, tokens: np.ndarray) -> float:
-    """Bits of the tokens after the first, under the model."""
+    """Returns the bits of the tokens after the first, under the model."""
     context = model.config.max_position
     windows, first_scored = overlapping_windows(tokens, context)
 
@@ -55,7 +55,7 @@ def model_bits(model: Transformer, tokens: np.ndarray) -> float:
 
 
 def overlapping_windows(tokens: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows [N, context + 1] every half context, the last one ending at the end, and where each starts to count.
+    """Returns windows [N, context + 1] every half context, the last one up to the end, and where each starts to count.
 
     tokens 0 1 2 3 4 5 6 7 8, context 4: windows at 0, 2, 4 scoring targets 1-4, 5-6, 7-8
     """
@@ -65,12 +65,12 @@ def overlapping_windows(tokens: np.ndarray, context: int) -> tuple[np.ndarray, n
     if starts[-1] + context + 1 < len(tokens):
         starts.append(len(tokens) - context - 1)
     ends = [0, *(start + context for start in starts[:-1])]
-    rows = np.stack([tokens[start : start + context + 1] for start in starts]).astype(np.int32)
-    return rows, np.array([end - start for start, end in zip(starts, ends, strict=True)])
+    windows = np.stack([tokens[start : start + context + 1] for start in starts]).astype(np.int32)
+    return windows, np.array([end - start for start, end in zip(starts, ends, strict=True)])
 
 
 def measure_bits(work_dir: pathlib.Path, model_dir: pathlib.Path) -> dict[str, float]:
-    """Bits per byte of the held-out files, by the 5-gram and by the model."""
+    """Returns the bits per byte of the held-out files, by the 5-gram and by the model."""
     heldout = np.load(work_dir / "heldout.npy")
     num_bytes = json.loads((work_dir / "sizes.json").read_text())["heldout"]
     ngram = ngram_bits(np.load(work_dir / "train.npy"), heldout, demo_tokenizer.VOCAB_SIZE) / num_bytes
@@ -89,7 +89,7 @@ def measure_bits(work_dir: pathlib.Path, model_dir: pathlib.Path) -> dict[str, f
 def measure_completions(
     work_dir: pathlib.Path, model_dir: pathlib.Path, num_prompts: int, temperature: float
 ) -> dict[str, object]:
-    """Shares of held-out completions that parse."""
+    """Returns how many held-out completions parse, and quotes some."""
     sources = demo_corpus.load(work_dir / "heldout.jsonl")
     prompts = demo_completions.prompts(sources, demo_tokenizer.load(model_dir), num_prompts)
     completions = demo_completions.generate(model_dir, prompts, temperature=temperature)
@@ -108,10 +108,12 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    WORK_DIR = flags.DEFINE_string("work_dir", None, "Corpus and tokens.", required=True)
-    MODEL_DIR = flags.DEFINE_string("model_dir", "jaxserve/demo_model", "The exported model.")
-    OUT_FILE = flags.DEFINE_string("out", "scripts/results/demo_model.json", "Where the numbers go.")
-    BITS = flags.DEFINE_bool("bits", True, "Measure bits per byte; off: keep what the file has.")
-    NUM_COMPLETIONS = flags.DEFINE_integer("num_completions", 200, "Held-out completions; 0: keep what the file has.")
-    TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of the completions; 0 is greedy.")
+    WORK_DIR = flags.DEFINE_string("work_dir", None, "Folder of the corpus and the tokens.", required=True)
+    MODEL_DIR = flags.DEFINE_string("model_dir", "jaxserve/demo_model", "Folder of the exported model.")
+    OUT_FILE = flags.DEFINE_string("out", "scripts/results/demo_model.json", "Write the results to this file.")
+    BITS = flags.DEFINE_bool("bits", True, "Measure bits per byte; if not, keep those of the file.")
+    NUM_COMPLETIONS = flags.DEFINE_integer(
+        "num_completions", 200, "Number of held-out completions; 0 keeps those of the file."
+    )
+    TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Temperature of the completions; 0 is greedy.")
     app.run(main)

@@ -1,14 +1,14 @@
-"""Trains the demo model with optax on the nnx model that the engine serves; stops and resumes at any time.
+"""Trains the demo model with optax, on the nnx model that the engine serves; it can stop and resume at any time.
 
     python scripts/demo/corpus.py --work_dir=../demo_work && python scripts/demo/tokenizer.py --work_dir=../demo_work
     python scripts/train_demo_model.py --work_dir=../demo_work --minutes=90                    # constant learning rate
     python scripts/train_demo_model.py --work_dir=../demo_work --minutes=30 --decay            # then down to zero
     python scripts/train_demo_model.py --work_dir=../demo_work --export_to=jaxserve/demo_model
 
-The first run writes `<work_dir>/stable.safetensors` and goes on from it when called again; `--decay` starts from that
-file, lowers the learning rate linearly to zero over its minutes, and writes `<work_dir>/decayed.safetensors`. So more
-training is a longer first run and another decay (warm-up, stable, decay: Hu et al., MiniCPM, 2024). The data order is
-a function of the seed and the number of tokens seen alone.
+The first run writes `<work_dir>/stable.safetensors` and continues from it when it is called again. `--decay` starts from that
+file, lowers the learning rate linearly to zero over its minutes, and writes `<work_dir>/decayed.safetensors`. To train longer,
+continue the first run and decay again (warm-up, stable, decay: Hu et al., MiniCPM, 2024). The order of the data depends only on
+the seed and the number of tokens seen.
 """
 
 import dataclasses
@@ -43,14 +43,14 @@ _SAVE_EVERY_SECONDS = 600.0
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What one training step does.
+    """Sizes and rates of a training step.
 
     Attributes:
       context: tokens per sequence.
       batch_size: sequences per step.
       microbatch_size: sequences per gradient; divides batch_size.
-      matrix_rate: learning rate of Muon (matrices of the blocks).
-      vector_rate: learning rate of Adam (embedding and norms).
+      matrix_rate: learning rate of Muon, for the matrices of the blocks.
+      vector_rate: learning rate of Adam, for the embedding and the norms.
       weight_decay: decoupled, of the matrices.
       warmup_steps: steps over which the learning rate rises from zero.
     """
@@ -66,7 +66,7 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything a run needs to go on: weights by name, optimiser state, and how far it got."""
+    """Everything that a run needs to continue: weights by name, the optimiser's state, and the steps and tokens so far."""
 
     params: Params
     optimizer: Any
@@ -75,7 +75,7 @@ class TrainState:
 
 
 class Weights:
-    """Between an nnx model and a flat dict of its weights by dotted name."""
+    """Converts between an nnx model and a flat dict of its weights by dotted name."""
 
     def __init__(self, config: ModelConfig):
         self.graphdef = graphdef_of(config)
@@ -94,10 +94,10 @@ class Weights:
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Muon (Jordan et al., 2024) for the matrices of the blocks, Adam for the embedding and the norms."""
+    """Makes Muon (Jordan et al., 2024) for the matrices of the blocks, and Adam for the embedding and the norms."""
 
     def dimensions(params: Params) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
-        ndims = {name: getattr(p, "ndim", 0) for name, p in params.items()}  # What optax masks has none.
+        ndims = {name: getattr(p, "ndim", 0) for name, p in params.items()}  # masked parameters have no ndim
         return {
             name: optax.contrib.MuonDimensionNumbers(0, ndim - 1) if ndim > 1 and "embedding" not in name else None
             for name, ndim in ndims.items()
@@ -118,7 +118,7 @@ def init_state(config: ModelConfig, recipe: Recipe, seed: int) -> TrainState:
 
 
 def loss_of(model: Transformer, sequences: Int32[Array, "N T"]) -> Float32[Array, ""]:
-    """Mean negative log likelihood, in nats, of every token after the first of each sequence."""
+    """Returns the mean negative log likelihood in nats of every token after the first of each sequence."""
     hidden = demo_model.hidden_states(model, sequences[:, :-1])
     return demo_model.cross_entropy(hidden, model.embedding[...], sequences[:, 1:].reshape(-1))
 
@@ -147,7 +147,7 @@ def make_step(config: ModelConfig, recipe: Recipe):
 
 
 def batch_at(tokens: np.ndarray, num_tokens: int, recipe: Recipe, seed: int) -> np.ndarray:
-    """The sequences [B, T + 1] of the step that starts after `num_tokens`: every epoch a fresh cut and order."""
+    """Returns the sequences [B, T + 1] of the step after `num_tokens`; every epoch cuts and orders the tokens anew."""
     per_epoch = len(tokens) // recipe.context - 1
     rows = []
     for i in range(num_tokens // recipe.context, num_tokens // recipe.context + recipe.batch_size):
@@ -170,7 +170,7 @@ def _epoch(seed: int, epoch: int, per_epoch: int, context: int) -> tuple[int, np
 
 
 def save_checkpoint(path: pathlib.Path, state: TrainState) -> None:
-    """One safetensors file, replaced as a whole: weights, optimiser leaves in tree order, counters as metadata."""
+    """Writes weights, optimiser leaves in tree order, and counters (as metadata) to one file, which is replaced as a whole."""
     arrays = {f"params.{name}": np.asarray(p) for name, p in state.params.items()}
     arrays |= {f"optimizer.{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state.optimizer))}
     counters = {"counters": json.dumps({"step": state.step, "num_tokens": state.num_tokens})}
@@ -190,7 +190,7 @@ def load_checkpoint(path: pathlib.Path, like: TrainState) -> TrainState:
 
 
 def make_heldout_loss(config: ModelConfig, tokens: np.ndarray, num_bytes: int, num_sequences: int = 48) -> HeldoutLoss:
-    """Returns params -> bits per byte of a fixed sample of held-out windows (no overlap: a little pessimistic)."""
+    """Returns params -> bits per byte of a fixed sample of held-out windows; they do not overlap, so it is a bit too high."""
     weights, context = Weights(config), config.max_position
     starts = np.linspace(0, len(tokens) - context - 1, num_sequences).astype(int)
     rows = np.stack([tokens[start : start + context + 1] for start in starts]).astype(np.int32)
@@ -205,7 +205,7 @@ def make_heldout_loss(config: ModelConfig, tokens: np.ndarray, num_bytes: int, n
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How long a run trains, and whether the learning rate falls to zero meanwhile."""
+    """How long a run trains, and whether the learning rate falls to zero in that time."""
 
     seconds: float
     decay: bool
@@ -274,14 +274,18 @@ def main(_) -> None:
 
 if __name__ == "__main__":
     defaults = Recipe()
-    WORK_DIR = flags.DEFINE_string("work_dir", None, "Tokens, tokenizer and checkpoints.", required=True)
-    MINUTES = flags.DEFINE_float("minutes", 60.0, "How long to train.")
-    DECAY = flags.DEFINE_bool("decay", False, "Lower the learning rate to zero meanwhile, into decayed.safetensors.")
-    EXPORT_TO = flags.DEFINE_string("export_to", None, "Train nothing: write decayed.safetensors here, bfloat16.")
+    WORK_DIR = flags.DEFINE_string("work_dir", None, "Folder of tokens, tokenizer and checkpoints.", required=True)
+    MINUTES = flags.DEFINE_float("minutes", 60.0, "Minutes to train.")
+    DECAY = flags.DEFINE_bool(
+        "decay", False, "Lower the learning rate to zero in that time; write decayed.safetensors."
+    )
+    EXPORT_TO = flags.DEFINE_string(
+        "export_to", None, "Train nothing; write the decayed weights to this folder in bfloat16."
+    )
     CONTEXT = flags.DEFINE_integer("context", defaults.context, "Tokens per sequence.")
     BATCH_SIZE = flags.DEFINE_integer("batch_size", defaults.batch_size, "Sequences per step.")
     MICROBATCH_SIZE = flags.DEFINE_integer("microbatch_size", defaults.microbatch_size, "Sequences per gradient.")
     MATRIX_RATE = flags.DEFINE_float("matrix_rate", defaults.matrix_rate, "Learning rate of Muon.")
     VECTOR_RATE = flags.DEFINE_float("vector_rate", defaults.vector_rate, "Learning rate of Adam.")
-    SEED = flags.DEFINE_integer("seed", 0, "Of the initial weights and the data order.")
+    SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial weights and of the order of the data.")
     app.run(main)

@@ -1,14 +1,14 @@
-"""Held-out completions: which prompts, and what counts as parsing.
+"""Completions of held-out functions: chooses the prompts, and decides whether a completion parses.
 
 A prompt is a held-out file up to the end of the signature of one top-level function (and of its docstring, if it has
 one), cut on the left to `PROMPT_TOKENS`. The completion is the function's body: it ends before the first new top-level
 statement, at `<|endoftext|>`, or after `MAX_NEW_TOKENS`. It parses
 
   - complete: it ended by itself, and signature and body are valid Python;
-  - as a beginning: the budget ran out, and what stands up to the last line end can still be continued to valid Python
+  - as a beginning: the budget ran out, and the text up to the last line end can still be continued to valid Python
     (decided by `codeop`, which the interactive interpreter uses to ask for another line).
 
-Either way the body must have a statement of its own, so that blanks, comments or a lone docstring are no completion.
+In both cases the body must have a statement of its own: blanks, comments or a lone docstring are not a completion.
 """
 
 import ast
@@ -35,7 +35,7 @@ class Prompt:
     Attributes:
       name: the file, and the function's name.
       text: what the model reads.
-      head: the end of `text` from the function's first line on: what a body must complete.
+      head: the end of `text` from the function's first line on, which a body must complete.
     """
 
     name: str
@@ -44,15 +44,15 @@ class Prompt:
 
 
 def prompts(sources: list[tuple[str, str]], tokenizer: tokenizers.Tokenizer, num_prompts: int) -> list[Prompt]:
-    """The first `num_prompts` functions of the held-out files in a fixed pseudo-random order."""
-    found = [prompt for name, text in sources for prompt in _prompts_of(name, text, tokenizer)]
-    found.sort(key=lambda prompt: hashlib.sha256(prompt.name.encode()).digest())
-    return found[:num_prompts]
+    """Returns the first `num_prompts` functions of the held-out files in a fixed pseudo-random order."""
+    functions = [prompt for name, text in sources for prompt in _prompts_of(name, text, tokenizer)]
+    functions.sort(key=lambda prompt: hashlib.sha256(prompt.name.encode()).digest())
+    return functions[:num_prompts]
 
 
 def _prompts_of(name: str, text: str, tokenizer: tokenizers.Tokenizer) -> list[Prompt]:
     lines = text.split("\n")
-    found = []
+    functions = []
     for node in ast.parse(text).body:
         if not isinstance(node, ast.FunctionDef):
             continue
@@ -64,12 +64,12 @@ def _prompts_of(name: str, text: str, tokenizer: tokenizers.Tokenizer) -> list[P
         head = "\n".join(lines[node.lineno - 1 : end])
         ids = tokenizer.encode("\n".join(lines[:end])).ids
         if len(tokenizer.encode(head).ids) < PROMPT_TOKENS:
-            found.append(Prompt(f"{name}:{node.name}", tokenizer.decode(ids[-PROMPT_TOKENS:]), head))
-    return found
+            functions.append(Prompt(f"{name}:{node.name}", tokenizer.decode(ids[-PROMPT_TOKENS:]), head))
+    return functions
 
 
 def generate(model_dir: pathlib.Path, prompts: list[Prompt], *, temperature: float) -> list[tuple[str, bool]]:
-    """Per prompt the text that the engine generates, and whether it stopped by itself."""
+    """Returns for each prompt the text that the engine generates, and whether it stopped by itself."""
     engine = jaxserve.Engine.from_pretrained(str(model_dir), dtype="float32")
     params = jaxserve.SamplingParams(temperature=temperature, max_tokens=MAX_NEW_TOKENS, seed=0)
     results = engine.generate([prompt.text for prompt in prompts], params)
@@ -77,13 +77,19 @@ def generate(model_dir: pathlib.Path, prompts: list[Prompt], *, temperature: flo
 
 
 def body_of(completion: str) -> tuple[str, bool]:
-    """The function's body, and whether a new top-level statement ended it."""
+    """Returns the function's body, and whether a new top-level statement ended it."""
     match = _TOP_LEVEL.search(completion)
     return (completion, False) if match is None else (completion[: match.start()], True)
 
 
 def parses(head: str, completion: str, *, ended: bool) -> str:
-    """ "complete", "beginning" or "no"; `ended`: the model stopped by itself."""
+    """Returns "complete", "beginning" or "no".
+
+    Args:
+      head: the function's beginning.
+      completion: the generated text.
+      ended: True if the model stopped by itself.
+    """
     body, closed = body_of(completion)
     if closed or ended:
         return "complete" if _has_statement(body) and _is_valid(head + body + "\n", unfinished=False) else "no"
@@ -111,12 +117,12 @@ def _is_valid(source: str, *, unfinished: bool) -> bool:
 
 
 def report(prompts: list[Prompt], completions: list[tuple[str, bool]], num_shown: int = 5) -> dict[str, object]:
-    """Shares of what parses, and the first `num_shown` completions as they are.
+    """Returns how many completions parse, and quotes the first ones.
 
     Args:
-      prompts: what was completed.
-      completions: per prompt the text generated, and whether the model stopped by itself.
-      num_shown: how many to quote, from the first on.
+      prompts: the prompts.
+      completions: for each prompt the generated text, and whether the model stopped by itself.
+      num_shown: number of completions to quote.
     """
     verdicts = [parses(p.head, text, ended=ended) for p, (text, ended) in zip(prompts, completions, strict=True)]
     counts = {verdict: verdicts.count(verdict) for verdict in ("complete", "beginning", "no")}

@@ -4,7 +4,7 @@
 
 downloads the wheels in `PACKAGES` to `<work_dir>/wheels`, keeps hand-written modules, drops duplicates, and writes
 `<work_dir>/train.jsonl`, `<work_dir>/heldout.jsonl` (one `{"name", "text"}` per file) and the fixed list
-`scripts/demo/heldout.txt`. Every licence below allows training on and quoting from the text.
+`scripts/demo/heldout.txt`. Every licence below allows training on the text and quoting from it.
 """
 
 import collections
@@ -60,7 +60,7 @@ PACKAGES = (
     ("werkzeug", "3.1.9", "BSD-3-Clause"),
 )
 
-# Tests, vendored copies, generated tables and data in the form of modules.
+# Paths that are skipped: tests, vendored copies, generated tables and data in the form of modules.
 _SKIPPED_PATH = re.compile(
     r"(^|/)(tests?|testing|_?vendor|_?vendored|_?externals?|extern|site-packages|idlelib|lib2to3|pydoc_data|encodings"
     r"|__phello__|ensurepip|locale|translations|export_back_compat_test_data|internal_test_util|_distutils"
@@ -78,12 +78,12 @@ Source = tuple[str, str]  # Package-relative name ("django/http/request.py"), te
 
 
 def is_heldout(name: str) -> bool:
-    """True for a fixed one in `HELDOUT_ONE_IN` of names, whatever else the corpus holds."""
+    """Tells whether a file is held out: one in `HELDOUT_ONE_IN` is, by its name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELDOUT_ONE_IN == 0
 
 
 def is_readable(text: str) -> bool:
-    """True for text that a person wrote to be read: no data tables, blobs or generated lines."""
+    """Tells whether a person wrote the text to be read: it has no data tables, blobs or generated lines."""
     if not _MIN_BYTES <= len(text.encode()) <= _MAX_BYTES or max(map(len, text.splitlines())) > _MAX_LINE:
         return False
     head = text[:600].lower()
@@ -95,13 +95,13 @@ def is_readable(text: str) -> bool:
 
 
 def clean(text: str) -> str:
-    """Unix line ends, no trailing blanks, one final newline."""
+    """Returns the text with Unix line ends, without trailing blanks, and with one final newline."""
     return "\n".join(line.rstrip() for line in text.replace("\r\n", "\n").strip("\ufeff").split("\n")).strip() + "\n"
 
 
 def deduplicate(sources: Iterable[Source]) -> list[Source]:
-    """Drops a file when over half of its distinct long lines stand in one earlier file."""
-    kept: list[Source] = []
+    """Drops a file when over half of its distinct long lines are in one earlier file."""
+    originals: list[Source] = []
     files_of_line: dict[int, list[int]] = collections.defaultdict(list)
     for name, text in sources:
         lines = {hash_line(line) for line in map(str.strip, text.split("\n")) if len(line) >= 20}
@@ -110,9 +110,9 @@ def deduplicate(sources: Iterable[Source]) -> list[Source]:
             continue
         for line in lines:
             if len(files_of_line[line]) < 64:  # Licence headers and common imports: enough to find a copy.
-                files_of_line[line].append(len(kept))
-        kept.append((name, text))
-    return kept
+                files_of_line[line].append(len(originals))
+        originals.append((name, text))
+    return originals
 
 
 def hash_line(line: str) -> int:
@@ -144,7 +144,7 @@ def _decode(name: str, data: bytes) -> Iterator[Source]:
 
 
 def download(wheel_dir: pathlib.Path) -> list[pathlib.Path]:
-    """Fetches the pinned wheels that are not there yet; in the order of `PACKAGES`."""
+    """Downloads the pinned wheels that are missing and returns all of them in the order of `PACKAGES`."""
     wheel_dir.mkdir(parents=True, exist_ok=True)
     wheels = []
     for name, version, _ in PACKAGES:
@@ -161,9 +161,9 @@ def build(wheel_dir: pathlib.Path, library_dir: pathlib.Path) -> tuple[list[Sour
     sources = list(read_standard_library(library_dir))
     for wheel in download(wheel_dir):
         sources.extend(read_wheel(wheel))
-    kept = deduplicate(sources)
-    kept.sort(key=lambda source: hashlib.sha256(b"order" + source[0].encode()).digest())
-    return [s for s in kept if not is_heldout(s[0])], [s for s in kept if is_heldout(s[0])]
+    originals = deduplicate(sources)
+    originals.sort(key=lambda source: hashlib.sha256(b"order" + source[0].encode()).digest())
+    return [s for s in originals if not is_heldout(s[0])], [s for s in originals if is_heldout(s[0])]
 
 
 def load(path: pathlib.Path) -> list[Source]:
@@ -194,5 +194,5 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    WORK_DIR = flags.DEFINE_string("work_dir", None, "Where wheels and the corpus go.", required=True)
+    WORK_DIR = flags.DEFINE_string("work_dir", None, "Folder for the wheels and the corpus.", required=True)
     app.run(main)

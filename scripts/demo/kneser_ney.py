@@ -1,4 +1,4 @@
-"""Interpolated modified Kneser-Ney n-grams (Chen and Goodman, 1999, section 3) over token ids, in numpy.
+"""Interpolated modified Kneser-Ney n-grams (Chen and Goodman, 1999, section 3) over token ids, in NumPy.
 
 An n-gram of token ids is packed into one uint64, its first token in the highest place, so that the n-grams of one
 context are neighbours in sorted order, dropping the last token is a division and dropping the first a remainder.
@@ -13,12 +13,12 @@ NUM_DISCOUNTS = 3  # Counts of one, two, three and more.
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """One order n of the model; rows sorted by key.
+    """The n-grams of one order n; arrays are sorted by the packed n-grams.
 
     Attributes:
       grams: packed n-grams [G].
-      discounted: count less its discount over the count of its context [G].
-      contexts: packed contexts, n - 1 tokens [C].
+      discounted: (count - discount) / count of the context [G].
+      contexts: packed contexts of n - 1 tokens [C].
       backoff: weight of the next lower order after each context [C].
     """
 
@@ -30,7 +30,7 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class KneserNey:
-    """A trained model: levels of order 1 to n over a vocabulary."""
+    """A trained model: the orders 1 to n over a vocabulary."""
 
     levels: tuple[Level, ...]
     vocab_size: int
@@ -41,7 +41,7 @@ class KneserNey:
 
 
 def fit(tokens: np.ndarray, order: int, vocab_size: int) -> KneserNey:
-    """Trains on one row of token ids.
+    """Trains on a sequence of token ids.
 
     The highest order counts occurrences, every lower one the distinct tokens seen to its left.
     """
@@ -56,13 +56,13 @@ def fit(tokens: np.ndarray, order: int, vocab_size: int) -> KneserNey:
 
 
 def probabilities(model: KneserNey, contexts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """P(tokens[i] | contexts[i]) with contexts [N, order - 1], oldest token first."""
+    """Returns P(tokens[i] | contexts[i]) for contexts [N, order - 1], oldest token first."""
     result = np.full(len(tokens), 1.0 / model.vocab_size)
     for n, level in enumerate(model.levels, start=1):
         context = contexts[:, contexts.shape[1] - (n - 1) :]
         keys = pack(context, model.vocab_size)
         grams = keys * np.uint64(model.vocab_size) + tokens.astype(np.uint64)
-        # A context never seen has no count of its own: all its weight goes to the lower order.
+        # A context that was never seen gives all its weight to the lower order.
         result = _look_up(level.grams, level.discounted, grams, 0.0) + result * _look_up(
             level.contexts, level.backoff, keys, 1.0
         )
@@ -70,25 +70,25 @@ def probabilities(model: KneserNey, contexts: np.ndarray, tokens: np.ndarray) ->
 
 
 def bits(model: KneserNey, tokens: np.ndarray, block: int = 1 << 18) -> float:
-    """Total bits of `tokens` after the first `order - 1`."""
+    """Returns the total bits of `tokens` after the first `order - 1`."""
     total = 0.0
-    rows = windows(tokens, model.order)
-    for start in range(0, len(rows), block):
-        part = rows[start : start + block]
+    ngrams = windows(tokens, model.order)
+    for start in range(0, len(ngrams), block):
+        part = ngrams[start : start + block]
         total -= float(np.log2(probabilities(model, part[:, :-1], part[:, -1])).sum())
     return total
 
 
 def windows(tokens: np.ndarray, length: int) -> np.ndarray:
-    """All runs of `length` tokens, [N - length + 1, length]."""
+    """Returns all runs of `length` tokens, [N - length + 1, length]."""
     return np.lib.stride_tricks.sliding_window_view(tokens, length)
 
 
-def pack(rows: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Rows of token ids [N, n] as one uint64 each; no tokens pack to 0."""
-    keys = np.zeros(len(rows), np.uint64)
-    for column in range(rows.shape[1]):
-        keys = keys * np.uint64(vocab_size) + rows[:, column].astype(np.uint64)
+def pack(ngrams: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Packs n-grams of token ids [N, n] into one uint64 each; empty n-grams give 0."""
+    keys = np.zeros(len(ngrams), np.uint64)
+    for column in range(ngrams.shape[1]):
+        keys = keys * np.uint64(vocab_size) + ngrams[:, column].astype(np.uint64)
     return keys
 
 
@@ -106,7 +106,7 @@ def _level(grams: np.ndarray, counts: np.ndarray, vocab_size: int) -> Level:
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:
-    """[0, D1, D2, D3+] from the number of n-grams seen once to four times; a plain 0.75 where a corpus is too small."""
+    """Returns [0, D1, D2, D3+] from the numbers of n-grams seen once to four times; 0.75 each if one of them is 0."""
     seen = np.bincount(np.minimum(counts, NUM_DISCOUNTS + 2), minlength=NUM_DISCOUNTS + 3).astype(np.float64)
     fallback = np.array([0.0, 0.75, 0.75, 0.75])
     if np.any(seen[1 : NUM_DISCOUNTS + 2] == 0):
@@ -116,6 +116,6 @@ def _discounts(counts: np.ndarray) -> np.ndarray:
     return np.where((discounts >= 0) & (discounts <= np.arange(NUM_DISCOUNTS + 1)), discounts, fallback)
 
 
-def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray, missing: float) -> np.ndarray:
-    index = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[index] == wanted, values[index], missing)
+def _look_up(keys: np.ndarray, values: np.ndarray, queries: np.ndarray, missing: float) -> np.ndarray:
+    index = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
+    return np.where(keys[index] == queries, values[index], missing)

@@ -1,4 +1,4 @@
-"""The demo model: its shape, a fast training attention and loss for CPU, and its export to Hugging Face layout."""
+"""The demo model: its shape, attention and loss that train fast on a CPU, and its export to Hugging Face layout."""
 
 import functools
 import json
@@ -32,12 +32,12 @@ CONFIG = ModelConfig(
 
 
 def causal_attend_in_blocks(batch: int, time: int, block: int = 128) -> Attend:
-    """`jaxserve.models.causal_attend`, but a block of queries reads only the keys up to its own end."""
+    """Like `jaxserve.models.causal_attend`, but a block of queries reads the keys up to its own end only."""
     block = min(block, time)
     triangle = jnp.where(jnp.arange(block)[:, None] >= jnp.arange(block)[None, :], 0.0, -1e9)
 
     def attend(projection, kv, *, layer, window):
-        del layer, window  # The demo model has no window.
+        del layer, window  # the demo model has no window
         q, k, v = rotated_heads(*projection)
         num_kv_heads, head_dim = k.shape[1:]
         q = q.reshape(batch, time, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
@@ -62,7 +62,10 @@ def causal_attend_in_blocks(batch: int, time: int, block: int = 128) -> Attend:
 def cross_entropy(
     hidden: Float32[Array, "B E"], embedding: Float32[Array, "V E"], targets: Int32[Array, " B"], chunk: int = 512
 ) -> Float32[Array, ""]:
-    """Mean negative log likelihood in nats; the gradient is made on the way, so logits live for `chunk` rows only."""
+    """Returns the mean negative log likelihood in nats.
+
+    The forward pass computes the gradient too, so that logits exist for `chunk` rows at a time only.
+    """
     return _cross_entropy_forward(hidden, embedding, targets, chunk)[0]
 
 
@@ -70,12 +73,12 @@ def _cross_entropy_forward(hidden, embedding, targets, chunk):
     num_rows = hidden.shape[0]
     loss, grad_hidden, grad_embedding = jnp.zeros(()), [], jnp.zeros_like(embedding)
     for start in range(0, num_rows, chunk):
-        rows, wanted = hidden[start : start + chunk], targets[start : start + chunk]
+        rows, labels = hidden[start : start + chunk], targets[start : start + chunk]
         logits = rows @ embedding.T
         peak = logits.max(axis=1, keepdims=True)
         exp = jnp.exp(logits - peak)
         total = exp.sum(axis=1, keepdims=True)
-        hit = jnp.arange(embedding.shape[0])[None, :] == wanted[:, None]
+        hit = jnp.arange(embedding.shape[0])[None, :] == labels[:, None]
         loss += jnp.sum(jnp.log(total)[:, 0] + peak[:, 0] - jnp.where(hit, logits, 0.0).sum(axis=1))
         grad_logits = (exp / total - hit.astype(exp.dtype)) / num_rows
         grad_hidden.append(grad_logits @ embedding)
@@ -92,7 +95,7 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def hidden_states(model: Transformer, tokens: Int32[Array, "N T"]) -> Float32[Array, "N*T E"]:
-    """Final hidden states of N whole sequences of T tokens, as flat rows."""
+    """Returns the final hidden states of N whole sequences of T tokens, one row per token."""
     batch, time = tokens.shape
     positions = jnp.tile(jnp.arange(time, dtype=jnp.int32), batch)
     attend = causal_attend_in_blocks(batch, time)
@@ -109,5 +112,5 @@ def export(params: nnx.State, tokenizer: tokenizers.Tokenizer, directory: pathli
 
 
 def load(directory: pathlib.Path) -> Transformer:
-    """An exported model, its bfloat16 weights widened to float32."""
+    """Loads an exported model and widens its bfloat16 weights to float32."""
     return nnx.merge(graphdef_of(CONFIG), load_hugging_face(directory, CONFIG, dtype=jnp.float32))

@@ -2,8 +2,8 @@
 
     python scripts/demo/tokenizer.py --work_dir=../demo_work
 
-reads what `demo_corpus.py` wrote and writes `<work_dir>/tokenizer/` (Hugging Face layout) and `<work_dir>/train.npy`,
-`<work_dir>/heldout.npy`: uint16 token ids, every file led by `<|endoftext|>`; `<work_dir>/sizes.json`: bytes of text.
+reads what `corpus.py` wrote, and writes `<work_dir>/tokenizer/` (Hugging Face layout), `<work_dir>/train.npy` and
+`<work_dir>/heldout.npy` (uint16 token ids, `<|endoftext|>` before every file), and `<work_dir>/sizes.json` (bytes of text).
 """
 
 import json
@@ -26,7 +26,7 @@ _PIECES = r"(?:\r?\n)+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[
 
 
 def train(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> tokenizers.Tokenizer:
-    """Byte-level BPE (Sennrich et al., 2016): any text round-trips, since all 256 bytes are in the vocabulary."""
+    """Trains a byte-level BPE (Sennrich et al., 2016); its vocabulary has all 256 bytes, so any text comes back unchanged."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -65,8 +65,8 @@ def load(directory: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def encode(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> np.ndarray:
-    """All texts in one row, each led by `<|endoftext|>`, with one more at the end."""
-    pieces = [np.array([END_OF_TEXT_ID, *row.ids], np.uint16) for row in tokenizer.encode_batch(texts)]
+    """Returns the ids of all texts, with `<|endoftext|>` before each and at the end."""
+    pieces = [np.array([END_OF_TEXT_ID, *encoding.ids], np.uint16) for encoding in tokenizer.encode_batch(texts)]
     return np.concatenate([*pieces, np.array([END_OF_TEXT_ID], np.uint16)])
 
 
@@ -86,5 +86,5 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    WORK_DIR = flags.DEFINE_string("work_dir", None, "Where the corpus is and the tokens go.", required=True)
+    WORK_DIR = flags.DEFINE_string("work_dir", None, "Folder of the corpus, and for the tokens.", required=True)
     app.run(main)

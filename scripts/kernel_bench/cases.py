@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Shaped
+from lib.random_pages import STORED_STEP, random_pages
 
 from jaxserve.core.cache.kv_pool import stores_bits
 from pallas_kernels.paged_attention import PagedKV
 from pallas_kernels.paged_attention.reference import paged_attention
 from pallas_kernels.paged_attention.shapes import AttentionShape
-from pallas_kernels.pages import as_float, as_stored
+from pallas_kernels.pages import as_float
 from pallas_kernels.rotary_write.reference import rotary_write
 
 OPS = ("decode", "chunk", "rotary_write")
@@ -22,8 +23,6 @@ _MAX_ELEMENTS = 2**31  # per array: offsets in kernels are int32
 _MAX_POOLS = 64
 _CACHES = 4  # the pools together are this many times the cache
 _CHECKED_ROWS = 64
-_PERIOD = 1_000_003  # draws that a pool repeats; prime, so that no two pages are equal
-_STEP = {"int8": 1 / 30, "float8_e4m3fn": 1 / 16}  # what 1 as stored stands for, about
 
 # Relative error, as the length of a head's vector, that rounding to the dtype of the pages explains. Attention: the rounding of
 # queries and weights, about ten times the unit; 8 bits are computed with in 16. A written vector: of a single rounding.
@@ -158,8 +157,8 @@ def make_data(case: Case, num_pools: int, seed: int) -> Data:
     pool = (num_pools * case.num_pages, shape.num_kv_heads, shape.page_size, shape.head_dim)
     stored = "uint16" if case.dtype == "bfloat16" and stores_bits("reference") else case.dtype
     scale = None
-    if case.dtype in _STEP:
-        scale = _STEP[case.dtype] * jnp.linspace(0.9, 1.1, shape.num_kv_heads, dtype=jnp.float32)
+    if case.dtype in STORED_STEP:
+        scale = STORED_STEP[case.dtype] * jnp.linspace(0.9, 1.1, shape.num_kv_heads, dtype=jnp.float32)
     rng = np.random.default_rng(seed)
     tables = [rng.permutation(case.num_pages) + index * case.num_pages for index in range(num_pools)]
     last = np.arange(case.context - case.num_keys, case.context)
@@ -185,14 +184,6 @@ def make_data(case: Case, num_pools: int, seed: int) -> Data:
         cos=cos,
         sin=sin,
     )
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def random_pages(key: jax.Array, shape: tuple[int, ...], dtype: str) -> Shaped[Array, "N K T D"]:
-    """Normal numbers as pages of `dtype` hold them: a million draws, repeated."""
-    size = int(np.prod(shape, dtype=np.int64))
-    draws = jax.random.normal(key, (min(size, _PERIOD),)) / _STEP.get(dtype, 1.0)
-    return jnp.tile(as_stored(draws, jnp.dtype(dtype)), -(-size // draws.size))[:size].reshape(shape)
 
 
 def errors(case: Case, data: Data, result: Any) -> list[tuple[float, float]]:

@@ -8,6 +8,7 @@ import jax
 from absl import flags
 from kernel_bench.cases import DTYPES, OPS
 from kernel_bench.contenders import BASELINES, SPLITTING
+from lib.flag_values import integers, names, options_from_flags
 
 from pallas_kernels.backend import BACKENDS, check_runs_here, resolve_backend
 from pallas_kernels.paged_attention.shapes import SHAPES
@@ -88,7 +89,7 @@ def parse_options(values: flags.FlagValues) -> Options:
     backends = _backends(values.backend)
     if values.num_splits is not None and (values.op not in ("decode", "all") or not set(backends) & set(SPLITTING)):
         raise ValueError(f"--num_splits={values.num_splits} has an effect on decode with {' or '.join(SPLITTING)} only")
-    dtypes = _names("dtype", values.dtype, _STEP_DTYPES if step else DTYPES)
+    dtypes = names("dtype", values.dtype, _STEP_DTYPES if step else DTYPES, all_allowed=False)
     if step:
         backends = (resolve_backend(None),) if values.backend == ["all"] else backends
         if len(backends) > 1:
@@ -96,54 +97,24 @@ def parse_options(values: flags.FlagValues) -> Options:
     cache_mb = values.cache_mb
     if cache_mb is None:
         cache_mb = _CACHE_MB.get(jax.default_backend(), 64)
-    return Options(
-        op=values.op,
-        shapes=_names("shapes", values.shapes, tuple(SHAPES), every="all"),
+    no_baselines = values.baselines == ["none"]
+    return options_from_flags(
+        Options,
+        values,
+        shapes=names("shapes", values.shapes, tuple(SHAPES)),
         backends=backends,
-        baselines=() if values.baselines == ["none"] else _names("baselines", values.baselines, BASELINES),
+        baselines=() if no_baselines else names("baselines", values.baselines, BASELINES, all_allowed=False),
         dtypes=dtypes,
-        batches=_numbers("batch", values.batch),
-        contexts=_numbers("context", values.context),
-        page_size=values.page_size,
-        num_splits=values.num_splits,
-        tune=values.tune,
-        repeats=values.repeats,
-        seed=values.seed,
+        batches=integers("batch", values.batch),
+        contexts=integers("context", values.context),
         cache_bytes=cache_mb * 2**20,
-        csv=values.csv,
-        json=values.json,
-        model=values.model,
-        slots=_numbers("slots", values.slots),
-        engine_config=values.engine_config,
-        steps=values.steps,
+        slots=integers("slots", values.slots),
     )
-
-
-def _names(flag: str, given: Sequence[str], known: Sequence[str], every: str | None = None) -> tuple[str, ...]:
-    if given == [every]:
-        return tuple(known)
-    for name in given:
-        if name not in known:
-            raise ValueError(
-                f"--{flag}: {name!r} is unknown: use {', '.join(known)}" + (f", or {every}" if every else "")
-            )
-    if not given:
-        raise ValueError(f"--{flag} is empty: use {', '.join(known)}")
-    return tuple(dict.fromkeys(given))
-
-
-def _numbers(flag: str, given: Sequence[str]) -> tuple[int, ...]:
-    for text in given:
-        if not text.isascii() or not text.isdigit() or not 0 < int(text) < 2**31:
-            raise ValueError(f"--{flag}: {text!r} must be an integer from 1 to {2**31 - 1}")
-    if not given:
-        raise ValueError(f"--{flag} is empty: give at least one number")
-    return tuple(dict.fromkeys(int(text) for text in given))
 
 
 def _backends(given: Sequence[str]) -> tuple[str, ...]:
     runnable = []
-    for name in _names("backend", given, BACKENDS, every="all"):
+    for name in names("backend", given, BACKENDS):
         try:
             check_runs_here(name, interpret=False)
             runnable.append(name)

@@ -6,13 +6,13 @@ computed ones, so that filling hundreds of slots takes no time. Then every step 
 
 import dataclasses
 import time
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from kernel_bench.cases import random_pages
-from lib.timing import Timing, free_bytes
+from lib.device import free_bytes
+from lib.random_pages import random_pages
+from lib.timing import PairedTimes, Timing
 
 from jaxserve import EngineConfig, EngineState, ModelConfig, SamplingParams, StepOutputs, init_state, make_submission
 from jaxserve.core.cache import bytes_per_page
@@ -114,13 +114,13 @@ class StepBench:
             raise RuntimeError("not all sequences were admitted in the first step")
         state = self._as_if_prefilled(state)
         state, _ = self._run(state, 1)
-        samples, dispatched = [], []
-        for _ in range(case.repeats + 1):  # the first warms up
+        times = PairedTimes(case.num_steps)
+        for repeat in range(case.repeats + 1):  # the first one warms up
             state, one = self._timed(state, 1)
             state, many = self._timed(state, case.num_steps)
-            samples.append((many - one) / (case.num_steps - 1))
-            dispatched.append(one)
-        return Timing(tuple(samples[1:]), float(np.median(dispatched[1:])), case.num_steps)
+            if repeat:
+                times.add(one, many)
+        return times.timing()
 
     def prefill(self) -> float:
         """Seconds from a submitted prompt of `context` tokens to its first token, the median of 3."""
@@ -168,43 +168,3 @@ class StepBench:
         if int(outputs.num_steps) != num_steps or not np.asarray(outputs.steps.sampled[:num_steps]).all():
             raise RuntimeError("a slot did not decode in a timed step")
         return state, seconds
-
-
-def decode_work(case: StepCase, params: nnx.State) -> tuple[int, int]:
-    """Bytes that a step must move, weights once and the keys and values that rows see; and its FLOPs."""
-    model = case.model
-    positions = _positions(model, lambda window: case.slots * min(case.mean_tokens, window))
-    weights, matrices = _weights(params, model)
-    embedded = 0 if model.tied_embeddings else case.slots * model.embed_dim * _embedding(params).dtype.itemsize
-    kv = 2 * positions * model.num_kv_heads * model.head_dim * np.dtype(case.config().kv_dtype).itemsize
-    flops = 2 * case.slots * (matrices + model.vocab_size * model.embed_dim) + _attention_flops(model, positions)
-    return int(weights + embedded + kv), int(flops)
-
-
-def prefill_flops(case: StepCase, params: nnx.State) -> int:
-    """FLOPs of the prefill of one prompt of `context` tokens, up to its first token."""
-    model = case.model
-    seen = np.arange(1, case.context + 1)
-    positions = _positions(model, lambda window: np.minimum(seen, window).sum())
-    matrices = 2 * case.context * _weights(params, model)[1]
-    return int(matrices + 2 * model.vocab_size * model.embed_dim + _attention_flops(model, positions))
-
-
-def _positions(model: ModelConfig, of_window: Any) -> float:
-    return sum(of_window(float("inf") if window is None else window) for window in model.windows)
-
-
-def _attention_flops(model: ModelConfig, positions: float) -> float:
-    return 4 * model.num_heads * model.head_dim * positions
-
-
-def _weights(params: nnx.State, model: ModelConfig) -> tuple[int, int]:
-    """Bytes of the weights, of an embedding only where it is the output projection too; elements of the blocks' matrices."""
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    unread = 0 if model.tied_embeddings else _embedding(params).nbytes
-    return total - unread, sum(leaf.size for leaf in jax.tree.leaves(params["blocks"]) if leaf.ndim > 1)
-
-
-def _embedding(params: nnx.State) -> jax.Array:
-    embedding: Any = params["embedding"]
-    return embedding[...]

@@ -1,8 +1,8 @@
-"""The flags that make an engine, for benchmarks: those of `python -m jaxserve.generate`, fitted to a workload.
+"""The flags from which benchmarks make an engine: those of `python -m jaxserve.generate`, fitted to a workload.
 
 `--model` is a checkpoint's directory or hub id, or a config.json file, which gets random weights; without it the demo model
-serves. Every field of EngineConfig has a flag. What is not given is fitted: the longest sequence to that of the workload, the
-pool to all slots.
+serves. Every field of EngineConfig has a flag. Without their flags, the longest sequence is that of the workload, and the pool
+has room for it in all slots.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jaxserve.commands.make_engine import make_engine
 from jaxserve.models import checkpoint, families
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 
-BENCHMARK = "Benchmark"  # group of the flags that a benchmark has for itself
+BENCHMARK = "Benchmark"  # group of the flags that only one benchmark has
 
 __all__ = [
     "BENCHMARK",
@@ -42,10 +42,10 @@ __all__ = [
 
 
 def load_model(options: EngineOptions) -> tuple[ModelConfig, Tokenizer | None]:
-    """What a workload needs to know: hyperparameters, and the tokenizer of a checkpoint.
+    """Reads what a workload needs of a model: hyperparameters, and the tokenizer (None with random weights).
 
     Raises:
-      ValueError: if the model is not there or not valid.
+      ValueError: if the model is missing or not valid.
     """
     if options.load_format == "dummy":
         return families.read_model_config(options.model or DEMO_MODEL), None
@@ -54,11 +54,11 @@ def load_model(options: EngineOptions) -> tuple[ModelConfig, Tokenizer | None]:
 
 
 def fitted_options(values: flags.FlagValues, **defaults: Any) -> EngineOptions:
-    """What the flags say; a config.json file needs no --load_format=dummy.
+    """Reads the engine's flags; a config.json file implies --load_format=dummy.
 
     Args:
-      values: parsed, with the flags of `define_engine_flags`.
-      defaults: of fields of EngineConfig that were not given: `max_model_len=workload.longest`.
+      values: parsed flags, among them those of `define_engine_flags`.
+      defaults: fields of EngineConfig for which no flag was given, such as `max_model_len=workload.longest`.
 
     Raises:
       ValueError: if a flag or the file of `--config` is not valid.
@@ -70,10 +70,10 @@ def fitted_options(values: flags.FlagValues, **defaults: Any) -> EngineOptions:
 
 
 def make_warm_engine(options: EngineOptions) -> Engine:
-    """An engine with its programs compiled.
+    """Makes an engine and compiles its programs.
 
     Raises:
-      ValueError: as `make_engine`.
+      ValueError: if the model or an option is not valid.
     """
     engine = make_engine(options)
     engine.warm_up()
@@ -81,7 +81,7 @@ def make_warm_engine(options: EngineOptions) -> Engine:
 
 
 def run_app(main: Callable[[Sequence[str]], int], description: str, values: flags.FlagValues = flags.FLAGS) -> None:
-    """Runs a benchmark whose flags are defined: --help shows them, a flag that is not valid gets a sentence and status 1."""
+    """Runs a benchmark whose flags are defined; --help prints them in groups, and a bad flag gets one sentence and status 1."""
     groups = (BENCHMARK, WORKLOAD, PROMPTS, MODEL, ENGINE)
     app.run(
         main,

@@ -1,4 +1,4 @@
-"""Plots of the engine's benchmarks: panels of lines. Needs matplotlib, only when one is drawn."""
+"""Plots of benchmarks: panels of lines. matplotlib is imported only when one is drawn."""
 
 import dataclasses
 import importlib.util
@@ -12,9 +12,9 @@ class Line:
     """One curve.
 
     Attributes:
-      label: for the legend.
-      x, y: of its points.
-      dashed: for what is no measurement, such as a fit or a limit.
+      label: text in the legend.
+      x, y: coordinates of the points.
+      dashed: True for what is not a measurement, such as a fit or a limit.
     """
 
     label: str
@@ -28,9 +28,10 @@ class Panel:
     """Curves that share their axes.
 
     Attributes:
-      title, x_label, y_label: what they show; units belong into the labels.
+      title: what the panel shows.
+      x_label, y_label: quantities of the axes, with units.
       lines: the curves.
-      log_x, log_y: whether an axis is logarithmic.
+      log_x, log_y: True for a logarithmic axis.
     """
 
     title: str
@@ -42,10 +43,10 @@ class Panel:
 
 
 def check_plot(path: str | None) -> None:
-    """Looks whether a plot can be saved there, before there is one.
+    """Checks that a plot can be saved to this path, before anything is measured.
 
     Raises:
-      ValueError: if not.
+      ValueError: if it cannot.
     """
     if path is None:
         return
@@ -53,13 +54,13 @@ def check_plot(path: str | None) -> None:
     if file.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot={path} must be a file that ends in .png, .svg or .pdf")
     if not file.parent.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise ValueError(f"--plot={path} cannot be written: choose a directory that is there and may be written to")
+        raise ValueError(f"--plot={path} cannot be written: choose an existing directory that you may write to")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(f"--plot={path} needs matplotlib, which is not installed: pip install matplotlib")
 
 
 def save_plot(path: str | None, panels: Sequence[Panel], *, title: str) -> None:
-    """Draws the panels side by side, four in a row; nothing if `path` is None or there are none."""
+    """Draws the panels side by side, four in a line; does nothing if `path` is None or there are no panels."""
     if path is None or not panels:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -90,7 +91,7 @@ def save_plot(path: str | None, panels: Sequence[Panel], *, title: str) -> None:
 
 
 def _decade(values: Sequence[float]) -> tuple[float, float]:
-    """Limits with room for all values and at least a factor of ten between them, so that what is flat looks flat."""
+    """Returns limits with room for all values and at least a factor of ten between them, so that a flat curve looks flat."""
     low, high = min(values) / 1.3, max(values) * 1.3
     widen = max(10 / (high / low), 1) ** 0.5
     return low / widen, high * widen

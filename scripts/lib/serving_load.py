@@ -1,8 +1,8 @@
-"""An open load on an engine: requests arrive when they are due, however far behind the engine is.
+"""Offers an open load to an engine: requests arrive when they are due, however far behind the engine is.
 
-All times count from when a request was due, not from when it could be handed over: while a call of the engine runs, nothing is
-handed over, and users do not stop arriving because of that (coordinated omission). Requests and engine share a thread: the load
-costs the engine nothing but `add_request`. A token's time is when the call that brought it had been read.
+All times count from when a request was due, not from when it was handed over: nothing can be handed over while a call of the
+engine runs, but users do not stop arriving then (leaving that out is called coordinated omission). Requests and engine share a
+thread, so the load costs the engine nothing but `add_request`. A token's time is when the call that brought it had been read.
 """
 
 import dataclasses
@@ -11,23 +11,30 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from lib.command import spread
-from lib.report import Record, rounded
+from lib.records import Record, rounded, spread
 
 from jaxserve import QueueFullError, SamplingParams
 
 SLOS = ("ttft_ms", "tpot_ms", "e2e_ms")
-_GROWTH = 0.05  # of what arrives: more than that left over is a queue that grows
+_GROWTH = 0.05  # a queue that takes more than this share of the arrivals grows
 
 
 @dataclasses.dataclass
 class Served:
-    """What became of a request; seconds from the start of the load."""
+    """The fate of a request; all times are seconds from the start of the load.
+
+    Attributes:
+      due: when it was due.
+      handed_over: when the engine got it.
+      refused: True if the engine's queue was full.
+      token_times: when each of its tokens was read.
+      finish: when it finished; None if it did not.
+    """
 
     due: float
     handed_over: float = float("nan")
-    refused: bool = False  # the engine's queue was full
-    token_times: list[float] = dataclasses.field(default_factory=list)  # of each token
+    refused: bool = False
+    token_times: list[float] = dataclasses.field(default_factory=list)
     finish: float | None = None
 
     @property
@@ -42,25 +49,26 @@ class Served:
 
     @property
     def tpot_ms(self) -> float | None:
-        """Time per token after the first; None if there was none."""
+        """Time per token after the first; None if there is only one."""
         count = len(self.token_times) - 1
         return 1e3 * (self.token_times[-1] - self.token_times[0]) / count if count else None
 
     @property
     def itl_ms(self) -> list[float]:
-        """Times between tokens; 0 between those that came together."""
+        """Times between two tokens; 0 between tokens of the same call."""
         return (1e3 * np.diff(self.token_times)).tolist()
 
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What was seen of a load.
+    """The course of a load.
 
     Attributes:
       served: one per request.
-      waiting: (seconds, requests without a slot), after each call of the engine.
-      num_steps, num_preemptions: of the engine.
-      occupancy: share of its slots in use, averaged over steps.
+      waiting: (seconds, requests without a slot) after each call of the engine.
+      num_steps: steps that the engine took.
+      num_preemptions: sequences that lost their slot.
+      occupancy: share of the slots in use, averaged over steps.
     """
 
     served: list[Served]
@@ -71,11 +79,13 @@ class Trace:
 
 
 def arrival_times(rate: float, burstiness: float, count: int, rng: np.random.Generator) -> list[float]:
-    """Seconds at which requests are due: gamma-distributed gaps, stretched so that the last comes at count / rate.
+    """Draws the seconds at which requests are due: gamma-distributed gaps, stretched so that the last comes at count / rate.
 
     Args:
-      rate: requests per second; infinite: all at once.
-      burstiness: shape of the gamma distribution; 1: a Poisson process, less: bursts, more: regular.
+      rate: requests per second; infinity for all at once.
+      burstiness: shape of the gamma distribution: 1 is a Poisson process, less is bursts, more is regular.
+      count: number of requests.
+      rng: source of randomness.
     """
     gaps = rng.gamma(burstiness, 1 / burstiness, count)
     times = np.cumsum(gaps)
@@ -117,16 +127,16 @@ def offer(
             one.finish = now if update.output is not None else None
         waiting.append((now, engine.stats.num_waiting))
     stats = engine.stats.snapshot()
-    while engine.has_work:  # a call may be in flight
+    while engine.has_work:  # a call may still be running
         engine.step(steps_per_call)
     return Trace(served, waiting, stats.num_steps, stats.num_preemptions, stats.mean_occupancy)
 
 
 def parse_slos(text: str) -> dict[str, float]:
-    """Bounds in milliseconds from "ttft_ms:500,tpot_ms:100".
+    """Reads bounds in milliseconds from a text such as "ttft_ms:500,tpot_ms:100".
 
     Raises:
-      ValueError: if it is not like that.
+      ValueError: if the text does not have this form.
     """
     bounds: dict[str, float] = {}
     for part in text.split(",") if text else []:
@@ -138,38 +148,39 @@ def parse_slos(text: str) -> dict[str, float]:
         if name not in SLOS or not 0 < bound < float("inf"):
             raise ValueError(f"--slo: {part!r} must be one of {', '.join(SLOS)} and milliseconds, as in ttft_ms:500")
         if name in bounds:
-            raise ValueError(f"--slo: {name} is there twice")
+            raise ValueError(f"--slo: {name} is there twice: give one bound")
         bounds[name] = bound
     return bounds
 
 
 def queue_growth(trace: Trace, rate: float) -> float | None:
-    """Share of what arrives that adds to the requests that wait, by a line through the last three quarters of the arrivals.
+    """Returns the share of arriving requests that piles up, by a line through the last three quarters of the arrivals.
 
-    0: the engine keeps up; 0.5: it serves half of what arrives. None: too few calls to tell, or all arrived at once.
+    0 means that the engine keeps up, 0.5 that it serves half of what arrives; None that there were too few calls to tell, or
+    that all requests arrived at once.
     """
     last = max(one.due for one in trace.served)
     points = [(at, count) for at, count in trace.waiting if last / 4 <= at <= last]
     if len(points) < 3 or not 0 < rate < float("inf"):
         return None
     at, count = np.asarray(points).T
-    at, weight = at - at.mean(), np.gradient(at)  # calls are not evenly spread
+    at, weight = at - at.mean(), np.gradient(at)  # weights, as calls are not evenly spread
     at -= np.average(at, weights=weight)
     slope = np.average(at * count, weights=weight) / np.average(at * at, weights=weight)
     return float(slope) / rate
 
 
 def is_above_capacity(trace: Trace, rate: float) -> bool | None:
-    """Whether the queue grew as long as requests arrived; None: it cannot be told."""
+    """Tells whether the queue grew as long as requests arrived; None if that cannot be told."""
     growth = queue_growth(trace, rate)
     if growth is None:
         return None
     last = max(one.due for one in trace.served)
-    return growth > _GROWTH and growth * rate * last >= 2  # requests: one that waits is no queue that grows
+    return growth > _GROWTH and growth * rate * last >= 2  # a single request that waits does not count
 
 
 def summarize(trace: Trace, rate: float, slos: Mapping[str, float]) -> Record:
-    """The figures of a load; latencies in milliseconds, of requests that were not refused."""
+    """Returns the figures of a load; latencies are in milliseconds, over requests that were not refused."""
     done = [one for one in trace.served if one.finish is not None and one.token_times]
     seconds = max((one.token_times[-1] for one in done), default=float("nan"))
     good = sum(all((getattr(one, name) or 0) <= bound for name, bound in slos.items()) for one in done)

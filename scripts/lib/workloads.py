@@ -1,11 +1,11 @@
-"""What the benchmarks serve: prompts as token ids, and how many tokens follow each, drawn from flags and a seed.
+"""Workloads of benchmarks: prompts as token ids and an output length for each, made from flags and a seed.
 
     --dataset=random   random tokens
-    --dataset=prefix   the same, behind one of a few shared prefixes, as a system prompt is
+    --dataset=prefix   random tokens behind one of a few shared prefixes, such as system prompts
     --dataset=jsonl    the lines of a file, as `python -m jaxserve.generate --prompts_file` reads them
 
-Every request is greedy and goes on past end-of-sequence tokens, so that each engine does the same work. Without flags it is
-W48: 48 requests, prompts uniform from 16 to 128 tokens, outputs log-uniform from 16 to 256, seed 0.
+Every request is greedy and goes on past end-of-sequence tokens, so that each engine does the same work. Without flags the
+workload is W48: 48 requests, prompts uniform from 16 to 128 tokens, outputs log-uniform from 16 to 256, seed 0.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from jaxserve.text.tokenizer import Tokenizer
 
 DATASETS = ("random", "prefix", "jsonl")
 LENGTHS = ("fixed", "uniform", "loguniform", "geometric", "heavy", "bimodal")
-WORKLOAD = "Workload"  # group of its flags
-_LONG_SHARE = 1 / 8  # of bimodal lengths
+WORKLOAD = "Workload"  # group of the flags
+_LONG_SHARE = 1 / 8  # share of long ones among bimodal lengths
 _MAX_SEED = 2**31 - 1
-_UNSET = 2**31 - 1  # max_tokens of a line that has none
+_UNSET = 2**31 - 1  # stands for a line without max_tokens
 _FLAGS_OF = {
     "prefix_len": ("prefix",),
     "num_prefixes": ("prefix",),
@@ -37,14 +37,19 @@ _FLAGS_OF = {
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Requests as every engine can take them."""
+    """Requests in a form that every engine can serve.
 
-    prompts: list[list[int]]  # token ids
-    output_lengths: list[int]  # tokens to generate for each, no more and no less
+    Attributes:
+      prompts: token ids.
+      output_lengths: tokens to generate for each prompt, exactly as many.
+    """
+
+    prompts: list[list[int]]
+    output_lengths: list[int]
 
     @property
     def params(self) -> list[SamplingParams]:
-        """Greedy, as many tokens as wanted whatever they are, no text."""
+        """Sampling parameters: greedy, exactly the output length, no text."""
         return [
             SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
             for length in self.output_lengths
@@ -68,15 +73,15 @@ class Workload:
 
 
 def draw_lengths(distribution: str, low: int, high: int, count: int, rng: np.random.Generator) -> list[int]:
-    """Lengths from `low` to `high`, both included.
+    """Draws lengths from `low` to `high`, both included.
 
-        fixed       all alike: low must be high
+        fixed       all are equal: low must be high
         uniform     mean (low + high) / 2
-        loguniform  mean near (high - low) / ln(high / low); what lies between low and 2 low is as likely as the last octave
+        loguniform  every octave is equally likely; mean near (high - low) / ln(high / low)
         geometric   an exponential tail cut at high; mean near low + (high - low) / 5
         heavy       bounded Pareto, density as 1 / length^2; mean near ln(high / low) low high / (high - low): the longest are
                     many times the mean
-        bimodal     low, and one in 8, drawn, high; mean (7 low + high) / 8
+        bimodal     high with probability 1/8, else low; mean (7 low + high) / 8
 
     Raises:
       ValueError: if the distribution is unknown, or the bounds are out of order.
@@ -104,39 +109,47 @@ def draw_lengths(distribution: str, low: int, high: int, count: int, rng: np.ran
 
 
 def define_flags(values: flags.FlagValues, **defaults: Any) -> None:
-    """The flags that `workload_from_flags` reads; `defaults` in place of those of W48."""
+    """Defines the flags that `workload_from_flags` reads; `defaults` replace those of W48."""
     to: dict[str, Any] = {"flag_values": values, "module_name": WORKLOAD}
 
     def default(name: str, value: Any) -> Any:
         return defaults.pop(name, value)
 
     flags.DEFINE_enum("dataset", default("dataset", "random"), list(DATASETS), "Where prompts come from.", **to)
-    flags.DEFINE_integer("num_requests", default("num_requests", 48), "Requests.", lower_bound=1, **to)
+    flags.DEFINE_integer("num_requests", default("num_requests", 48), "Number of requests.", lower_bound=1, **to)
     for kind, lengths, low, high in (("prompt", "uniform", 16, 128), ("output", "loguniform", 16, 256)):
         flags.DEFINE_enum(
-            f"{kind}_lengths", default(f"{kind}_lengths", lengths), list(LENGTHS), f"Distribution, {kind}s.", **to
+            f"{kind}_lengths",
+            default(f"{kind}_lengths", lengths),
+            list(LENGTHS),
+            f"Distribution of {kind} lengths.",
+            **to,
         )
         for end, bound in (("shortest", low), ("longest", high)):
             name = f"{end}_{kind}"
             flags.DEFINE_integer(name, default(name, bound), f"Tokens of the {end} {kind}.", lower_bound=1, **to)
-    flags.DEFINE_integer("prefix_len", default("prefix_len", 64), "prefix: tokens before those.", lower_bound=1, **to)
-    flags.DEFINE_integer("num_prefixes", default("num_prefixes", 1), "prefix: different ones.", lower_bound=1, **to)
+    flags.DEFINE_integer(
+        "prefix_len", default("prefix_len", 64), "prefix: tokens of each shared prefix.", lower_bound=1, **to
+    )
+    flags.DEFINE_integer("num_prefixes", default("num_prefixes", 1), "prefix: number of prefixes.", lower_bound=1, **to)
     flags.DEFINE_string("prompts_file", default("prompts_file", None), "jsonl: a file of prompts.", **to)
-    flags.DEFINE_integer("seed", default("seed", 0), "Of the workload.", lower_bound=0, upper_bound=_MAX_SEED, **to)
+    flags.DEFINE_integer(
+        "seed", default("seed", 0), "Seed of the workload.", lower_bound=0, upper_bound=_MAX_SEED, **to
+    )
     if defaults:
         raise TypeError(f"no flags of the workload: {', '.join(defaults)}")
 
 
 def workload_from_flags(values: flags.FlagValues, vocab_size: int, tokenizer: Tokenizer | None = None) -> Workload:
-    """The workload that the flags describe.
+    """Makes the workload that the flags describe.
 
     Args:
-      values: parsed.
-      vocab_size: of the model; random tokens are below it.
-      tokenizer: for the texts of a file; None: it must have token ids.
+      values: parsed flags.
+      vocab_size: size of the model's vocabulary; random tokens are below it.
+      tokenizer: for the texts of a file; None if there is none, and the file must have token ids.
 
     Raises:
-      ValueError: if a flag's value is not valid or has no effect on the dataset, or the file is no good.
+      ValueError: if a flag's value is not valid or has no effect on the dataset, or the file is not valid.
     """
     for name, datasets in _FLAGS_OF.items():
         if values[name].present and values.dataset not in datasets:
@@ -154,7 +167,7 @@ def workload_from_flags(values: flags.FlagValues, vocab_size: int, tokenizer: To
 
 
 def describe_workload(values: flags.FlagValues) -> dict[str, Any]:
-    """The flags that count for the dataset, for records."""
+    """Returns the flags that matter for the dataset, for records."""
     names = (flag.name for flag in values.flags_by_module_dict()[WORKLOAD])
     return {name: values[name].value for name in names if values.dataset in _FLAGS_OF.get(name, DATASETS)}
 
@@ -171,7 +184,7 @@ def _draw(values: flags.FlagValues, kind: str, rng: np.random.Generator) -> list
 def _from_file(
     values: flags.FlagValues, vocab_size: int, tokenizer: Tokenizer | None, rng: np.random.Generator
 ) -> Workload:
-    """The first lines; those without max_tokens get drawn lengths."""
+    """Reads the first lines of the file; those without max_tokens get drawn output lengths."""
     path = values.prompts_file
     if path is None:
         raise ValueError("--dataset=jsonl needs --prompts_file")

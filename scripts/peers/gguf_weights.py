@@ -1,7 +1,7 @@
 """Writes a checkpoint in Hugging Face layout as a GGUF file for llama.cpp, in bfloat16 or float16, without quantisation.
 
-Benchmarks send token ids, so the vocabulary is a made-up one of the right size. Of Llama and Mistral, llama.cpp wants the rows
-of the query and key projections in pairs (x0, x_half, x1, ...), as in the original layout of Llama; Qwen's stay as they are.
+Benchmarks send token ids, so the vocabulary is made up and only has the right size. For Llama and Mistral, llama.cpp wants the
+rows of the query and key projections in pairs (x0, x_half, x1, ...), as in Llama's original layout; Qwen's stay as they are.
 """
 
 import json
@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-_ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # of gguf.MODEL_ARCH
+_ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # names in gguf.MODEL_ARCH
 _TYPES = {"bfloat16": ("BF16", "MOSTLY_BF16"), "float16": ("F16", "MOSTLY_F16"), "float32": ("F32", "ALL_F32")}
 
 
 def write_gguf(directory: pathlib.Path, path: pathlib.Path, dtype: str) -> None:
-    """The checkpoint in `directory` as the file `path`; vectors stay float32.
+    """Writes the checkpoint in `directory` as the file `path`; vectors stay float32.
 
     Raises:
-      ValueError: if llama.cpp's layout of this family, or of its rope, is not known here.
-      ImportError: without the package gguf.
+      ValueError: if the model's family or its kind of rope cannot be written here.
+      ImportError: if the package gguf is not installed.
     """
     import gguf  # type: ignore[import-not-found]
 
@@ -43,11 +43,11 @@ def write_gguf(directory: pathlib.Path, path: pathlib.Path, dtype: str) -> None:
             continue
         if _ARCHITECTURES[kind] == "LLAMA":
             tensor = paired(name, tensor, config)
-        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
             raise ValueError(f"tensor {name!r} has no name in GGUF")
         stored = gguf.GGMLQuantizationType[matrices if tensor.ndim > 1 else "F32"]
-        writer.add_tensor(found, gguf.quants.quantize(tensor, stored), raw_dtype=stored)
+        writer.add_tensor(gguf_name, gguf.quants.quantize(tensor, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -84,7 +84,7 @@ def _add_vocabulary(writer: Any, size: int, token_type: Any) -> None:
 
 
 def stored_tensors(directory: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values; read here, because the safetensors package has no bfloat16 for NumPy."""
+    """Yields names and values as float32; read here, because the safetensors package has no bfloat16 for NumPy."""
     for path in sorted(directory.glob("*.safetensors")):
         stored = np.memmap(path, np.uint8, "r")
         size = int(stored[:8].view(np.uint64)[0])
@@ -101,7 +101,7 @@ def _float32(stored: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def paired(name: str, tensor: np.ndarray, config: dict[str, Any]) -> np.ndarray:
-    """Rows of a head as (0, half, 1, half + 1, ...); other tensors as they are."""
+    """Returns the rows of each head in the order (0, half, 1, half + 1, ...); other tensors as they are."""
     heads = config["num_attention_heads"]
     if ".q_proj." in name:
         count = heads

@@ -1,4 +1,4 @@
-"""This engine, driven as its peers are, in a process of its own; it also tells what each step did."""
+"""The driver of jaxserve, in a process of its own like its peers; it also tells what each step did."""
 
 import pathlib
 import statistics
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jaxlib.version
 import numpy as np
-from lib.roofline import work_of
+from lib.roofline import work_of_steps
 from lib.workloads import Workload
 from peers.memory import forget_peak, peak_bytes, resident_bytes
 from peers.protocol import Round, Settings, serve
@@ -24,41 +24,44 @@ from jaxserve.timeline import Timeline, save_timeline
 
 
 class StepClock:
-    """An engine's observer: keeps what the steps did, and when the host read them.
+    """An engine's observer that keeps what the steps did, and when the host read them.
 
-    Steps of one call share the time since the last read evenly: the host does not see them one by one.
+    The host does not see the steps of a call one by one, so they share the time since the last read evenly.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.timeline = Timeline(config)
         self._num_steps = 0
-        self._ends: list[float] = []  # of each step
+        self._ends: list[float] = []  # seconds at which each step ended
         self._last = time.perf_counter()
 
-    def observe(self, outputs: Any, by_row: Any, num_waiting: int) -> None:
-        """Takes what a call did."""
-        self.timeline.observe(outputs, by_row, num_waiting)
+    def observe(self, outputs: Any, samples_by_row: Any, num_waiting: int) -> None:
+        """Records what the steps of one call did."""
+        self.timeline.observe(outputs, samples_by_row, num_waiting)
         now, count = time.perf_counter(), int(outputs.num_steps)
         self._ends += [self._last + (now - self._last) * (index + 1) / count for index in range(count)]
         self._last = now
 
     def seconds_per_token(self) -> list[float]:
-        """Per sequence of two tokens or more, the time from its first to its last over the tokens after the first."""
+        """Returns, per sequence of two tokens or more, the time from first to last token over the tokens after the first."""
         steps = self.timeline.steps()
         step, slot = np.nonzero(steps.sampled & (steps.occupant >= 0))
-        drawn: dict[int, list[int]] = {}
-        for index, when in zip(steps.occupant[step, slot].tolist(), step.tolist(), strict=True):
-            drawn.setdefault(index, []).append(when)
-        return [
-            (self._ends[when[-1]] - self._ends[when[0]]) / (len(when) - 1) for when in drawn.values() if len(when) > 1
-        ]
+        steps_of: dict[int, list[int]] = {}
+        for occupant, index in zip(steps.occupant[step, slot].tolist(), step.tolist(), strict=True):
+            steps_of.setdefault(occupant, []).append(index)
+        several = [indices for indices in steps_of.values() if len(indices) > 1]
+        return [(self._ends[indices[-1]] - self._ends[indices[0]]) / (len(indices) - 1) for indices in several]
 
 
 class Jaxserve:
-    """`Engine.generate`."""
+    """jaxserve's `Engine.generate`."""
 
     def load(self, settings: Settings) -> dict[str, Any]:
-        """`settings.options` has the fields of EngineConfig, a seed, and files for compiled programs and for the timeline."""
+        """Loads and compiles.
+
+        Args:
+          settings: `options` has the fields of EngineConfig, a seed, a folder for compiled programs and a file for a timeline.
+        """
         options = settings.options
         self._timeline_path = options.get("timeline")
         if options.get("compilation_cache_dir"):
@@ -74,9 +77,8 @@ class Jaxserve:
         else:
             params = checkpoint.load_hugging_face(settings.model, self._model, dtype=settings.dtype)
         config = resolve_capacities(EngineConfig.from_dict(options["config"]), self._model, params)
-        params = prepare_and_free(
-            params, self._model, config.backend, config.weight_dtype
-        )  # as `Engine.from_pretrained`
+        # Prepared here, as `Engine.from_pretrained` does, so that the unprepared weights are freed.
+        params = prepare_and_free(params, self._model, config.backend, config.weight_dtype)
         weights_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         engine = self._engine = Engine(params, self._model, config)
         del params
@@ -111,9 +113,9 @@ class Jaxserve:
         seconds = time.perf_counter() - start
         engine.observer = None
         if self._timeline_path is not None:
-            save_timeline(clock.timeline, self._timeline_path)  # that of the last round stays
+            save_timeline(clock.timeline, self._timeline_path)  # each round replaces the one before
         stats, steps = engine.stats, clock.timeline.steps()
-        work = work_of(steps, self._model, self._dtype, self._engine.config.weight_dtype)
+        work = work_of_steps(steps, self._model, self._dtype, self._engine.config.weight_dtype)
         rows = steps.num_new.sum(axis=1)
         more = {
             "num_steps": stats.num_steps,

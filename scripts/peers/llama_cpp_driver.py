@@ -1,7 +1,7 @@
-"""Peer: llama.cpp's server with continuous batching, asked over HTTP on the loopback by a thread per request.
+"""The driver of llama.cpp's server, which has continuous batching; a thread per request asks it over HTTP.
 
-It is given a GGUF file with the same weights (`gguf_weights.py`) and no cache of prompts (a second round would find those of
-the first). Times per token are the server's own.
+The server gets a GGUF file with the same weights (`gguf_weights.py`). Its cache of prompts is off, as a second round would find
+the prompts of the first. Times per token are the server's own.
 """
 
 import concurrent.futures
@@ -22,13 +22,13 @@ _REQUEST_SECONDS = 3600
 
 
 class LlamaCpp:
-    """`llama-server`; it ends with this process."""
+    """llama.cpp's `llama-server`, which ends with this process."""
 
     def load(self, settings: Settings) -> dict[str, Any]:
-        """`settings.options["server"]` is the path of llama-server."""
+        """Writes the weights as GGUF and starts the server, whose path is `settings.options["server"]`."""
         server = settings.options["server"]
         try:
-            told = subprocess.run([server, "--version"], capture_output=True, text=True, timeout=60, check=False)
+            answer = subprocess.run([server, "--version"], capture_output=True, text=True, timeout=60, check=False)
         except OSError as error:
             raise ImportError(f"{server}: {error.strerror}") from error
         from peers.gguf_weights import write_gguf
@@ -39,10 +39,10 @@ class LlamaCpp:
         self._port = _free_port()
         self._max_slots = settings.max_slots
         command = [server, *server_arguments(settings, str(weights), self._port)]
-        self._log = open(pathlib.Path(self._directory.name) / "server.log", "w+")  # noqa: SIM115 (as long as the server)
+        self._log = open(pathlib.Path(self._directory.name) / "server.log", "w+")  # noqa: SIM115 (open as long as the server runs)
         self._server = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         self._wait_until_ready()
-        version = next((line for line in (told.stdout + told.stderr).splitlines() if "version" in line), "unknown")
+        version = next((line for line in (answer.stdout + answer.stderr).splitlines() if "version" in line), "unknown")
         return {
             "versions": {"llama.cpp": version.partition("version:")[2].strip() or version},
             "arguments": command[3:],
@@ -106,7 +106,7 @@ class LlamaCpp:
 
 
 def server_arguments(settings: Settings, weights: str, port: int) -> list[str]:
-    """What the server is started with: `max_slots` sequences, each with room for the longest.
+    """Returns the server's arguments: `max_slots` sequences, each with room for the longest one.
 
     Keys and values of 16 bits are f16, llama.cpp's default: with bf16 it took 6% more processor time.
     """

@@ -1,4 +1,4 @@
-"""Resident memory as Linux counts it; where there is no /proc, as far as the system tells."""
+"""Resident memory of processes as Linux counts it. Systems without /proc tell the peak of this process only."""
 
 import pathlib
 import resource
@@ -8,18 +8,18 @@ _CLEAR = pathlib.Path("/proc/self/clear_refs")
 
 
 def resident_bytes() -> int | None:
-    """Of this process, now; None: the system does not tell."""
+    """Returns what this process has now; None where there is no /proc."""
     return status_bytes(_STATUS, "VmRSS")
 
 
 def peak_bytes() -> int:
-    """The most that this process had at a time since it started, or since `forget_peak`."""
-    found = status_bytes(_STATUS, "VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if found is None else found
+    """Returns the most that this process had at a time since it started, or since `forget_peak`."""
+    peak = status_bytes(_STATUS, "VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if peak is None else peak
 
 
 def forget_peak() -> None:
-    """Starts the peak again from what is resident now, where the system can."""
+    """Sets the peak to what is resident now; does nothing where the system cannot."""
     try:
         _CLEAR.write_text("5")
     except OSError:
@@ -27,7 +27,7 @@ def forget_peak() -> None:
 
 
 def status_bytes(path: pathlib.Path, name: str) -> int | None:
-    """An entry of a /proc/PID/status file."""
+    """Returns an entry of a /proc/PID/status file in bytes; None if there is no such file or entry."""
     try:
         lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:

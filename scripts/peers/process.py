@@ -1,4 +1,4 @@
-"""A peer in a process and an interpreter of its own: started, asked, looked at while it should be idle, ended."""
+"""A peer in a process and an interpreter of its own: starts it, asks it, reads how much it uses, and ends it."""
 
 import dataclasses
 import json
@@ -20,37 +20,37 @@ _END_SECONDS = 10
 
 
 class PeerError(RuntimeError):
-    """A peer could not do what it was asked."""
+    """A peer could not do what it was asked to."""
 
 
 class PeerUnavailable(PeerError):
-    """A peer's packages or files are not there."""
+    """A peer's packages or files are missing."""
 
 
 class Peer(Protocol):
-    """What answers the requests of `peers.protocol`."""
+    """An engine that answers the requests of `peers.protocol`."""
 
     def ask(self, message: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        """The answer.
+        """Sends a request and returns the answer.
 
         Raises:
-          PeerUnavailable: if what it needs is not installed.
-          PeerError: if it failed, ended, or took too long.
+          PeerUnavailable: if something that the peer needs is not installed.
+          PeerError: if the peer failed, ended, or took too long.
         """
         ...
 
     def usage(self) -> "Usage":
-        """What it has taken of the machine so far."""
+        """Returns what the peer has used of the machine so far."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Of a process and its children.
+    """What a process and its children have used.
 
     Attributes:
-      cpu_seconds: of all cores, since the start; None: the system does not tell.
-      peak_bytes: resident, each process at its own peak; None likewise.
+      cpu_seconds: processor time of all cores since the start; None where there is no /proc.
+      peak_bytes: sum of the peaks of resident memory of each process; None likewise.
     """
 
     cpu_seconds: float | None
@@ -58,14 +58,19 @@ class Usage:
 
 
 class PeerProcess:
-    """A driver, such as those of `scripts/peers`, under an interpreter; a context manager, which ends it and its children."""
+    """A driver module in a process; as a context manager it ends the process and its children.
+
+    Args:
+      python: interpreter.
+      module: the driver, such as "peers.vllm_driver".
+      arguments: of the module.
+      environment: variables that are set or replaced.
+
+    Raises:
+      PeerUnavailable: if there is no such interpreter.
+    """
 
     def __init__(self, python: str, module: str, arguments: Sequence[str] = (), **environment: str) -> None:
-        """Starts it.
-
-        Raises:
-          PeerUnavailable: if there is no such interpreter.
-        """
         self._log = tempfile.TemporaryFile("w+", prefix="peer_")  # noqa: SIM115 (as long as the process)
         paths = [str(_SCRIPTS), str(_SCRIPTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
@@ -76,7 +81,7 @@ class PeerProcess:
                 stderr=self._log,
                 text=True,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment,
-                start_new_session=True,  # its children are found by it
+                start_new_session=True,  # its children are known by the session
             )
         except OSError as error:
             self._log.close()
@@ -95,7 +100,7 @@ class PeerProcess:
         except OSError:
             line = ""
         if not line:
-            raise PeerError(f"it ended unasked: {self._last_words()}")
+            raise PeerError(f"it ended by itself: {self._last_line()}")
         answer = json.loads(line)
         if "unavailable" in answer:
             raise PeerUnavailable(answer["unavailable"])
@@ -111,7 +116,7 @@ class PeerProcess:
         return Usage(sum(processes.values()), sum(peaks))
 
     def close(self) -> None:
-        """Ends it: it is asked to, then told to."""
+        """Closes the peer's stdin, waits, and then kills all processes of its session."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.close()
@@ -123,7 +128,7 @@ class PeerProcess:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue  # it has just ended
-        self._process.kill()  # of no effect on one that has ended
+        self._process.kill()  # has no effect on a process that has ended
         self._process.wait()
         self._process.stdout.close()
         self._log.close()
@@ -140,21 +145,21 @@ class PeerProcess:
             self._answers.put(line)
         self._answers.put("")
 
-    def _last_words(self) -> str:
+    def _last_line(self) -> str:
         self._log.seek(0)
         lines = [line for line in self._log.read().splitlines() if line.strip()]
         return lines[-1].strip() if lines else "it said nothing"
 
 
 def session_processes(session: int) -> dict[int, float]:
-    """Seconds of processor time so far of each process in a session; empty where there is no /proc."""
-    found: dict[int, float] = {}
+    """Returns the processor time in seconds of each process of a session by its id; empty where there is no /proc."""
+    cpu_seconds: dict[int, float] = {}
     for entry in _PROC.glob("[0-9]*/stat"):
         try:
             text = entry.read_text()
         except OSError:
-            continue  # it has ended
-        fields = text.rpartition(")")[2].split()  # its name may have blanks
+            continue  # the process has ended
+        fields = text.rpartition(")")[2].split()  # the name before it may have blanks
         if int(fields[3]) == session:
-            found[int(entry.parent.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return found
+            cpu_seconds[int(entry.parent.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return cpu_seconds

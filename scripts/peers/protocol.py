@@ -1,11 +1,11 @@
-"""How a peer is driven: JSON lines over its stdin and stdout, so that it may live in an interpreter of its own.
+"""The protocol of peers: JSON lines over stdin and stdout, so that each may have an interpreter of its own.
 
     {"do": "load", "settings": {...}}                             -> {"versions": {...}, ...}
     {"do": "run", "prompts": [[...]], "output_lengths": [...]}    -> {"seconds": 1.5, "token_ids": [[...]], ...}
 
-A request that fails is answered by {"error": "..."}; a package that is not there by {"unavailable": "..."}. The end of stdin
-ends the peer. Between requests it waits in a read, so that it takes no time from whoever runs then. Only the standard library
-is used here.
+A request that fails is answered by {"error": "..."}; a missing package by {"unavailable": "..."}. The end of stdin ends the
+peer. Between requests it waits in a read, so it takes no processor time from the engine that runs. This module needs the
+standard library only, as it is imported by interpreters that may lack all packages.
 """
 
 import dataclasses
@@ -18,18 +18,18 @@ from typing import Any, Protocol
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all peers are told.
+    """Settings that all peers get.
 
     Attributes:
       model: a checkpoint's directory in Hugging Face layout, with or without a tokenizer.
       dtype: of weights, keys and values.
       max_slots: sequences that run at the same time.
       max_model_len: longest sequence, tokens.
-      chunk_size: prompt tokens per step, where a peer has such a limit.
-      pool_bytes: for keys and values, where a peer takes a size.
+      chunk_size: prompt tokens per step, for peers that have such a limit.
+      pool_bytes: memory for keys and values, for peers that take a size.
       threads: cores to use.
       platform: "cpu" or "gpu".
-      options: of this peer alone.
+      options: settings of this peer alone.
     """
 
     model: str
@@ -51,8 +51,8 @@ class Round:
       seconds: from the first request handed over to the last token in hand.
       token_ids: generated, per request.
       seconds_per_token: per request of two tokens or more, the time from its first to its last token over the tokens after the
-        first; None: the peer does not tell.
-      more: what only this peer has.
+        first; None if the peer does not tell.
+      more: figures that only this peer has.
     """
 
     seconds: float
@@ -62,10 +62,10 @@ class Round:
 
 
 class Driver(Protocol):
-    """One engine, loaded once and run as often as asked."""
+    """An engine that is loaded once and run again and again."""
 
     def load(self, settings: Settings) -> dict[str, Any]:
-        """Loads weights; returns versions and other things worth recording."""
+        """Loads weights and returns versions and whatever else is to be recorded."""
         ...
 
     def run(self, prompts: Sequence[list[int]], output_lengths: Sequence[int]) -> Round:
@@ -83,14 +83,14 @@ def serve(driver: Driver) -> None:
 
 
 def answer(driver: Driver, message: dict[str, Any]) -> dict[str, Any]:
-    """The answer to one request."""
+    """Returns the answer to one request."""
     try:
         if message["do"] == "load":
             return driver.load(Settings(**message["settings"]))
         return dataclasses.asdict(driver.run(message["prompts"], message["output_lengths"]))
     except ImportError as error:
         return {"unavailable": _sentence(error)}
-    except Exception as error:  # whatever goes wrong in a peer is told by name, and does not end the benchmark
+    except Exception as error:  # a failure of a peer is reported and does not end the benchmark
         return {"error": f"{type(error).__name__}: {_sentence(error)}"}
 
 

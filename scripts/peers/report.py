@@ -1,35 +1,36 @@
-"""What the throughput benchmark says: a record per round, per engine and per comparison; lines and a table for people."""
+"""Records of the throughput benchmark, per round, per engine and per comparison, and what it prints."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from lib.report import Record, rounded
+from lib.records import Record, rounded
 from lib.roofline import Work
+from lib.table import Table, factor, number, percent
 from lib.workloads import Workload
 from peers.rounds import Measured, same_tokens
 
 OURS = "jaxserve"
 _METHOD = (
     "every engine in a process of its own, loaded once; one untimed round each, then rounds in turns, in rotated order; "
-    "seconds from first request handed over to last token in hand, all requests at once; greedy, as many tokens as told; "
+    "seconds from the first request handed over to the last token in hand, all requests at once; greedy, fixed token counts; "
     "medians over rounds, ratios of two engines' rounds of the same index; time per token: (last - first) / (tokens - 1) per "
     "request, median over requests; jaxserve's steps share the time of their call evenly; roofline: sum over its steps, as "
     "they were, of max(FLOPs / matmul rate, bytes / read bandwidth)"
 )
 _MEGA = 1e6
-_BUSY_SHARE = 0.03  # of a round, in processor time of engines that should be idle
+_BUSY_SHARE = 0.03  # processor time of engines that should be idle, as a share of a round, from which on it is told
 
 
 def about(peaks: Mapping[str, Any], workload: Mapping[str, Any], dtype: str, model: str) -> Record:
-    """What holds for all records of a run; the process that measured the peaks tells where it was."""
+    """Returns what every record of a run says; device and versions are those that the process of the peaks told."""
     where = dict(peaks["provenance"]) | {"seed": workload["seed"], "method": _METHOD}
     return {"model": model, "dtype": dtype, "workload": dict(workload), **where}
 
 
 def round_record(measured: Measured, workload: Workload) -> Record:
-    """One timed round; what a single step did is left to the summary."""
+    """Returns the record of a timed round, without what single steps did."""
     spans, cpu = measured.seconds_per_token, measured.others_cpu_seconds
     return {
         "kind": "round",
@@ -47,7 +48,7 @@ def round_record(measured: Measured, workload: Workload) -> Record:
 
 
 def summary_record(rounds: Sequence[Record], loaded: Mapping[str, Any], peak_bytes: int | None) -> Record:
-    """Medians over the rounds of one engine."""
+    """Returns the medians over the rounds of one engine, and what it told about itself."""
     names = (
         "seconds",
         "requests_per_s",
@@ -70,7 +71,7 @@ def summary_record(rounds: Sequence[Record], loaded: Mapping[str, Any], peak_byt
 def engine_record(
     rounds: Sequence[Record], measured: Sequence[Measured], workload: Workload, loaded: Mapping[str, Any], peaks: Record
 ) -> Record:
-    """What the steps of this engine did, against what the machine could do; of the round of median length."""
+    """Returns what jaxserve's steps did in its round of median length, against what the machine could do."""
     middle = sorted(measured, key=lambda one: one.seconds)[len(measured) // 2]
     more = middle.more
     work = Work(np.array(more["flops"]), np.array(more["bytes"]))
@@ -106,7 +107,7 @@ def engine_record(
 
 
 def ratio_record(ours: Sequence[Measured], theirs: Sequence[Measured]) -> Record:
-    """Our rounds against theirs of the same index: above 1 where we are faster."""
+    """Compares jaxserve's rounds with another engine's rounds of the same index: ratios above 1 mean jaxserve is faster."""
     by_index = {one.index: one for one in ours}
     pairs = [(by_index[other.index], other) for other in theirs if other.index in by_index]
     spans = [
@@ -127,7 +128,7 @@ def ratio_record(ours: Sequence[Measured], theirs: Sequence[Measured]) -> Record
 
 
 def print_engine(summary: Record, engine: Record, workload: Workload) -> None:
-    """The lines that users of vLLM's benchmark know, and what lies behind them."""
+    """Prints jaxserve's figures: the first three lines as vLLM's benchmark prints them, then steps, memory and roofline."""
     print(
         f"Throughput: {summary['requests_per_s']:.2f} requests/s, {summary['total_tokens_per_s']:.2f} total tokens/s, "
         f"{summary['output_tokens_per_s']:.2f} output tokens/s"
@@ -136,8 +137,8 @@ def print_engine(summary: Record, engine: Record, workload: Workload) -> None:
     print(f"Total num output tokens:  {workload.num_output_tokens}")
     token = summary["ms_per_token"]
     print(
-        f"Steps: {engine['num_steps']}, {_short(engine['ms_per_step'])} ms and {engine['mean_rows']:.1f} rows each; time per "
-        f"output token, median: {'unknown' if token is None else f'{_short(token)} ms'}"
+        f"Steps: {engine['num_steps']}, {number(engine['ms_per_step'])} ms and {engine['mean_rows']:.1f} rows each; time per "
+        f"output token, median: {'unknown' if token is None else f'{number(token)} ms'}"
     )
     print(
         f"Slots: {engine['mean_occupancy']:.0%} of {engine['max_slots']} in use on average; pages: at most "
@@ -158,7 +159,7 @@ def print_engine(summary: Record, engine: Record, workload: Workload) -> None:
         f"{engine['share_of_read_bandwidth']:.1%}"
     )
     print(
-        f"Roofline: {_short(engine['roofline_tokens_per_s'])} output tokens/s for these steps; this run is at "
+        f"Roofline: {number(engine['roofline_tokens_per_s'])} output tokens/s for these steps; this run is at "
         f"{engine['share_of_roofline']:.1%} of it",
         flush=True,
     )
@@ -170,7 +171,7 @@ _COLUMNS = {
     "requests/s": 10,
     "ms/token": 8,
     "peak MB": 8,
-    "we are": 8,
+    "jaxserve is": 11,
     "per token": 9,
     "same tokens": 11,
     "versions": 8,
@@ -178,24 +179,25 @@ _COLUMNS = {
 
 
 def print_comparison(summaries: Sequence[Record], ratios: Sequence[Record]) -> None:
-    """A row per engine, the ratios as factors by which jaxserve is faster."""
-    print("  ".join(name.rjust(width) for name, width in _COLUMNS.items()))
+    """Prints a row per engine; the columns "jaxserve is" and "per token" are factors by which jaxserve is faster."""
+    table = Table(_COLUMNS)
     by_name = {ratio["contender"]: ratio for ratio in ratios}
     for summary in summaries:
         ratio = by_name.get(summary["contender"], {})
-        peak, spans = summary["peak_bytes"], summary["ms_per_token"]
-        cells = [
-            summary["contender"],
-            f"{summary['output_tokens_per_s']:.1f}",
-            f"{summary['requests_per_s']:.2f}",
-            "" if spans is None else _short(spans),
-            "" if peak is None else f"{peak / _MEGA:.0f}",
-            _factor(ratio.get("output_tokens_per_s")),
-            _factor(ratio.get("ms_per_token")),
-            f"{ratio['same_tokens']:.0%}" if ratio else "",
-            ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
-        ]
-        print("  ".join(cell.rjust(width) for cell, width in zip(cells, _COLUMNS.values(), strict=True)), flush=True)
+        peak = summary["peak_bytes"]
+        table.print_row(
+            {
+                "engine": summary["contender"],
+                "output tokens/s": f"{summary['output_tokens_per_s']:.1f}",
+                "requests/s": f"{summary['requests_per_s']:.2f}",
+                "ms/token": summary["ms_per_token"],
+                "peak MB": None if peak is None else f"{peak / _MEGA:.0f}",
+                "jaxserve is": factor(ratio.get("output_tokens_per_s")),
+                "per token": factor(ratio.get("ms_per_token")),
+                "same tokens": percent(ratio.get("same_tokens")),
+                "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
+            }
+        )
     busy = [summary["contender"] for summary in summaries if (summary["others_cpu_share"] or 0) > _BUSY_SHARE]
     if busy:
         print(
@@ -204,16 +206,8 @@ def print_comparison(summaries: Sequence[Record], ratios: Sequence[Record]) -> N
 
 
 def _median(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return rounded(statistics.median(known)) if known else None
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _factor(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
+    numbers = [value for value in values if value is not None]
+    return rounded(statistics.median(numbers)) if numbers else None
 
 
 def _megabytes(num_bytes: int | None) -> str:

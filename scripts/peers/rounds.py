@@ -1,6 +1,6 @@
 """Runs a workload on several engines in turns: one untimed round each, then timed ones in rotated order.
 
-While one runs, the others should take nothing of the machine: the processor time that they do take is recorded with the round.
+While one engine runs, the others should be idle; the processor time that they take is recorded with the round.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ class Measured:
     """One timed round of one engine.
 
     Attributes:
-      name: of the engine.
-      index: of the round, from 0.
-      seconds: that it took.
-      seconds_per_token: per request, where the engine tells.
-      token_ids: generated.
-      others_cpu_seconds: processor time that the other engines took meanwhile; None: the system does not tell.
-      more: what only this engine has.
+      name: the engine's name.
+      index: number of the round, from 0.
+      seconds: duration of the round.
+      seconds_per_token: per request, if the engine tells.
+      token_ids: generated, per request.
+      others_cpu_seconds: processor time that the other engines took meanwhile; None if the system does not tell.
+      more: figures that only this engine has.
     """
 
     name: str
@@ -35,16 +35,16 @@ class Measured:
 
 
 def run_once(peer: Peer, workload: Workload, timeout_s: float) -> dict[str, Any]:
-    """One round.
+    """Runs one round and returns the answer.
 
     Raises:
-      PeerError: if the engine failed, or did not generate as many tokens as it was told to.
+      PeerError: if the engine failed, or generated another number of tokens than it was told to.
     """
     message = {"do": "run", "prompts": workload.prompts, "output_lengths": workload.output_lengths}
     answer = peer.ask(message, timeout_s)
     lengths = [len(ids) for ids in answer["token_ids"]]
     if lengths != workload.output_lengths:
-        raise PeerError(f"it generated {sum(lengths)} tokens, not the {workload.num_output_tokens} asked for")
+        raise PeerError(f"it generated {sum(lengths)} tokens, not the {workload.num_output_tokens} of the workload")
     return answer
 
 
@@ -56,27 +56,27 @@ def measure(
     timeout_s: float,
     failed: Callable[[str, PeerError], None],
 ) -> Iterator[Measured]:
-    """All timed rounds; an engine that fails is reported to `failed` and has no further ones."""
-    left = dict(peers)
+    """Yields all timed rounds; an engine that fails is reported to `failed` and takes no further part."""
+    remaining = dict(peers)
 
     def attempt(name: str) -> dict[str, Any] | None:
         try:
-            return run_once(left[name], workload, timeout_s)
+            return run_once(remaining[name], workload, timeout_s)
         except PeerError as error:
             failed(name, error)
-            del left[name]
+            del remaining[name]
             return None
 
     for name in peers:
         attempt(name)
     for index in range(repeats):
-        names = list(left)
+        names = list(remaining)
         start = index % len(names) if names else 0
         for name in [*names[start:], *names[:start]]:
-            before = _cpu_seconds(left, name)
+            before = _cpu_seconds(remaining, name)
             answer = attempt(name)
             if answer is not None:
-                after = _cpu_seconds(left, name)
+                after = _cpu_seconds(remaining, name)
                 yield Measured(
                     name=name,
                     index=index,
@@ -89,13 +89,13 @@ def measure(
 
 
 def _cpu_seconds(peers: Mapping[str, Peer], busy: str) -> float | None:
-    """Of all but the busy one."""
+    """Returns the processor time of all peers but the busy one; None if the system does not tell."""
     usages = [peer.usage().cpu_seconds for name, peer in peers.items() if name != busy]
     return sum(usage for usage in usages if usage is not None) if None not in usages else None
 
 
 def same_tokens(ours: list[list[int]], theirs: list[list[int]]) -> float:
-    """Share of the tokens that come before the first difference of their request."""
+    """Returns the share of tokens that come before the first difference within their request."""
     same = total = 0
     for one, other in zip(ours, theirs, strict=True):
         differing = [index for index, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]]

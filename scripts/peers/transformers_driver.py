@@ -1,7 +1,7 @@
-"""Peers: transformers' generate on static batches, and its continuous batching.
+"""The drivers of transformers: `generate` on static batches, and its continuous batching.
 
-Static batches hold the requests in their order, padded on the left, and run until the longest member ends; tokens beyond what
-a request wanted are not counted. A request's last token counts as delivered in the step that made it.
+Static batches hold the requests in their order, padded on the left, and run until the longest member ends; tokens beyond a
+request's output length do not count. A request's last token counts as delivered in the step that made it.
 """
 
 import sys
@@ -15,7 +15,7 @@ _PAGE_SIZE = 32
 
 
 class Static:
-    """`model.generate`, a batch of `max_slots` at a time."""
+    """transformers' `model.generate` on a batch of `max_slots` requests at a time."""
 
     def load(self, settings: Settings) -> dict[str, Any]:
         self._model, versions = _load(settings)
@@ -29,14 +29,14 @@ class Static:
         for first in range(0, len(prompts), self._batch_size):
             part = slice(first, first + self._batch_size)
             tokens, stamps = self._generate(prompts[part], max(output_lengths[part]))
-            for row, length in zip(tokens, output_lengths[part], strict=True):
-                token_ids.append(row[:length])
+            for ids, length in zip(tokens, output_lengths[part], strict=True):
+                token_ids.append(ids[:length])
                 if length > 1:
                     seconds_per_token.append((stamps[length - 1] - stamps[0]) / (length - 1))
         return Round(time.perf_counter() - start, token_ids, seconds_per_token)
 
     def _generate(self, prompts: Sequence[list[int]], length: int) -> tuple[list[list[int]], list[float]]:
-        """Tokens for each prompt, and when each step ended."""
+        """Returns the tokens for each prompt, and when each step ended."""
         import torch
 
         stamps: list[float] = []
@@ -62,7 +62,7 @@ class Static:
 
 
 class Continuous:
-    """`model.generate_batch`'s manager, given each request's own length; it lives from round to round."""
+    """The manager behind transformers' `model.generate_batch`, with each request's output length; it stays between rounds."""
 
     def load(self, settings: Settings) -> dict[str, Any]:
         from transformers import ContinuousBatchingConfig, GenerationConfig

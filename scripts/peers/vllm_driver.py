@@ -1,6 +1,6 @@
-"""Peer: vLLM, in this process, without prefix caching (a second round would find the prompts of the first).
+"""The driver of vLLM, which runs in this process without prefix caching, as a second round would find the first one's prompts.
 
-On CPU its manual wants Intel's OpenMP and tcmalloc loaded before all else: they are, where they are installed.
+On CPUs its manual recommends loading Intel's OpenMP and tcmalloc before anything else: that is done if they are installed.
 """
 
 import ctypes.util
@@ -16,7 +16,7 @@ from peers.protocol import Round, Settings, serve
 
 
 class Vllm:
-    """`vllm.LLM.generate`."""
+    """vLLM's `LLM.generate`."""
 
     def load(self, settings: Settings) -> dict[str, Any]:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -36,7 +36,7 @@ class Vllm:
             max_model_len=settings.max_model_len,
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
-            disable_log_stats=False,  # or requests have no times
+            disable_log_stats=False,  # requests would have no times without
             **pool,
             **settings.options,
         )
@@ -64,8 +64,8 @@ class Vllm:
 
 
 def preloaded() -> list[str]:
-    """Libraries that vLLM's CPU build is faster with, of those that are here."""
-    openmp = pathlib.Path(sys.prefix) / "lib" / "libiomp5.so"  # of the package intel-openmp
+    """Returns the installed libraries that vLLM's CPU build is faster with."""
+    openmp = pathlib.Path(sys.prefix) / "lib" / "libiomp5.so"  # from the package intel-openmp
     return [*filter(None, [ctypes.util.find_library("tcmalloc_minimal")]), *([str(openmp)] if openmp.exists() else [])]
 
 

@@ -16,6 +16,7 @@ from kernel_bench import contenders as kernel_contenders
 from kernel_bench.cases import Case
 from kernel_bench.options import define_flags, parse_options
 from lib import timing as kernel_timing
+from lib.peaks import Peaks
 
 from jaxserve import DEMO_MODEL
 from pallas_kernels.backend import resolve_backend
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="written 
 TINY = ["--shapes=llama-135m", "--batch=3", "--context=40", "--repeats=2", "--cache_mb=0"]
 GIBIBYTE = 2**30
 MODEL = pathlib.Path(DEMO_MODEL)
-PEAKS = kernel_timing.Peaks(2e10, 3e10, dict.fromkeys(["float32", "bfloat16", "float16"], 1e11))
+PEAKS = Peaks(2e10, 3e10, dict.fromkeys(["float32", "bfloat16", "float16"], 1e11))
 
 
 @pytest.fixture
@@ -206,7 +207,7 @@ def test_a_case_that_a_backend_refuses_is_left_out_with_its_words(tmp_path, monk
 
 
 def test_tuning_tries_splits_where_a_backend_has_them(monkeypatch):
-    monkeypatch.setattr("benchmark_options.check_runs_here", lambda name, interpret: None)
+    monkeypatch.setattr("kernel_bench.options.check_runs_here", lambda name, interpret: None)
     found = options("--op=decode", "--tune", "--batch=8", "--context=4096")
     (group,) = benchmark_kernels._groups(found)
     assert {(case.shape.page_size, case.num_splits) for case in group} >= {(16, None), (64, 8), (128, 32)}
@@ -307,10 +308,10 @@ def test_a_long_call_is_timed_by_itself_and_every_pool_is_visited_else(monkeypat
 
         return of
 
-    assert kernel_timing.Timer(loop(0.06), min_iterations=40)._num_iterations == 1
+    assert kernel_timing.Timer(loop(0.06), min_iterations=40).num_iterations == 1
     assert len(set(starts)) > 3  # each call begins with another pool
-    assert kernel_timing.Timer(loop(0.04), min_iterations=40)._num_iterations == 40
-    assert kernel_timing.Timer(loop(1e-9), min_iterations=40)._num_iterations == 1000
+    assert kernel_timing.Timer(loop(0.04), min_iterations=40).num_iterations == 40
+    assert kernel_timing.Timer(loop(1e-9), min_iterations=40).num_iterations == 1000
 
 
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)

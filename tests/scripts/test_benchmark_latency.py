@@ -7,7 +7,8 @@ import jax
 import machine_peaks
 import pytest
 from absl import flags
-from benchmark_latency import Case, summarize, weight_bytes
+from benchmark_latency import Case, summarize
+from lib.roofline import weight_bytes_per_token
 from lib.serving_load import Served, Trace
 
 from jaxserve import ModelConfig
@@ -59,10 +60,12 @@ def test_weights_are_those_that_a_token_needs():
     block = 8 * 4 * (2 + 2 * 1) + 2 * 4 * 8 + 3 * 8 * 16 + 2 * 8  # qkv, out, gate-up-down, norms
     matrices = 2 * block + 8
     tied, untied = (ModelConfig("llama", **shape, head_dim=4, tied_embeddings=tied) for tied in (True, False))
-    assert weight_bytes(tied, "float32") == weight_bytes(untied, "float32") == 4 * (matrices + 100 * 8)
-    assert weight_bytes(tied, "bfloat16") == 2 * (matrices + 100 * 8)
+    assert (
+        weight_bytes_per_token(tied, "float32") == weight_bytes_per_token(untied, "float32") == 4 * (matrices + 100 * 8)
+    )
+    assert weight_bytes_per_token(tied, "bfloat16") == 2 * (matrices + 100 * 8)
     norms = 2 * 2 * 8 + 8
-    assert weight_bytes(untied, "bfloat16", "int8") == matrices + 100 * 8 + norms
+    assert weight_bytes_per_token(untied, "bfloat16", "int8") == matrices + 100 * 8 + norms
 
 
 def test_the_command_measures_every_case(tmp_path, capsys, known_peaks):

@@ -1,34 +1,38 @@
-"""The benchmark of sampling parameters in a tiny form, in a process of its own: scripts' flags share one set of names."""
+"""The benchmark of sampling parameters in a tiny form."""
 
 import json
-import os
-import pathlib
-import re
-import subprocess
-import sys
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "benchmark_sampling.py"
-FEATURES = re.findall(r'^    "([a-z_, ]+)": \{', SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
+import benchmark_sampling
+from absl import flags
+from benchmark_sampling import FEATURES
+
+from jaxserve import SamplingParams
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1]), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+def run(*arguments: str) -> int:
+    values = flags.FlagValues()
+    benchmark_sampling.define_flags(values)
+    _, *others = values(["benchmark_sampling", *arguments])
+    return benchmark_sampling.main(["benchmark_sampling", *others], values)
 
 
-def test_every_feature_has_a_record(tmp_path):
+def test_every_feature_has_a_record_and_a_line(tmp_path, capsys):
     path = tmp_path / "out.jsonl"
-    done = run("--rows=2", "--vocab_size=300", "--sequence_length=24", "--repeats=1", f"--json={path}")
-    assert done.returncode == 0, done.stderr
+    sizes = ("--rows=2", "--vocab_size=300", "--sequence_length=24")
+    assert run(*sizes, "--repeats=1", "--sampler=plain", f"--json={path}") == 0
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record["feature"] for record in records] == ["argmax and log-sum-exp", "nothing asked", *FEATURES]
-    assert len(FEATURES) > 10
-    assert all(record["median_ms"] > 0 and record["vocab_size"] == 300 for record in records)
-    assert all(feature in done.stdout for feature in FEATURES)
+    assert all(record["median_ms"] > 0 and record["vocab_size"] == 300 and record["commit"] for record in records)
+    assert {record["sampler"] for record in records} == {"plain"} and records[1]["added_ms"] == 0
+    printed = capsys.readouterr().out
+    assert all(feature in printed for feature in FEATURES) and "milliseconds per step" in printed
 
 
-def test_an_unexpected_argument_is_refused_in_one_sentence():
-    done = run("x")
-    assert done.returncode == 1
-    assert done.stderr.strip() == "error: unexpected argument 'x': there are only flags"
+def test_every_parameter_that_changes_logits_or_draws_is_among_the_features():
+    names = {name for fields in FEATURES.values() for name in fields}
+    assert len(FEATURES) > 10 and names <= SamplingParams.__dataclass_fields__.keys()
+
+
+def test_an_unexpected_argument_is_refused_in_one_sentence(capsys):
+    assert run("x") == 1
+    assert capsys.readouterr().err == "error: unexpected argument 'x': this script takes flags only\n"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from absl import flags
 from benchmark_scaling import describe_fit, fit_line, fits_of
-from lib.scaling_cases import SWEEPS, Base, busy_state, make_cases
-from lib.scaling_timing import Bench, Program, make_stub, stub_model
+from scaling.cases import SWEEPS, Base, busy_state, make_cases
+from scaling.timing import Bench, Program, make_stub, stub_model
 
 from jaxserve import EngineConfig, ModelConfig, Status, check_invariants
 from jaxserve.core.cache import init_kv_pool
@@ -54,7 +54,7 @@ def test_the_states_of_a_sweep_are_valid_and_differ_in_what_it_varies(name):
         assert (status == Status.WAITING).sum() == case.waiting
         assert np.asarray(state.active).tolist() == [slot < len(case.lengths) for slot in range(case.slots)]
         assert np.asarray(state.slots.num_computed)[: len(case.lengths)].tolist() == [n - 1 for n in case.lengths]
-    shapes = {(case.max_model_len, case.num_pages, case.num_rows, case.slots) for case in cases}
+    shapes = {(case.max_model_len, case.num_pages, case.queue_size, case.slots) for case in cases}
     assert len(shapes) == (len(cases) if name in ("slots", "capacity", "queue") else 1)
 
 
@@ -90,7 +90,7 @@ def test_the_stub_turns_over_as_many_sequences_as_it_should_and_copies_no_tokens
     state = busy_state(case, MODEL, config, seed=1)
     program = make_stub(config)
     text = program.run.lower(state, np.int32(2)).compile().as_text()  # type: ignore[attr-defined]
-    shape = f"s32[{case.num_rows},{case.max_model_len}]"
+    shape = f"s32[{case.queue_size},{case.max_model_len}]"
     assert shape in text and not [line for line in text.splitlines() if f" {shape}" in line and " copy(" in line]
     bench = Bench(case, config, state, program, BASE.num_steps)
     for _ in range(3):

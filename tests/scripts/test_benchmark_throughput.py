@@ -122,7 +122,7 @@ def test_too_few_tokens_are_an_error():
         def run(self, prompts, output_lengths):
             return super().run(prompts, [1] * len(prompts))
 
-    with pytest.raises(PeerError, match="generated 2 tokens, not the 5 asked for"):
+    with pytest.raises(PeerError, match="generated 2 tokens, not the 5 of the workload"):
         run_once(InProcess(Lazy()), Workload([[5], [6]], [2, 3]), 1)
 
 
@@ -223,7 +223,7 @@ def test_a_comparison_of_a_tiny_shape_is_recorded_and_told(shape, tmp_path, monk
     assert all(peer.closed for peer in made.values())
     assert "<svg" in (tmp_path / "out.html").read_text()
     printed = capsys.readouterr().out
-    assert printed.startswith("the machine is not quiet (load average 2.5)")
+    assert printed.startswith("the machine is not idle (load average 2.5)")
     assert "Throughput: " in printed and "Total num output tokens: " in printed and "Roofline: " in printed
     assert "llama_cpp is not installed: /no/python: No such file or directory" in printed
     row = next(line.split() for line in printed.splitlines() if line.strip().startswith("vllm "))

@@ -128,8 +128,8 @@ def test_a_peer_in_another_process_is_loaded_run_and_ended(monkeypatch):
     assert process.returncode is not None and not session_processes(process.pid)
 
 
-def test_a_peer_that_ends_unasked_has_its_last_words_told():
-    with stub() as peer, pytest.raises(PeerError, match="it ended unasked: last words"):
+def test_a_peer_that_ends_by_itself_has_its_last_line_reported():
+    with stub() as peer, pytest.raises(PeerError, match="it ended by itself: last words"):
         peer.ask({"do": "run", "prompts": [[0]], "output_lengths": [1]}, 60)
 
 

@@ -1,8 +1,5 @@
 """What steps had to do at least, against sums over every row, layer and position."""
 
-import importlib.util
-
-import machine_peaks
 import numpy as np
 from lib import roofline
 
@@ -36,7 +33,7 @@ def test_a_sequence_starts_anew_in_a_slot_that_it_did_not_have_the_step_before()
 
 def test_work_is_the_sum_over_rows_layers_and_positions():
     before = [[0, 0], [4, 0], [0, 2], [0, 0], [5, 0]]
-    work, in_int8 = (roofline.work_of(STEPS, MODEL, "bfloat16", matrices) for matrices in (None, "int8"))
+    work, in_int8 = (roofline.work_of_steps(STEPS, MODEL, "bfloat16", matrices) for matrices in (None, "int8"))
     for step in range(5):
         flops = num_bytes = 0
         rows = drawn = 0
@@ -62,23 +59,14 @@ def test_the_floor_takes_the_slower_of_both_in_every_step():
     assert work.floor_seconds(flops_per_s=10, bytes_per_s=5) == 100 / 10 + 50 / 5
 
 
-def test_the_machines_peaks_are_the_best_of_all_ways(monkeypatch):
-    monkeypatch.setattr(machine_peaks, "_CACHE_MB", {"cpu": 1})
-    monkeypatch.setattr(machine_peaks, "_REPEATS", 1)
-    monkeypatch.setattr(machine_peaks, "_SIZES", (64,))
-    found = machine_peaks.measure(["float32"])
-    products, reads = found["all_matmul_flops_per_s"], found["all_read_bytes_per_s"]
-    assert found["matmul"] == {"way": max(products, key=products.get), "flops_per_s": max(products.values())}
-    assert found["read"] == {"way": max(reads, key=reads.get), "bytes_per_s": max(reads.values())}
-    torch = importlib.util.find_spec("torch") is not None
-    assert products.keys() == {"XLA float32", *["torch float32 64"] * torch}
-    assert reads.keys() == {"XLA sum", "XLA copy", "numpy sum", *["torch sum"] * torch}
-    assert found["provenance"]["platform"] == "cpu"
+def test_the_work_of_a_decode_is_that_of_a_step_in_which_every_slot_decodes():
+    occupant = [[0, 1], [0, 1]]
+    steps = steps_of(occupant, num_new=[[5, 5], [1, 1]], sampled=[[False, False], [True, True]])
+    recorded = roofline.work_of_steps(steps, MODEL, "bfloat16")
+    decode = roofline.work_of_decode(MODEL, "bfloat16", "bfloat16", slots=2, num_tokens=6)
+    assert (decode.flops[0], decode.num_bytes[0]) == (recorded.flops[1], recorded.num_bytes[1])
 
 
-def test_unknown_dtypes_of_peaks_are_refused(capsys):
-    class Values:
-        dtypes = ("int4",)
-
-    assert machine_peaks.main(["x"], Values()) == 1  # type: ignore[arg-type]
-    assert capsys.readouterr().err == "error: --dtypes: 'int4' is unknown: use bfloat16, float16, float32\n"
+def test_the_flops_of_a_prefill_are_those_of_a_step_that_takes_the_whole_prompt():
+    steps = steps_of([[0]], num_new=[[7]], sampled=[[True]])
+    assert roofline.prefill_flops(MODEL, "float32", 7) == roofline.work_of_steps(steps, MODEL, "float32").flops[0]

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from lib import batching, batching_report
-from lib.batching import Contender
+from batching import report, runs
+from batching.runs import Contender
 from lib.workloads import Workload
 
 from jaxserve import Engine, EngineConfig
@@ -56,9 +56,9 @@ def test_steps_queue_and_waste_are_those_of_a_simulation(
     engine: Engine, workload: Workload, batch_size: int | None
 ) -> None:
     contender = Contender("x", engine, batch_size)
-    run = batching.serve(contender, workload)
+    run = runs.serve(contender, workload)
     steps, starts = simulate(workload.output_lengths, batch_size or len(workload))
-    measured = batching.measures(contender, [run], workload)
+    measured = runs.measures(contender, [run], workload)
     assert (measured["steps"], run.queue_steps) == (steps, starts)
     assert measured["wasted_slot_steps"] == steps * SLOTS - workload.num_output_tokens
     assert measured["mean_occupancy"] == pytest.approx(workload.num_output_tokens / (steps * SLOTS))
@@ -84,11 +84,11 @@ def test_contenders_take_turns_and_ratios_are_those_of_pairs(monkeypatch: pytest
             seconds=next(seconds[contender.name]), timeline=types.SimpleNamespace(num_steps=steps)
         )
 
-    monkeypatch.setattr(batching, "serve", serve)
+    monkeypatch.setattr(runs, "serve", serve)
     contenders: Any = [types.SimpleNamespace(name=name) for name in "ab"]
-    a, b = batching.compare(contenders, Workload([[1]], [1]), 3)
+    a, b = runs.compare(contenders, Workload([[1]], [1]), 3)
     assert "".join(order) == "abbaab"
-    assert batching.ratios(b, a) == {"speed_up": 2.0, "steps_ratio": 3.5}
+    assert runs.ratios(b, a) == {"speed_up": 2.0, "steps_ratio": 3.5}
 
 
 def test_bytes_that_hold_tokens_are_counted_while_any_waits() -> None:
@@ -97,19 +97,19 @@ def test_bytes_that_hold_tokens_are_counted_while_any_waits() -> None:
     none = np.zeros(4, np.int32)
     steps = Steps(occupant, num_new, num_new == 1, np.array([2, 2, 2, 3]), np.array([2, 1, 0, 0]), none)
     config = EngineConfig(max_slots=2, num_pages=4, page_size=8, max_model_len=16)
-    paged = batching.memory(steps, config, reserved=False)
+    paged = runs.memory_use(steps, config, reserved=False)
     assert paged["busy_steps"] == 2 and paged["in_flight_mean"] == 2 and paged["in_flight_peak"] == 2
     assert paged["live_share_of_pool"] == pytest.approx((8 + 10) / 2 / 32)
     assert paged["live_share_of_held"] == pytest.approx((8 + 10) / (4 * 8))
     all_along = dataclasses.replace(steps, num_waiting=none)  # nobody ever waited
-    reserved = batching.memory(all_along, config, reserved=True)
+    reserved = runs.memory_use(all_along, config, reserved=True)
     assert reserved["in_flight_mean"] == 7 / 4
     assert reserved["live_share_of_held"] == pytest.approx((8 + 10 + (7 + 6) + 7) / (7 * 16))
 
 
 def test_padding_runs_full_batches_of_the_longest_prompt_and_output() -> None:
     workload = Workload([[1] * 2, [1] * 4, [1] * 3], [10, 1, 5])
-    padded = batching.padding(workload, 2)
+    padded = runs.padding(workload, 2)
     assert padded["padded_slot_steps"] == 2 * 10 + 2 * 5
     assert padded["padded_rows"] == 2 * (4 + 9) + 2 * (3 + 4)
     assert padded["padded_rows_over_needed"] == pytest.approx(40 / (9 + 16 - 3))
@@ -117,10 +117,10 @@ def test_padding_runs_full_batches_of_the_longest_prompt_and_output() -> None:
 
 def test_the_textbook_has_equal_shares_and_fixed_is_in_the_middle() -> None:
     rng = np.random.default_rng(0)
-    drawn = batching.draw_outputs("textbook", 16, 256, 40, rng)
-    assert sorted(drawn) == [length for length in batching.TEXTBOOK for _ in range(10)] != drawn
-    assert batching.draw_outputs("fixed", 16, 256, 3, rng) == [136] * 3
-    heavy = batching.draw_outputs("heavy", 16, 256, 500, rng)
+    drawn = runs.draw_outputs("textbook", 16, 256, 40, rng)
+    assert sorted(drawn) == [length for length in runs.TEXTBOOK for _ in range(10)] != drawn
+    assert runs.draw_outputs("fixed", 16, 256, 3, rng) == [136] * 3
+    heavy = runs.draw_outputs("heavy", 16, 256, 500, rng)
     assert min(heavy) >= 16 and max(heavy) <= 256 and np.median(heavy) < np.mean(heavy)
 
 
@@ -183,7 +183,7 @@ def record(distribution: str, contender: str, **over: tuple[float, float]) -> di
 
 
 def test_the_verdict_says_where_the_claim_holds() -> None:
-    lines = batching_report.verdict(
+    lines = report.verdict(
         [
             record("fixed", "static"),
             record("fixed", "continuous", static=(1.0, 1.1)),

@@ -1,8 +1,8 @@
-"""States of an engine in mid service, built as they would be found: what the scaling benchmark times steps of.
+"""States of an engine in the middle of its service, whose steps the scaling benchmark times.
 
-A sweep varies one thing and leaves all else, capacities included, as it is: the longest sequence and the pages are those of its
-largest case, so that what is seen is what the work in use costs, not what room for more costs ("capacity" and "pages" are
-about that). Slots in use decode; their pages are scattered over the pool, as after a long service.
+A sweep varies one thing and nothing else. Capacities stay too: every case has the longest sequence and the pages of the largest
+case, so the sweep shows what work costs and not what room for more costs (the sweeps "capacity" and "pages" show that). Slots
+in use decode; their pages are scattered over the pool, as after a long service.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ _SHORT = 64  # tokens of the short ones beside a long one
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """What a sweep does not vary.
+    """Sizes that hold where a sweep does not vary them.
 
     Attributes:
-      slots: all in use.
-      context: tokens of each sequence, in the middle of the measurement.
-      vocab_size: of the model.
-      num_steps: per timed call; every sequence has room for them.
+      slots: number of slots, all in use.
+      context: tokens of each sequence at first.
+      vocab_size: tokens of the model's vocabulary.
+      num_steps: steps per timed call; every sequence has room for them.
       page_size: tokens per page.
     """
 
@@ -44,15 +44,17 @@ class Case:
     """One state.
 
     Attributes:
-      sweep, series, value: which it is of.
-      slots: S.
-      lengths: tokens of the sequences in slots, from slot 0 on; slots beyond are not in use.
-      vocab_size: V.
-      max_model_len: M.
-      num_pages: N.
-      num_rows: Q.
-      waiting: rows whose sequence waits for a slot.
-      turnover: sequences that end in each step; as many are admitted in the next.
+      sweep: name of the sweep.
+      value: what the sweep varies has this value here.
+      slots: number of slots.
+      lengths: tokens of the sequences in slots, from slot 0 on; further slots are not in use.
+      vocab_size: tokens of the vocabulary.
+      max_model_len: tokens of the longest sequence that there is room for.
+      num_pages: pages of the pool.
+      queue_size: rows of the queue.
+      waiting: sequences that wait for a slot.
+      turnover: sequences that end in each step; as many are admitted in the next one.
+      series: name of the curve, where a sweep has several.
     """
 
     sweep: str
@@ -62,39 +64,39 @@ class Case:
     vocab_size: int
     max_model_len: int = 0
     num_pages: int = 0
-    num_rows: int = 0
+    queue_size: int = 0
     waiting: int = 0
     turnover: int = 0
     series: str = ""
 
     def longest(self, num_steps: int) -> int:
-        """Tokens that a sequence must have room for."""
+        """Returns the tokens that a sequence must have room for."""
         more = max(num_steps, self.slots // self.turnover if self.turnover else 0)
         return max(*self.lengths, _WAITING_PROMPT) + more + 2 if self.lengths else _WAITING_PROMPT + 2
 
     def config(self, engine: EngineConfig, num_steps: int) -> EngineConfig:
-        """The engine's configuration, with these capacities."""
+        """Returns the engine's configuration with the capacities of this case."""
         return dataclasses.replace(
             engine,
             max_slots=self.slots,
             max_model_len=self.max_model_len,
             num_pages=self.num_pages,
-            max_queue=self.num_rows,
+            max_queue=self.queue_size,
             max_steps_per_call=num_steps,
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What is varied.
+    """A quantity that is varied.
 
     Attributes:
-      values: the usual ones.
-      lowest: value that may be asked for.
-      unit: in which the slope of the cost is given: (number, name).
-      flat: whether the scheduler's cost should not depend on it at all.
-      make: cases of one value.
-      of_model: whether it says anything about the step with the model in it.
+      values: values by default.
+      lowest: lowest value that is allowed.
+      unit: (number, name) of the unit in which the slope of the cost is given.
+      flat: True if the scheduler's cost should not depend on it at all.
+      make: makes the cases of one value.
+      of_model: True if it says anything about the step with the model in it.
     """
 
     values: tuple[int, ...]
@@ -116,7 +118,7 @@ def _active(base: Base, value: int) -> list[Case]:
 
 
 def _long(base: Base, value: int) -> list[Case]:
-    """One long sequence among short ones; and as many tokens, evenly spread."""
+    """Makes a case of one long sequence among short ones, and one of as many tokens evenly spread."""
     one = (value, *(_SHORT,) * (base.slots - 1))
     each, more = divmod(sum(one), base.slots)
     even = (each + 1,) * more + (each,) * (base.slots - more)
@@ -142,9 +144,16 @@ def _pages(base: Base, value: int) -> list[Case]:
 
 
 def _queue(base: Base, value: int) -> list[Case]:
-    rows = base.slots + value
     return [
-        Case("queue", value, base.slots, (base.context,) * base.slots, base.vocab_size, num_rows=rows, waiting=value)
+        Case(
+            "queue",
+            value,
+            base.slots,
+            (base.context,) * base.slots,
+            base.vocab_size,
+            queue_size=base.slots + value,
+            waiting=value,
+        )
     ]
 
 
@@ -153,7 +162,7 @@ def _vocabulary(base: Base, value: int) -> list[Case]:
 
 
 def _turnover(base: Base, value: int) -> list[Case]:
-    """Sequences of slots / value tokens each, staggered; enough wait for all steps of a call."""
+    """Makes a case of staggered sequences of slots / value tokens each, with enough waiting for all steps of a call."""
     if value and base.slots % value:
         raise ValueError(f"--points: a turnover of {value} must divide --slots={base.slots}")
     lengths, waiting = (base.context,) * base.slots, value * base.num_steps
@@ -174,29 +183,29 @@ SWEEPS = {
 
 
 def make_cases(name: str, base: Base, values: Sequence[int] = ()) -> list[Case]:
-    """The cases of a sweep, with equal capacities where it does not vary them.
+    """Makes the cases of a sweep, with equal capacities where it does not vary them.
 
     Args:
-      name: of SWEEPS.
-      base: what is not varied.
-      values: in place of the usual ones.
+      name: a key of SWEEPS.
+      base: sizes that are not varied.
+      values: values in place of the default ones; default ones that do not fit the base are left out.
 
     Raises:
-      ValueError: if a value makes no sense.
+      ValueError: if one of `values` is too low, or does not fit the base.
     """
     sweep = SWEEPS[name]
-    usual = tuple(value for value in sweep.values if _fits(name, base, value))
+    fitting = tuple(value for value in sweep.values if _fits(name, base, value))
     for value in values:
         if value < sweep.lowest:
             raise ValueError(f"--points: {value} is below {sweep.lowest}, the least of --sweep={name}")
-    cases = [case for value in sorted(values or usual) for case in sweep.make(base, value)]
+    cases = [case for value in sorted(values or fitting) for case in sweep.make(base, value)]
     longest = max(case.longest(base.num_steps) for case in cases)
     most = max((case.slots + case.waiting for case in cases if case.turnover), default=0)
     cases = [
         dataclasses.replace(
             case,
             max_model_len=case.max_model_len or longest,
-            num_rows=case.num_rows or max(4 * case.slots, most),
+            queue_size=case.queue_size or max(4 * case.slots, most),
         )
         for case in cases
     ]
@@ -211,7 +220,7 @@ def make_cases(name: str, base: Base, values: Sequence[int] = ()) -> list[Case]:
 
 
 def _fits(name: str, base: Base, value: int) -> bool:
-    """Whether a usual value makes sense for what is not varied."""
+    """Tells whether a default value makes sense beside the sizes that are not varied."""
     return {
         "active": value <= base.slots,
         "turnover": not value or base.slots % value == 0,
@@ -220,7 +229,7 @@ def _fits(name: str, base: Base, value: int) -> bool:
 
 
 def busy_state(case: Case, model: ModelConfig, config: EngineConfig, seed: int) -> EngineState:
-    """The state of a case, without a pool."""
+    """Makes the state of a case; its pool is None."""
     state = jax.jit(lambda: init_state(model, config).replace(pool=None))()
     rng = np.random.default_rng(seed)
     active, used = len(case.lengths), len(case.lengths) + case.waiting
@@ -248,7 +257,7 @@ def busy_state(case: Case, model: ModelConfig, config: EngineConfig, seed: int) 
 
 
 def _ends(case: Case, lengths: Int32[np.ndarray, " U"]) -> Int32[np.ndarray, " U"]:
-    """The length at which each sequence ends: none before the measurement does, unless there is a turnover."""
+    """Returns the length at which each sequence ends; without a turnover none ends while steps are timed."""
     if not case.turnover:
         return np.full_like(lengths, case.max_model_len)
     row = np.arange(len(lengths))
@@ -257,20 +266,21 @@ def _ends(case: Case, lengths: Int32[np.ndarray, " U"]) -> Int32[np.ndarray, " U
 
 
 def _scattered(state: EngineState, case: Case, config: EngineConfig, rng: np.random.Generator) -> PageTable:
-    """A page table in which each slot holds the pages of its tokens, drawn from all over the pool."""
+    """Makes a page table in which each slot holds the pages of its tokens, drawn from all over the pool."""
     table, num_pages = state.table, case.num_pages
-    held = [-(-length // config.page_size) for length in case.lengths]
+    pages_of_slots = [-(-length // config.page_size) for length in case.lengths]
+    num_used = sum(pages_of_slots)
     order = rng.permutation(num_pages).astype(np.int32)
     page_ids = np.full(table.page_ids.shape, num_pages, np.int32)
-    for slot, (end, count) in enumerate(zip(np.cumsum(held), held, strict=True)):
+    for slot, (end, count) in enumerate(zip(np.cumsum(pages_of_slots), pages_of_slots, strict=True)):
         page_ids[slot, :count] = order[end - count : end]
     free = np.zeros(num_pages, np.int32)
-    free[: num_pages - sum(held)] = order[sum(held) :]
+    free[: num_pages - num_used] = order[num_used:]
     count = np.zeros(num_pages, np.int32)
-    count[order[: sum(held)]] = 1
+    count[order[:num_used]] = 1
     return table.replace(
         page_ids=jnp.asarray(page_ids),
         free=jnp.asarray(free),
-        num_free=jnp.asarray(num_pages - sum(held), jnp.int32),
+        num_free=jnp.asarray(num_pages - num_used, jnp.int32),
         reference_count=jnp.asarray(count),
     )

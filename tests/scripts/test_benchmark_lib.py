@@ -1,14 +1,34 @@
-"""What the engine's benchmarks share: flags, errors, percentiles, tables, plots."""
+"""What benchmarks share: flag values, errors, percentiles, times, tables, plots."""
+
+import dataclasses
 
 import pytest
-from lib.command import Table, integers, names, positive, run_command, spread
+from absl import flags
+from lib.command import run_command
+from lib.flag_values import integers, names, options_from_flags, positive_numbers
 from lib.plot import Line, Panel, _decade, check_plot, save_plot
+from lib.records import spread
+from lib.table import Table
 
 
 def test_lists_in_flags_become_numbers_each_once():
     assert integers("n", ["3", "1", "3"]) == (3, 1)
-    assert positive("rate", ["0.5", "2"]) == (0.5, 2)
-    assert names("what", ["all"], ("a", "b")) == ("a", "b") and names("what", ["b"], ("a", "b")) == ("b",)
+    assert positive_numbers("rate", ["0.5", "2"]) == (0.5, 2)
+    assert names("what", ["all"], ("a", "b")) == ("a", "b") and names("what", ["b", "b"], ("a", "b")) == ("b",)
+
+
+def test_options_are_the_flags_of_their_names_but_for_those_that_were_checked():
+    @dataclasses.dataclass
+    class Options:
+        count: int
+        label: str | None
+
+    values = flags.FlagValues()
+    flags.DEFINE_integer("count", 3, "A number.", flag_values=values)
+    flags.DEFINE_string("label", None, "A text.", flag_values=values)
+    values(["command", "--label=a"])
+    assert options_from_flags(Options, values) == Options(3, "a")
+    assert options_from_flags(Options, values, count=9) == Options(9, "a")
 
 
 @pytest.mark.parametrize(
@@ -17,11 +37,12 @@ def test_lists_in_flags_become_numbers_each_once():
         (lambda: integers("n", ["0"]), "--n: '0' must be an integer from 1"),
         (lambda: integers("n", ["1.5"]), "--n: '1.5' must be"),
         (lambda: integers("n", []), "--n is empty"),
-        (lambda: positive("r", ["-1"]), "--r: '-1' must be a number above 0"),
-        (lambda: positive("r", ["nan"]), "--r: 'nan' must"),
-        (lambda: positive("r", ["inf"]), "--r: 'inf' must"),
+        (lambda: positive_numbers("r", ["-1"]), "--r: '-1' must be a number above 0"),
+        (lambda: positive_numbers("r", ["nan"]), "--r: 'nan' must"),
+        (lambda: positive_numbers("r", ["inf"]), "--r: 'inf' must"),
         (lambda: names("w", ["c"], ("a", "b")), "--w: 'c' is unknown: use a, b, or all"),
-        (lambda: check_plot("/nowhere/a.png"), "choose a directory that is there"),
+        (lambda: names("w", ["all"], ("a", "b"), all_allowed=False), "--w: 'all' is unknown: use a, b$"),
+        (lambda: check_plot("/nowhere/a.png"), "choose an existing directory"),
     ],
 )
 def test_what_is_no_good_is_named(call, message):
@@ -57,8 +78,8 @@ def test_arguments_that_are_no_flags_are_refused(capsys):
 
 def test_a_table_leaves_out_what_is_not_known(capsys):
     table = Table({"name": 6, "value": 7, "note": 4})
-    table.row({"name": "a", "value": 1234.5})
-    table.row({"name": "b", "value": 0.123456, "note": None})
+    table.print_row({"name": "a", "value": 1234.5})
+    table.print_row({"name": "b", "value": 0.123456, "note": None})
     assert capsys.readouterr().out.splitlines() == ["  name    value  note", "     a     1234", "     b    0.123"]
 
 

@@ -1,9 +1,8 @@
-"""Times steps from a given state, over and over: with the model, and with a stub in its place.
+"""Times steps from a given state again and again: with the model, and with a stub in its place.
 
-    time of a step = (time of a call of n steps - time of a call of one) / (n - 1)
-
-Before each timed call the state is set back, its pool left where it is; so every call does the same work, and the pool is
-handed from case to case. What the stub leaves is the scheduler: aborts, admission, pages, plan, counts, advance, retire.
+Calls of n steps are timed beside calls of one (`lib/timing.py`). Before each timed call the state is set back, its pool left
+where it is; so every call does the same work, and the pool is handed from case to case. With the stub, a step is the scheduler
+alone: aborts, admission, pages, plan, counts, advance, retire.
 """
 
 import dataclasses
@@ -18,9 +17,10 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Int32
-from kernel_bench.cases import random_pages
-from lib.scaling_cases import Case
-from lib.timing import Timing, free_bytes
+from lib.device import free_bytes
+from lib.random_pages import random_pages
+from lib.timing import PairedTimes, Timing
+from scaling.cases import Case
 
 from jaxserve import EngineConfig, EngineState, ModelConfig, Status
 from jaxserve.core.cache import KVPool, bytes_per_page, init_kv_pool
@@ -29,13 +29,13 @@ from jaxserve.core.programs import programs
 from jaxserve.core.scheduler.token_counts import count_tokens
 from jaxserve.core.scheduler.transitions import finish_step, samples, schedule
 
-_MEMORY_SHARE = 0.8  # of what is free, for a pool
+_MEMORY_SHARE = 0.8  # a pool may take this share of the free memory
 
 
 def stub_steps(
     state: EngineState, num_steps: Int32[Array, ""], *, config: EngineConfig
 ) -> tuple[EngineState, Int32[Array, " S"]]:
-    """Steps as `jaxserve.core.step` composes them, with tokens out of a hat in place of model and sampler.
+    """Takes steps as `jaxserve.core.step` composes them, with made-up tokens in place of model and sampler.
 
     Returns:
       The state, and how many tokens each slot drew.
@@ -47,7 +47,8 @@ def stub_steps(
         sampled = samples(state, plan.num_new)
         state = count_tokens(state, sampled)
         row = jnp.where(sampled, state.slots.row_id, 0)
-        # The sampler needs the counts; without that, XLA would copy all tokens, to count in them while they are written to.
+        # The token depends on the counts, as the sampler does. Otherwise XLA would copy all tokens of the queue, to count in
+        # the copy while the original is written to.
         token = (state.queue.arrival[row] * 40503 + state.queue.num_tokens[row] + state.slots.num_counted) % 65521
         return finish_step(state, plan.num_new, token), drawn + sampled.astype(jnp.int32)
 
@@ -57,11 +58,11 @@ def stub_steps(
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Steps in one dispatch.
+    """A program that takes steps in one dispatch.
 
     Attributes:
-      run: state, number of steps -> state, whatever tells what happened; the state is donated.
-      count_drawn: from that, and the number of steps, the tokens that each slot drew.
+      run: takes a state, which is donated, and the number of steps; returns the state, and outputs that tell what happened.
+      count_drawn: takes the outputs and the number of steps; returns how many tokens each slot drew.
     """
 
     run: Callable[[EngineState, Any], tuple[EngineState, Any]]
@@ -69,39 +70,39 @@ class Program:
 
 
 def stub_model(vocab_size: int) -> ModelConfig:
-    """What the scheduler has to know of a model; pools of it have room for any number of pages."""
+    """Returns a model for the scheduler, so small that its pool has room for any number of pages."""
     return ModelConfig("llama", vocab_size, 8, 8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2)
 
 
 def make_stub(config: EngineConfig) -> Program:
-    """The scheduler alone."""
+    """Makes the program of the scheduler alone."""
     run = jax.jit(functools.partial(stub_steps, config=config), donate_argnums=0)
     return Program(run, lambda drawn, _: np.asarray(drawn))
 
 
 def make_step(params: nnx.State, model: ModelConfig, config: EngineConfig) -> Program:
-    """The engine's own program; `params` best prepared."""
+    """Makes the engine's own program; prepare `params` before, or each call prepares them."""
     run = functools.partial(programs(model, config)["run_steps"], params)
     return Program(run, lambda outputs, n: np.sum(np.asarray(outputs.steps.sampled[:n]), axis=0, dtype=np.int32))
 
 
 class Pools:
-    """Pools of random keys and values: one for all cases with as many pages, who hand it on."""
+    """Pools of random keys and values: cases with the same number of pages share one."""
 
     def __init__(self) -> None:
         self._pools: dict[int, KVPool] = {}
 
     def take(self, model: ModelConfig, config: EngineConfig) -> KVPool:
-        """A pool, to be given back.
+        """Hands out a pool, which must be given back.
 
         Raises:
-          ValueError: if it does not fit.
+          ValueError: if it does not fit into the free memory.
         """
         num_pages = config.num_pages or 0
         return self._pools.pop(num_pages) if num_pages in self._pools else _random_pool(model, config, num_pages)
 
     def give_back(self, pool: KVPool) -> None:
-        """Keeps it for the next."""
+        """Takes a pool back for the next case."""
         self._pools[pool.k[0].shape[0]] = pool
 
 
@@ -122,16 +123,20 @@ def _random_pool(model: ModelConfig, config: EngineConfig, num_pages: int) -> KV
 
 
 class Bench:
-    """Steps of one case; compiles and checks when made.
+    """Times the steps of one case; making it compiles them and checks what they do.
 
     Args:
-      case, config, state: what is there; `state` has no pool.
-      model: None: the program needs no pool.
-      pools: that it is taken from.
+      case: sizes, and what the steps should do.
+      config: the engine's configuration for the case.
+      state: where every timed call starts; its pool is None.
+      program: takes the steps.
+      num_steps: steps of the longer call.
+      model: hyperparameters, for the pool; None: the program needs no pool.
+      pools: where the pool is taken from; None likewise.
 
     Raises:
       ValueError: if the pool does not fit.
-      RuntimeError: if the steps did not do what the case says.
+      RuntimeError: if the steps do not do what the case says.
     """
 
     def __init__(
@@ -148,21 +153,18 @@ class Bench:
         self.case, self.config = case, config
         self._program, self._num_steps, self._model, self._pools = program, num_steps, model, pools
         self._seen, self._saved = state.seen, state.replace(seen=None)
-        self._pairs: list[tuple[float, float]] = []
+        self._times = PairedTimes(num_steps)
         self._timed(1)
         self._timed(num_steps)
 
     def take_sample(self) -> None:
-        """Times a call of one step, and one of many."""
+        """Times a call of one step and a call of many."""
         one = self._timed(1)
-        self._pairs.append((one, self._timed(self._num_steps)))
+        self._times.add(one, self._timed(self._num_steps))
 
     def timing(self) -> Timing:
-        """What the samples say; a call of one counts as its median."""
-        once, many = zip(*self._pairs, strict=True)
-        one = float(np.median(once))
-        samples = tuple((seconds - one) / (self._num_steps - 1) for seconds in many)
-        return Timing(samples, one, self._num_steps)
+        """Returns the times of a step that the samples so far give."""
+        return self._times.timing()
 
     def _timed(self, num_steps: int) -> float:
         pool = None if self._model is None or self._pools is None else self._pools.take(self._model, self.config)

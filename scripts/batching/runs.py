@@ -1,8 +1,8 @@
-"""Serves one workload batch by batch or all at once on engines that differ in memory, and tells what the slots did.
+"""Serves a workload with static or continuous batching, on reserved or paged memory, and counts what the slots did.
 
-Static batching is the same engine fed a batch at a time: as many requests as there are slots run until the longest of them
-ends, and only then are the next ones admitted. Reserving is the same engine with as many slots as fit when each has pages for
-the longest sequence, as engines without paging hold them. So nothing else differs.
+All contenders are the same engine, so nothing but the batching and the memory differs. With static batching it gets one batch
+at a time: as many requests as there are slots run until the longest of them ends, and only then are the next ones admitted.
+With reserved memory it has as many slots as fit when each holds pages for the longest sequence, like engines without paging.
 """
 
 import dataclasses
@@ -26,27 +26,45 @@ DISTRIBUTIONS = (*LENGTHS, "textbook", "workload")
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A way to serve."""
+    """A way to serve.
+
+    Attributes:
+      name: for tables and records.
+      engine: the engine that serves.
+      num_together: requests that the engine gets at a time; None: all at once.
+      reserved: True if a slot counts as holding pages for the longest sequence.
+    """
 
     name: str
     engine: Engine
-    batch_size: int | None  # requests that the engine is given at a time; None: all
-    reserved: bool = False  # whether a slot counts as holding pages for the longest sequence
+    num_together: int | None
+    reserved: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One workload served once."""
+    """One workload served once.
+
+    Attributes:
+      seconds: from the first request to the last token.
+      timeline: what each slot did in each step.
+      queue_steps: per request, the steps before the one in which it first had a slot.
+      queue_seconds: the same wait in seconds; the steps of one call count as equally long.
+      token_ids: generated, per request.
+    """
 
     seconds: float
     timeline: Timeline
-    queue_steps: list[int]  # per request, steps before the one in which it first had a slot
-    queue_seconds: list[float]  # the same time; within a call of the device steps count as equally long
+    queue_steps: list[int]
+    queue_seconds: list[float]
     token_ids: list[tuple[int, ...]]
 
 
 class _Watch:
-    """Keeps the record, and when each call was read; requests that the engine was not given yet, `num_held`, wait too."""
+    """An engine's observer that keeps the timeline and the time at which each call was read.
+
+    Requests that the engine did not get yet, `num_held`, count as waiting.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self.timeline = Timeline(config)
@@ -54,17 +72,20 @@ class _Watch:
         self.marks = [(0, 0.0)]  # steps so far, seconds
         self._start = time.perf_counter()
 
-    def observe(self, outputs: StepOutputs, by_row: Mapping[int, LiveSample], num_waiting: int) -> None:
-        self.timeline.observe(outputs, by_row, num_waiting + self.num_held)
+    def observe(self, outputs: StepOutputs, samples_by_row: Mapping[int, LiveSample], num_waiting: int) -> None:
+        self.timeline.observe(outputs, samples_by_row, num_waiting + self.num_held)
         if self.timeline.num_steps > self.marks[-1][0]:
             self.marks.append((self.timeline.num_steps, time.perf_counter() - self._start))
 
 
 def draw_outputs(distribution: str, low: int, high: int, count: int, rng: np.random.Generator) -> list[int]:
-    """Output lengths: those of `draw_lengths`; fixed: all in the middle; textbook: 10, 20, 50, 100 as often, shuffled.
+    """Draws output lengths as `draw_lengths` does, but for two distributions.
+
+        fixed       all lengths are the middle of the bounds
+        textbook    10, 20, 50 and 100 equally often, shuffled, whatever the bounds
 
     Raises:
-      ValueError: as `draw_lengths`.
+      ValueError: if the distribution is unknown, or the bounds are out of order.
     """
     if distribution == "textbook":
         return rng.permutation([TEXTBOOK[index % len(TEXTBOOK)] for index in range(count)]).tolist()
@@ -74,9 +95,9 @@ def draw_outputs(distribution: str, low: int, high: int, count: int, rng: np.ran
 
 
 def serve(contender: Contender, workload: Workload) -> Run:
-    """Serves all requests, which are there from the beginning."""
+    """Serves all requests of the workload, which are there from the beginning."""
     engine, params = contender.engine, workload.params
-    size = contender.batch_size or len(workload)
+    size = contender.num_together or len(workload)
     results = []
     watch = _Watch(engine.config)
     engine.observer = watch.observe
@@ -97,14 +118,14 @@ def serve(contender: Contender, workload: Workload) -> Run:
 
 
 def _first_steps(timeline: Timeline) -> dict[str, int]:
-    """By request, the step in which it first had a slot."""
-    found, place = np.unique(timeline.steps().occupant.ravel(), return_index=True)
-    pairs = zip(found.tolist(), (place // timeline.num_slots).tolist(), strict=True)
+    """Returns the step in which each request first had a slot, by request id."""
+    occupants, first_places = np.unique(timeline.steps().occupant.ravel(), return_index=True)
+    pairs = zip(occupants.tolist(), (first_places // timeline.num_slots).tolist(), strict=True)
     return {timeline.occupants[index].request_id: step for index, step in pairs if index >= 0}
 
 
 def compare(contenders: Sequence[Contender], workload: Workload, repeats: int) -> list[list[Run]]:
-    """Runs of each contender; they take turns, and who goes first changes."""
+    """Serves the workload `repeats` times with each contender, in turns whose order alternates, and returns their runs."""
     runs: list[list[Run]] = [[] for _ in contenders]
     for repeat in range(repeats):
         order = range(len(contenders))
@@ -114,7 +135,7 @@ def compare(contenders: Sequence[Contender], workload: Workload, repeats: int) -
 
 
 def ratios(runs: list[Run], base: list[Run]) -> dict[str, float]:
-    """How much faster `runs` are than `base`: pair by pair in time, and exactly in steps."""
+    """Returns how much faster `runs` are than `base`: in time as the median over pairs of runs, and exactly in steps."""
     pairs = zip(base, runs, strict=True)
     return {
         "speed_up": statistics.median(before.seconds / after.seconds for before, after in pairs),
@@ -123,7 +144,7 @@ def ratios(runs: list[Run], base: list[Run]) -> dict[str, float]:
 
 
 def measures(contender: Contender, runs: list[Run], workload: Workload) -> dict[str, Any]:
-    """What is known of a contender: medians of what was timed; what was counted is the same in every run."""
+    """Returns the figures of a contender: medians of what was timed; what was counted is the same in every run."""
     run, config = runs[0], contender.engine.config
     steps = run.timeline.steps()
     in_use = steps.occupant >= 0
@@ -148,12 +169,15 @@ def measures(contender: Contender, runs: list[Run], workload: Workload) -> dict[
         "queue_steps_p99": float(np.quantile(run.queue_steps, 0.99)),
         "computed_tokens": int(np.sum(steps.num_new)),
         "preemptions": int(np.sum(steps.num_preempted)),
-        **memory(steps, config, reserved=contender.reserved),
+        **memory_use(steps, config, reserved=contender.reserved),
     }
 
 
-def memory(steps: Steps, config: EngineConfig, *, reserved: bool) -> dict[str, Any]:
-    """How many sequences ran at once, and which share of the pool's bytes held tokens, while any was waiting for a slot."""
+def memory_use(steps: Steps, config: EngineConfig, *, reserved: bool) -> dict[str, Any]:
+    """Returns how many sequences ran at once, and which share of the pool's bytes held tokens, while any request waited.
+
+    If none ever waited, all steps count.
+    """
     in_use = steps.occupant >= 0
     busy = steps.num_waiting > 0
     if not busy.any():
@@ -172,9 +196,9 @@ def memory(steps: Steps, config: EngineConfig, *, reserved: bool) -> dict[str, A
 
 
 def padding(workload: Workload, batch_size: int) -> dict[str, Any]:
-    """What static batches cost an engine of fixed shapes, which pads prompts to the longest and runs full batches to the end.
+    """Returns what static batches cost an engine of fixed shapes, which pads prompts to the longest one and runs full batches.
 
-    Rows are those of the forward pass; at least one per token of prompt and output, but for the last token, is needed.
+    Rows are those of the forward pass. Each token of prompts and outputs but the last one of a sequence needs a row.
     """
     slot_steps = rows = 0
     for first in range(0, len(workload), batch_size):

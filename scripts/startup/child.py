@@ -1,6 +1,7 @@
-"""A process that starts an engine, serves one token and tells when it had come how far: run by `benchmark_startup.py`.
+"""A process that starts an engine, serves one token and prints the time of each phase; `benchmark_startup.py` runs it.
 
-The argument is a JSON object: fields of `EngineOptions`, and the length of the prompt. The last line of stdout is one too.
+The argument is a JSON object with the fields of `EngineOptions` and the length of the prompt. The last line of stdout is a JSON
+object with the times and what was compiled.
 """
 
 import time
@@ -15,7 +16,7 @@ from typing import Any  # noqa: E402
 
 
 def main(settings: dict[str, Any]) -> dict[str, Any]:
-    """Starts, and returns what it took; times are those of the clock on the wall, which the parent has too."""
+    """Starts an engine and returns when each phase ended, by the wall clock, which the parent process reads too."""
     import jax
 
     _stamp("jax")

@@ -1,12 +1,12 @@
-"""What `benchmark_static_vs_continuous.py` says: tables, where the literature's claim holds, and a plot."""
+"""Tables, verdict and plot of `benchmark_static_vs_continuous.py`."""
 
 import pathlib
 from typing import Any
 
-from lib.command import Table
+from lib.records import Record
+from lib.table import Table, factor, percent
 
-Record = dict[str, Any]
-LITERATURE = (2, 24)  # times the throughput of static batches
+LITERATURE = (2, 24)  # how many times the throughput of static batches is claimed
 _COLUMNS: dict[str, dict[str, int]] = {  # heading: width
     "batching": {
         "outputs": 11,
@@ -41,12 +41,12 @@ _COLUMNS: dict[str, dict[str, int]] = {  # heading: width
 }
 _EXPLANATIONS = {
     "batching": """\
-one engine with room for all slots. speed-up: tokens/s over static batches; fewer by: how many times as many steps those took;
-wasted: slot-steps without a sequence; queue: until a request has a slot; padded rows: what an engine of fixed shapes pays
-for static batches, which pads prompts and outputs of a batch to its longest, over the rows that are needed""",
+one engine with room for all slots. mean, longest: tokens per output; speed-up: tokens/s over static batches; fewer by: steps
+of static batches over its own; wasted: slot-steps without a sequence; queue: seconds or steps until a request has a slot;
+padded rows: rows of an engine of fixed shapes, which pads prompts and outputs of a batch to its longest, over those needed""",
     "memory": """\
-the same pool for all three. speed-up: over static batches on reserved memory; in flight: sequences with a slot while any waits;
-live: bytes of keys and values that hold tokens, of the pool, and of what is reserved or in pages""",
+the same pool for all three. speed-up: over static batches on reserved memory; in flight, peak: sequences with a slot while any
+request waits; live: bytes with keys and values of tokens, as a share of the pool, and of what is reserved or in pages""",
 }
 _QUESTIONS = (
     ("continuous batching (continuous over static batches, all slots)", "continuous", "static"),
@@ -56,7 +56,7 @@ _QUESTIONS = (
 
 
 def print_about(common: Record, num_requests: int, longest: int) -> None:
-    """What all tables share."""
+    """Prints what all tables share."""
     print(
         f"{common['model']} in {common['dtype']} on {common['device']}, jax {common['jax']}: {num_requests} requests, all "
         f"there from the beginning, the longest sequence {longest} tokens",
@@ -65,17 +65,17 @@ def print_about(common: Record, num_requests: int, longest: int) -> None:
 
 
 def start_table(part: str) -> Table:
-    """Prints what the columns mean, and their headings."""
+    """Prints what the columns of a part mean, and their headings."""
     print(f"\n{part}: {_EXPLANATIONS[part]}")
     return Table(_COLUMNS[part])
 
 
 def print_rows(table: Table, records: list[Record]) -> None:
-    """A row for each contender; the first is what the others are compared with."""
+    """Prints a row for each contender; the others are compared with the first."""
     base = records[0]["contender"]
     for record in records:
         over = record["over"].get(base, {"speed_up": 1.0, "steps_ratio": 1.0})
-        table.row(
+        table.print_row(
             {
                 "outputs": record["distribution"],
                 "mean": f"{record['mean_output']:.1f}",
@@ -83,19 +83,19 @@ def print_rows(table: Table, records: list[Record]) -> None:
                 "contender": record["contender"],
                 "slots": record["slots"],
                 "tokens/s": record["tokens_per_s"],
-                "speed-up": f"{over['speed_up']:.2f}x",
+                "speed-up": factor(over["speed_up"]),
                 "steps": record["steps"],
-                "fewer by": f"{over['steps_ratio']:.2f}x",
-                "occupancy": f"{record['mean_occupancy']:.0%}",
+                "fewer by": factor(over["steps_ratio"]),
+                "occupancy": percent(record["mean_occupancy"]),
                 "wasted": record["wasted_slot_steps"],
                 "queue s": f"{record['queue_s_mean']:.2f}",
                 "p99": f"{record['queue_s_p99']:.2f}",
                 "queue steps": f"{record['queue_steps_mean']:.1f}",
-                "padded rows": f"{record['padded_rows_over_needed']:.2f}x" if record["contender"] == "static" else "",
+                "padded rows": factor(record["padded_rows_over_needed"]) if record["contender"] == "static" else None,
                 "in flight": f"{record['in_flight_mean']:.1f}",
                 "peak": record["in_flight_peak"],
-                "live of pool": f"{record['live_share_of_pool']:.0%}",
-                "live of held": f"{record['live_share_of_held']:.0%}",
+                "live of pool": percent(record["live_share_of_pool"]),
+                "live of held": percent(record["live_share_of_held"]),
                 "preempted": record["preemptions"],
             }
         )
@@ -104,20 +104,20 @@ def print_rows(table: Table, records: list[Record]) -> None:
 
 
 def verdict(records: list[Record]) -> list[str]:
-    """Where the literature's claim holds, question by question; in tokens/s, with the ratio of steps beside it."""
+    """Returns lines that say where the literature's claim holds: in tokens/s, with the ratio of steps beside it."""
     low, high = LITERATURE
     lines = [f"where the {low}x to {high}x of the literature hold, in tokens/s (in steps, which no noise touches):"]
     for question, contender, base in _QUESTIONS:
         gains = {record["distribution"]: record["over"][base] for record in records if record["contender"] == contender}
         if not gains:
             continue
-        held, others = [], []
+        holds, fails = [], []
         for name, gain in gains.items():
             inside = low <= gain["speed_up"] <= high
-            (held if inside else others).append(f"{name} {gain['speed_up']:.2f}x ({gain['steps_ratio']:.2f}x)")
+            (holds if inside else fails).append(f"{name} {gain['speed_up']:.2f}x ({gain['steps_ratio']:.2f}x)")
         lines.append(f"  {question}:")
-        lines.append(f"    holds: {', '.join(held) or 'nowhere'}")
-        lines.append(f"    does not hold: {', '.join(others) or 'nowhere'}")
+        lines.append(f"    holds: {', '.join(holds) or 'nowhere'}")
+        lines.append(f"    does not hold: {', '.join(fails) or 'nowhere'}")
     lines.append(
         "  Those figures compare whole engines, with padded shapes, other kernels and host loops. Here engine and weights are"
     )
@@ -133,13 +133,13 @@ def print_verdict(records: list[Record]) -> None:
 
 
 def timeline_path(path: str, contender: str) -> str:
-    """Of a contender's picture: its name goes before the ending."""
+    """Returns the path of a contender's picture: its name goes before the ending."""
     file = pathlib.Path(path)
     return str(file.with_name(f"{file.stem}-{contender.replace(', ', '-')}{file.suffix}"))
 
 
 def plot(records: list[Record], path: str) -> None:
-    """Speed-up, occupancy, sequences in flight and live bytes by distribution."""
+    """Draws speed-up, occupancy, sequences in flight and live bytes by distribution into a file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -147,15 +147,15 @@ def plot(records: list[Record], path: str) -> None:
     figure = Figure(figsize=(12, 3.6 * len(parts)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(parts), 2, squeeze=False)
-    for row, part in zip(grid, parts, strict=True):
+    for axes_of_part, part in zip(grid, parts, strict=True):
         own = [record for record in records if record["part"] == part]
-        for axes, (title, series) in zip(row, panels(part, own), strict=True):
+        for axes, (title, series) in zip(axes_of_part, panels(part, own), strict=True):
             _bars(axes, title, list(dict.fromkeys(record["distribution"] for record in own)), series)
     figure.savefig(path)
 
 
 def panels(part: str, records: list[Record]) -> list[tuple[str, dict[str, list[float]]]]:
-    """Titles, and series of one number per distribution."""
+    """Returns the panels of a part: a title, and by label one number per distribution."""
     by_contender: dict[str, list[Record]] = {}
     for record in records:
         by_contender.setdefault(record["contender"], []).append(record)
