@@ -119,7 +119,8 @@ def test_every_test_and_every_name_in_a_file_that_a_page_names_is_there(name: st
     for file, listed in re.findall(r"`([\w./]+\.py)` \(((?:`\w+`,? ?)+)\)", text):
         pairs += [(file, function) for function in re.findall(r"`(\w+)`", listed)]
     for file, function in pairs:
-        source = (ROOT / file).read_text(encoding="utf-8")
+        path = ROOT / file if (ROOT / file).is_file() else (ROOT / name).parent / file
+        source = path.read_text(encoding="utf-8")
         assert re.search(rf"^ *(?:async )?(?:def|class) {function}\b|^{function}\b.* = ", source, re.MULTILINE), (
             function
         )
