@@ -21,12 +21,12 @@ import numpy as np
 from absl import app, flags
 from lib.command import run_command
 from lib.flag_values import names
-from lib.peaks import LARGEST_CPU_SIZE, PRODUCT_BUDGET_S, affordable_sizes, measure_peaks, seconds_of_second_call
+from lib.peaks import LARGEST_CPU_SIZE, PRODUCT_BUDGET_S, affordable_sizes, estimated_seconds, measure_peaks
 from lib.records import provenance
 
 DTYPES = ("bfloat16", "float16", "float32")
 _CACHE_MB = 64
-_SIZES = (128, 512, 1024, 2048)
+_SIZES = (128, 256, 512, 1024, 2048)
 _REPEATS = 5  # of XLA's loops; other calls are so short that three times as many are made
 
 
@@ -86,7 +86,7 @@ def rates_by_size(product: Callable[[int], Callable[[], Any]], sizes: Sequence[i
       FLOPs per second by size.
     """
     chosen = affordable_sizes(
-        lambda size: seconds_of_second_call(product(size)), sizes, num_calls=3 * _REPEATS, budget_s=PRODUCT_BUDGET_S
+        lambda size: estimated_seconds(product(size)), sizes, num_calls=3 * _REPEATS, budget_s=PRODUCT_BUDGET_S
     )
     return {size: 2 * size**3 / _fewest_seconds(product(size)) for size in chosen}
 

@@ -14,6 +14,7 @@ from lib.timing import Timer
 
 _PEAK_ITERATIONS = 16
 _GIBIBYTE = 2**30
+_MAX_ESTIMATES, _ESTIMATE_S = 5, 0.1
 LARGEST_CPU_SIZE = 512
 PRODUCT_BUDGET_S = 10.0  # for the products of one dtype
 _CPU_SIZES, _ACCELERATOR_SIZES = (128, 256, LARGEST_CPU_SIZE), (8192,)
@@ -68,12 +69,15 @@ def affordable_sizes(
     return chosen
 
 
-def seconds_of_second_call(call: Callable[[], Any]) -> float:
-    """Calls twice, as the first call may compile, and returns the seconds of the second."""
+def estimated_seconds(call: Callable[[], Any]) -> float:
+    """Returns the fewest seconds of up to five calls after one that may compile; slow calls are made once."""
     call()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    samples: list[float] = []
+    while len(samples) < _MAX_ESTIMATES and sum(samples) < _ESTIMATE_S:
+        start = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - start)
+    return min(samples)
 
 
 def measure_peaks(dtypes: Sequence[str], *, cache_bytes: int, repeats: int) -> Peaks:
@@ -94,7 +98,7 @@ def measure_peaks(dtypes: Sequence[str], *, cache_bytes: int, repeats: int) -> P
 
         def seconds_of(size: int, product: Any = product, dtype: str = dtype) -> float:
             w = _matrix(size, dtype)
-            return seconds_of_second_call(lambda: jax.block_until_ready(product(w, w)))
+            return estimated_seconds(lambda: jax.block_until_ready(product(w, w)))
 
         size = sizes[0]
         if len(sizes) > 1:

@@ -1,10 +1,6 @@
-"""The latency benchmark: its arithmetic on runs made by hand, and a tiny run of all of it."""
-
-import json
+"""The latency benchmark: its arithmetic on runs made by hand, and what it refuses."""
 
 import benchmark_latency
-import jax
-import machine_peaks
 import pytest
 from absl import flags
 from benchmark_latency import Case, summarize
@@ -12,16 +8,6 @@ from lib.roofline import weight_bytes_per_token
 from lib.serving_load import Served, Trace
 
 from jaxserve import ModelConfig
-
-PEAKS = {"read": {"way": "known", "bytes_per_s": 1e9}, "matmul": {"way": "known", "flops_per_s": 1e9}}
-
-
-@pytest.fixture
-def known_peaks(monkeypatch):
-    """The bandwidth is twice as good in the second measurement."""
-    rates = iter([0.5e9, 1e9])
-    measured = lambda dtypes: PEAKS | {"read": {"way": "known", "bytes_per_s": next(rates)}}  # noqa: E731
-    monkeypatch.setattr(machine_peaks, "measure", measured)
 
 
 def run(*arguments: str) -> int:
@@ -66,25 +52,6 @@ def test_weights_are_those_that_a_token_needs():
     assert weight_bytes_per_token(tied, "bfloat16") == 2 * (matrices + 100 * 8)
     norms = 2 * 2 * 8 + 8
     assert weight_bytes_per_token(untied, "bfloat16", "int8") == matrices + 100 * 8 + norms
-
-
-def test_the_command_measures_every_case(tmp_path, capsys, known_peaks):
-    out, plot = tmp_path / "out.jsonl", tmp_path / "out.png"
-    small = ["--chunk_size=16", "--attention_backend=reference", "--compilation_cache_dir=", "--repeats=2"]
-    cases = ["--batch_sizes=1,2", "--input_lens=5", "--output_lens=3,4"]
-    assert run(*small, *cases, f"--json={out}", f"--plot={plot}") == 0, capsys.readouterr().err
-    records = [json.loads(line) for line in out.read_text().splitlines()]
-    found = [(record["batch_size"], record["input_len"], record["output_len"]) for record in records]
-    assert found == [(1, 5, 3), (1, 5, 4), (2, 5, 3), (2, 5, 4)]
-    for record in records:
-        assert 0 < record["ttft_ms"]["median"] < record["batch_ms"]["p99"]
-        assert record["engine"]["max_slots"] == 2 and record["engine"]["max_model_len"] == 9
-        assert (record["read_bytes_per_s"], record["jax"]) == (1e9, jax.__version__)
-        single = record["batch_size"] == 1
-        assert (record["share_of_limit"] is not None) == single
-        if single:
-            assert record["limit_ms_per_token"] == pytest.approx(record["weight_bytes"] / 1e6, rel=1e-3)
-    assert "ms per token" in capsys.readouterr().out and plot.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,22 @@ from scaling.timing import Bench, Program, make_stub, stub_model
 
 from jaxserve import EngineConfig, ModelConfig, Status, check_invariants
 from jaxserve.core.cache import init_kv_pool
+from jaxserve.models.families import read_model_config
 from tests.small_model import TINY_CONFIG
+
+STUB_CONFIG = (
+    TINY_CONFIG
+    | {  # of a config.json: the model that stands for all others in "rest", so that both share a program
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 2,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    }
+)
 
 MODEL = ModelConfig("llama", 64, 8, 8, 1, 1, 1, 2)
 BASE = Base(slots=4, context=20, vocab_size=64, num_steps=6, page_size=8)
@@ -137,7 +152,8 @@ def test_constants_are_given_per_unit_and_long_sequences_against_even_ones():
 
 
 def test_the_command_measures_all_kinds_and_fits_lines(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG))
+    (tmp_path / "config.json").write_text(json.dumps(STUB_CONFIG))
+    assert read_model_config(tmp_path / "config.json") == stub_model(TINY_CONFIG["vocab_size"])
     (tmp_path / "engine.json").write_text('{"page_size": 8, "attention_backend": "reference"}')
     out, plot = tmp_path / "out.jsonl", tmp_path / "out.png"
     assert (

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import math
 import types
 
@@ -158,22 +157,6 @@ def run(*arguments: str) -> int:
     benchmark_serving.define_flags(values)
     values(["benchmark_serving", *arguments])
     return benchmark_serving.main(["benchmark_serving"], values)
-
-
-def test_the_command_serves_every_rate_and_records_it(tmp_path, capsys):
-    out, plot = tmp_path / "out.jsonl", tmp_path / "out.png"
-    lengths = ["--longest_prompt=20", "--shortest_output=2", "--longest_output=6", "--num_requests=6"]
-    small = ["--max_slots=2", "--chunk_size=16", "--attention_backend=reference", "--compilation_cache_dir="]
-    asked = ["--rates=200,inf", "--slo=e2e_ms:1e7", "--burstiness=0.5", f"--json={out}", f"--plot={plot}"]
-    assert run(*lengths, *small, *asked) == 0, capsys.readouterr().err
-    records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [record["rate"] for record in records] == [200, "inf"]
-    for record in records:
-        assert (record["num_finished"], record["share_within_slos"], record["burstiness"]) == (6, 1, 0.5)
-        assert record["engine"]["max_slots"] == 2 and record["engine"]["max_waiting"] is None
-        assert 0 < record["ttft_ms"]["median"] <= record["ttft_ms"]["p99"] <= record["e2e_ms"]["p99"]
-        assert record["device"] and record["method"].startswith("open load")
-    assert "TTFT median" in capsys.readouterr().out and plot.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -115,10 +115,15 @@ def test_every_file_is_led_by_end_of_text():
 
 def test_attention_in_blocks_is_causal_attention():
     batch, time = 2, 12
-    qkv = jax.random.normal(jax.random.key(0), (batch * time, 2, 4, 8))
-    projection = Projection(qkv, *rotations(RopeConfig(), 8, jnp.tile(jnp.arange(time), batch)))
-    blocks, _ = demo_model.causal_attend_in_blocks(batch, time, block=4)(projection, None, layer=0, window=None)
-    dense, _ = causal_attend(batch, time)(projection, None, layer=0, window=None)
+
+    @jax.jit
+    def both(key):
+        qkv = jax.random.normal(key, (batch * time, 2, 4, 8))
+        projection = Projection(qkv, *rotations(RopeConfig(), 8, jnp.tile(jnp.arange(time), batch)))
+        blocks, _ = demo_model.causal_attend_in_blocks(batch, time, block=4)(projection, None, layer=0, window=None)
+        return blocks, causal_attend(batch, time)(projection, None, layer=0, window=None)[0]
+
+    blocks, dense = both(jax.random.key(0))
     np.testing.assert_allclose(blocks, dense, atol=1e-5)
 
 
@@ -134,8 +139,8 @@ def test_the_loss_in_chunks_has_the_gradient_of_the_plain_one():
     def chunked(hidden, embedding):
         return demo_model.cross_entropy(hidden, embedding, targets, 4)
 
-    expected = jax.value_and_grad(plain, (0, 1))(hidden, embedding)
-    actual = jax.value_and_grad(chunked, (0, 1))(hidden, embedding)
+    expected = jax.jit(jax.value_and_grad(plain, (0, 1)))(hidden, embedding)
+    actual = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, embedding)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), actual, expected)
 
 
@@ -177,9 +182,9 @@ def test_every_token_after_the_first_is_scored_once():
 
 
 def test_model_bits_add_up_to_the_mean_loss():
-    model = Transformer(TINY, rngs=nnx.Rngs(0))
+    model = nnx.jit(lambda: Transformer(TINY, rngs=nnx.Rngs(0)))()
     tokens = markov_tokens(17)
-    loss = train_demo_model.loss_of(model, jnp.asarray(tokens[None], jnp.int32))
+    loss = nnx.jit(train_demo_model.loss_of)(model, jnp.asarray(tokens[None], jnp.int32))
     assert evaluate_demo_model.model_bits(model, tokens) == pytest.approx(16 * float(loss) / np.log(2), rel=1e-5)
 
 

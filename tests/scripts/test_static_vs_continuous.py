@@ -20,14 +20,14 @@ from jaxserve.timeline.record import Steps
 from tests import small_model
 
 SLOTS = 4
+CAPACITIES = small_model.CAPACITIES | {"chunk_size": 64, "num_pages": 48, "max_queue": 12}
 SHAPE = pathlib.Path(__file__).parents[2] / "configs" / "models" / "llama-135m.json"
 
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     """Prompts are short, and a step has room for all of them: a sequence of n tokens takes n steps."""
-    capacities = small_model.CAPACITIES | {"chunk_size": 64, "num_pages": 48, "max_queue": 12}
-    return Engine(small_model.make_params(), small_model.MODEL, EngineConfig(**capacities))
+    return Engine(small_model.make_params(), small_model.MODEL, EngineConfig(**CAPACITIES, kv_dtype="float32"))
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,9 @@ def test_the_verdict_says_where_the_claim_holds() -> None:
 def test_the_whole_benchmark_in_a_tiny_form(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = small_model.write_checkpoint(tmp_path) / "config.json"
     arguments = [
-        *(f"--model={model}", "--dtype=float32", "--max_slots=4", "--page_size=8", "--num_requests=12", "--repeats=1"),
+        # With these capacities the first engine has the programs of the one above.
+        *(f"--{name}={value}" for name, value in CAPACITIES.items() if name != "num_pages"),
+        *(f"--model={model}", "--dtype=float32", "--num_requests=12", "--repeats=1"),
         *("--longest_prompt=20", "--shortest_output=2", "--longest_output=24", "--distributions=heavy,uniform"),
         *("--pool_share=0.5", f"--json={tmp_path / 'out.jsonl'}", f"--plot={tmp_path / 'out.png'}"),
         *(f"--timeline={tmp_path / 'out.html'}", f"--compilation_cache_dir={jax.config.jax_compilation_cache_dir}"),
