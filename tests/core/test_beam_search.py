@@ -21,7 +21,7 @@ from jaxserve.engine.beams import _check_memory, _shape
 from jaxserve.models.params import abstract_params
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from tests import small_model, workload
-from tests.core.test_step_programs import WRITES, instructions
+from tests.core.program_text import WRITES, instructions
 from tests.workload import MODEL
 
 CONFIG = EngineConfig(

@@ -1,28 +1,16 @@
 """Work that nobody asks for is not done: neither by the loop that holds it, nor outside of that because XLA moved it there."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 from jaxserve import EngineConfig
 from jaxserve.core.logit_rules import Context, plain_rules
 from jaxserve.core.optional import if_any
 from jaxserve.core.sampling import greedy_arrays, sample
-
-ROWS, VOCAB = 6, 4099  # no other array has this shape
-PASSES_ON = {"parameter", "get-tuple-element", "tuple", "while", "copy", "bitcast", "opt-barrier"}
-
-
-def large_work(function, *arguments) -> list[str]:
-    """Instructions outside of all loops that make an array of ROWS x VOCAB, or reduce one."""
-    text = jax.jit(function).lower(*arguments).compile().as_text()
-    entry = text[text.index("\nENTRY ") :]
-    shape = rf"\[{ROWS},{VOCAB}\]"
-    made = re.findall(rf"= \w+{shape}\S* ([a-z-]+)\(", entry)
-    return [opcode for opcode in made if opcode not in PASSES_ON]
+from tests.core.skipped_work import ROWS, VOCAB, large_work
 
 
 def heavy(x: jax.Array) -> jax.Array:
@@ -54,6 +42,27 @@ def test_what_is_not_among_the_operands_is_moved_out_and_seen_here():
     assert large_work(plain, *arguments)
 
 
+@pytest.mark.parametrize(
+    "work",
+    [
+        pytest.param(lambda x: jnp.max(jnp.cumsum(jnp.exp(x.T), axis=0), axis=0), id="another order of axes"),
+        pytest.param(lambda x: jnp.cumsum(jnp.exp(x.reshape(-1)))[:ROWS], id="one axis"),
+        pytest.param(lambda x: jnp.sum(jnp.exp(x[:, :4097]), axis=1), id="a part, reduced at once"),
+        pytest.param(lambda x: jnp.max(jnp.cumsum(x.astype(jnp.int32), axis=1), axis=1).astype(x.dtype), id="integers"),
+    ],
+)
+def test_work_of_any_shape_is_seen_where_it_is_moved_out_and_only_there(work):
+    def moved(x, needed):
+        return if_any(needed, lambda y: work(x), jnp.zeros(ROWS))
+
+    def skipped(x, needed):
+        return if_any(needed, lambda y, x: work(x), jnp.zeros(ROWS), x)
+
+    arguments = (jnp.ones((ROWS, VOCAB)), jnp.zeros(ROWS, bool))
+    assert large_work(moved, *arguments)
+    assert not large_work(skipped, *arguments)
+
+
 def test_the_sampler_does_no_work_on_the_vocabulary_but_the_most_likely_token_and_the_normaliser():
     config = EngineConfig(max_slots=ROWS)
     number = jnp.full(ROWS, 4, jnp.int32)
@@ -70,7 +79,9 @@ def test_the_sampler_does_no_work_on_the_vocabulary_but_the_most_likely_token_an
         return sample(logits, rows, rules, context, active, max_logprobs=5)
 
     def least(logits, *_):
-        return jnp.argmax(logits, axis=1), jax.nn.logsumexp(logits, axis=1)
+        token = jnp.argmax(logits, axis=1)
+        largest = jnp.take_along_axis(logits, token[:, None], axis=1)
+        return token, jnp.isfinite(largest), largest - jax.nn.logsumexp(logits, axis=1, keepdims=True)
 
     arguments = (
         jnp.zeros((ROWS, VOCAB)),

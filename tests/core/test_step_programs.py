@@ -1,6 +1,5 @@
 """The compiled programs of the step: the pool is written in place, and nothing leaves the device inside the loop."""
 
-import collections
 import dataclasses
 import functools
 import re
@@ -14,14 +13,11 @@ from jaxserve.core.scheduler import init_state
 from jaxserve.core.step import run, run_steps, step
 from pallas_kernels.native import library
 from tests import workload
+from tests.core.program_text import ALLOWED_CUSTOM_CALLS, assert_in_place, instructions
 from tests.workload import CONFIG, MODEL
 
 NUM_PAGES = 4099  # a prime: no other array has this length; and a pool that outweighs everything else
 SHAPE = (NUM_PAGES, MODEL.num_kv_heads, CONFIG.page_size, MODEL.head_dim)
-# What may yield an array of the pool's shape: what passes a buffer on, and the write into it. Bodies of fusions are seen too.
-NAMES = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "call", "fusion"}
-WRITES = {"scatter", "dynamic-update-slice"}
-ALLOWED_CUSTOM_CALLS = {"TopK", *library.TARGETS}  # XLA:CPU's own, and ours
 NATIVE = pytest.mark.skipif(not library.available(), reason=f"native kernels: {library.why_not()}")
 backends = pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=NATIVE)])
 
@@ -39,23 +35,6 @@ def compiled(name: str, kv_dtype: str, backend: str) -> jax.stages.Compiled:
     number = (jax.ShapeDtypeStruct((), jnp.int32),) if name == "run_steps" else ()
     program = functools.partial(functions[name], model=MODEL, config=config)
     return jax.jit(program, donate_argnums=1).lower(params, state, *number).compile()
-
-
-def instructions(text: str) -> list[tuple[str, str]]:
-    """Type of the result (a tuple's in brackets) and opcode of every instruction of a program."""
-    return re.findall(r"^ +(?:ROOT )?%\S+ = (.*?) ([a-z-]+)\(", text, flags=re.MULTILINE)
-
-
-def assert_in_place(program: jax.stages.Compiled, shape: tuple[int, ...], array_bytes: int, num_arrays: int) -> None:
-    dims = f"[{','.join(map(str, shape))}]"
-    found = collections.Counter(opcode for kind, opcode in instructions(program.as_text()) if dims in kind)
-    assert found["parameter"] >= num_arrays  # the pattern finds something
-    aliases = re.findall(r"output_to_operand_aliasing=\{(.*?\))\}", program.as_text())  # of native writes
-    assert found["custom-call"] == len(aliases) and all(alias.count("(") == num_arrays for alias in aliases)
-    assert not set(found) - NAMES - WRITES - {"custom-call"}, found
-    memory = program.memory_analysis()
-    assert memory.temp_size_in_bytes < array_bytes
-    assert memory.alias_size_in_bytes >= num_arrays * array_bytes
 
 
 @pytest.mark.slow

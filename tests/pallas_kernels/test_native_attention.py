@@ -15,7 +15,7 @@ from pallas_kernels import native
 from pallas_kernels.native import library
 from pallas_kernels.paged_attention import PagedKV, decode_attention
 from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape
-from tests.core.test_step_programs import assert_in_place
+from tests.core.program_text import assert_in_place
 from tests.pallas_kernels import cases
 from tests.pallas_kernels.cases import NUM_SLOTS, Case, assert_close
 

@@ -12,34 +12,36 @@ from jaxserve.core import sampling
 from jaxserve.core.logit_rules import plain_rules
 from pallas_kernels import native
 from pallas_kernels.native import library
-from tests.core import test_sampling
-from tests.core.test_sampling import (  # noqa: F401, collected here
-    K,
-    random_rows,
-    test_a_row_gives_the_same_in_any_place_and_beside_any_neighbours,
+from tests.core import ruled_sampling_suite, sampling_suite
+from tests.core.ruled_sampling_suite import (  # noqa: F401, collected here
     test_a_row_gives_the_same_whatever_rules_its_neighbours_have,
     test_a_row_with_every_token_ruled_out_fails_and_its_neighbours_do_not,
     test_draws_follow_the_distribution_that_rules_leave,
+    test_logits_that_are_not_finite_fail_their_row_also_where_rules_hide_them,
+    test_logprobs_are_of_the_raw_distribution_or_of_the_one_drawn_from,
+    test_rows_with_rules_that_ask_for_no_logprobs_get_the_raw_one_of_their_token,
+    test_what_a_users_function_made_of_the_logits_is_drawn_from_before_the_temperature,
+    test_with_rules_in_any_combination_nothing_outside_the_support_is_drawn,
+)
+from tests.core.sampling_suite import (  # noqa: F401, collected here
+    K,
+    random_rows,
+    test_a_row_gives_the_same_in_any_place_and_beside_any_neighbours,
     test_draws_of_different_samples_and_seeds_follow_the_distribution,
     test_fifty_thousand_draws_follow_the_distribution,
     test_from_a_temperature_of_1e_5_on_ties_are_drawn_at_random,
     test_greedy_takes_the_lowest_id_of_the_most_likely_whatever_else_is_set,
     test_inactive_rows_do_not_disturb_active_ones,
     test_limits_bind_only_the_rows_that_set_them,
-    test_logits_that_are_not_finite_fail_their_row_also_where_rules_hide_them,
-    test_logprobs_are_of_the_raw_distribution_or_of_the_one_drawn_from,
     test_logprobs_ranks_and_top_lists_are_those_of_the_raw_distribution,
     test_min_p_looks_at_the_distribution_after_temperature,
     test_nothing_outside_the_support_is_ever_drawn,
     test_rows_that_ask_for_no_logprobs_get_none_beside_rows_that_do,
-    test_rows_with_rules_that_ask_for_no_logprobs_get_the_raw_one_of_their_token,
     test_the_logprob_of_a_token_is_the_same_number_in_the_top_list,
     test_ties_at_the_top_p_boundary_are_dropped_lowest_index_first,
     test_ties_with_the_kth_logit_are_kept,
     test_top_lists_have_their_fixed_size_also_beyond_the_vocabulary,
     test_top_p_counts_the_mass_that_min_p_and_top_k_have_left,
-    test_what_a_users_function_made_of_the_logits_is_drawn_from_before_the_temperature,
-    test_with_rules_in_any_combination_nothing_outside_the_support_is_drawn,
     test_zeros_of_both_signs_are_ties_in_the_top_list_as_they_are_for_greedy_rows,
 )
 
@@ -50,9 +52,9 @@ _UNIT = 2.0**-24  # largest relative error of rounding to float32
 
 @jax.jit
 def plain_sample(logits, rows, position, active):
-    """As `test_sampling.SAMPLE` before it is replaced."""
-    rules = plain_rules(*logits.shape, test_sampling.CONFIG)
-    context = test_sampling.context_of(position)
+    """Does what `sampling_suite.SAMPLE` did before it is replaced."""
+    rules = plain_rules(*logits.shape, sampling_suite.CONFIG)
+    context = sampling_suite.context_of(position)
     return sampling.sample(logits, rows, rules, context, active, max_logprobs=K)
 
 
@@ -61,25 +63,25 @@ def natively() -> Iterator[None]:
     """The programs of the tests above, with native kernels."""
     with pytest.MonkeyPatch.context() as patch:
         sample = functools.partial(sampling.sample, native=True)
-        patch.setattr(test_sampling, "sample", sample)
+        patch.setattr(sampling_suite, "sample", sample)
         changed = jax.jit(
             lambda logits, wanted, rules, context, changed: sample(
                 logits, wanted, rules, context, np.ones(len(logits), bool), max_logprobs=K, changed=changed
             )
         )
-        plainly = functools.partial(test_sampling.sample_plainly, max_logprobs=K)
-        patch.setattr(test_sampling, "SAMPLE", jax.jit(lambda *args: plainly(*args)))
-        patch.setattr(test_sampling, "RULED", jax.jit(functools.partial(sample, max_logprobs=K)))
-        patch.setattr(test_sampling, "CHANGED", changed)
-        test_sampling.drawn_of_big_batch.cache_clear()
+        plainly = functools.partial(sampling_suite.sample_plainly, max_logprobs=K)
+        patch.setattr(sampling_suite, "SAMPLE", jax.jit(lambda *args: plainly(*args)))
+        patch.setattr(ruled_sampling_suite, "RULED", jax.jit(functools.partial(sample, max_logprobs=K)))
+        patch.setattr(ruled_sampling_suite, "CHANGED", changed)
+        ruled_sampling_suite.drawn_of_big_batch.cache_clear()
         yield
-    test_sampling.drawn_of_big_batch.cache_clear()
+    ruled_sampling_suite.drawn_of_big_batch.cache_clear()
 
 
 def test_the_tests_above_run_native_kernels():
     logits, wanted, _ = random_rows(8, 64, 50)
     arguments = logits, wanted, np.zeros(64, np.int32), np.ones(64, bool)
-    assert "jaxserve_choose" in test_sampling.SAMPLE.lower(*arguments).as_text()
+    assert "jaxserve_choose" in sampling_suite.SAMPLE.lower(*arguments).as_text()
     assert "jaxserve_choose" not in plain_sample.lower(*arguments).as_text()
 
 
@@ -91,7 +93,7 @@ def test_tokens_and_reports_are_those_of_the_plain_sampler_where_rounding_does_n
         num_logprobs=np.full(2000, K, np.int32),
     )
     arguments = logits, wanted, np.arange(2000, dtype=np.int32), np.ones(2000, bool)
-    plain, native = (jax.device_get(program(*arguments)) for program in (plain_sample, test_sampling.SAMPLE))
+    plain, native = (jax.device_get(program(*arguments)) for program in (plain_sample, sampling_suite.SAMPLE))
     greedy, same = wanted.temperature == 0, native.token == plain.token
     assert same[greedy].all()
     assert same[~support.ambiguous].mean() > 0.998  # a draw lies within rounding of the next token
