@@ -1,4 +1,4 @@
-"""The static description of a model: what its weights are shaped like and which optional parts it has."""
+"""The static description of a model: the shapes of its weights, and which optional parts it has."""
 
 import dataclasses
 
@@ -36,10 +36,10 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Hyperparameters of a decoder-only transformer; hashable, so it can be a static argument of a jitted function.
+    """The hyperparameters of a decoder-only transformer. Hashable, so it can be a static argument of a jitted function.
 
     Attributes:
-      family: Hugging Face `model_type` ("llama", "mistral", "qwen2", "qwen3"); names the checkpoint layout.
+      family: Hugging Face `model_type` ("llama", "mistral", "qwen2", "qwen3"); it names the layout of checkpoints.
       vocab_size: V, rows of the embedding.
       embed_dim: E, width of the residual stream.
       ffw_dim: F, width of the gated feed-forward layer.
@@ -49,11 +49,11 @@ class ModelConfig:
       head_dim: D, even.
       norm_eps: added to the mean square in RMSNorm.
       rope: rotary embedding.
-      windows: per layer, the number of latest positions a query sees, its own included; None: all.
+      windows: per layer, the number of latest positions that a query sees, its own included; None: all.
       tied_embeddings: whether the output projection is the embedding.
       qkv_bias, out_bias, ffw_bias: which projections have a bias.
       qk_norm: whether queries and keys are normalised per head (Qwen3).
-      max_position: the longest context the model was made for, tokens.
+      max_position: the longest context that the model was made for, in tokens.
     """
 
     family: str
@@ -91,5 +91,5 @@ class ModelConfig:
 
     @property
     def group_size(self) -> int:
-        """Query heads per kv head."""
+        """The number of query heads per kv head."""
         return self.num_heads // self.num_kv_heads

@@ -1,4 +1,4 @@
-"""Dense causal attention: what training uses, and the oracle that attention over pages is tested against."""
+"""Dense causal attention, for training, and as the oracle of the tests of attention over pages."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from pallas_kernels.rotary_write.reference import rotated_heads
 
 
 def causal_attend(batch: int, time: int) -> Attend:
-    """An `attend` for rows that are `batch` whole sequences of `time` tokens, one after the other.
+    """Returns an `attend` for a flat batch that is `batch` whole sequences of `time` tokens, one after the other.
 
-    It carries nothing: pass `kv=None`.
+    It carries no keys and values: pass `kv=None`.
     """
 
     def attend(

@@ -1,4 +1,4 @@
-"""The parameters of a model as a pytree: their shapes, where they go, and random ones."""
+"""The parameters of a model as a pytree: shapes, placement on devices, and random values."""
 
 import functools
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from jaxserve.models.transformer import Transformer
 
 Path = tuple[str | int, ...]
 Placement = Sharding | Callable[[Path, jax.ShapeDtypeStruct], Sharding | None] | Any | None
-"""Where parameters go: None (the default device), a sharding for all, a function of a leaf's path and shape, or a
-pytree of shardings that has the structure of the parameters or of a prefix of it."""
+"""Where parameters go: None (the default device), one sharding for all, a function of a leaf's path and shape, or a pytree of
+shardings that has the structure of the parameters or of a prefix of it."""
 
 
 def abstract_params(config: ModelConfig, dtype: Any) -> nnx.State:
-    """`nnx.split(Transformer(config, dtype=dtype))[1]` with shapes in place of arrays; not to be changed.
+    """Returns `nnx.split(Transformer(config, dtype=dtype))[1]` with shapes in place of arrays. It is shared: do not change it.
 
     Raises:
       ValueError: if `dtype` is not float32, bfloat16 or float16.
@@ -35,19 +35,19 @@ def _abstract_params(config: ModelConfig, dtype: Any) -> nnx.State:
 
 
 def weight_dtype(dtype: Any) -> np.dtype:
-    """`dtype`, or its name, as a numpy dtype.
+    """Returns `dtype`, or the dtype of that name, as a numpy dtype.
 
     Raises:
       ValueError: if it is not float32, bfloat16 or float16.
     """
-    for known in (jnp.float32, jnp.bfloat16, jnp.float16):
-        if dtype == known or dtype == known.dtype.name:
-            return known.dtype
+    for supported in (jnp.float32, jnp.bfloat16, jnp.float16):
+        if dtype == supported or dtype == supported.dtype.name:
+            return supported.dtype
     raise ValueError(f"dtype={dtype!r} is not supported for weights: use float32, bfloat16 or float16")
 
 
 def leaves_with_paths(params: nnx.State) -> list[tuple[Path, Any]]:
-    """Every leaf in the order of `jax.tree.leaves`, with its path: ("blocks", 0, "attention", "qkv")."""
+    """Returns every leaf in the order of `jax.tree.leaves`, with its path, such as ("blocks", 0, "attention", "qkv")."""
     leaves, _ = jax.tree.flatten_with_path(params)
     return [(tuple(k.key for k in keys if isinstance(k, jax.tree_util.DictKey)), leaf) for keys, leaf in leaves]
 
@@ -70,7 +70,7 @@ def check_params(params: nnx.State, config: ModelConfig) -> None:
 
 
 def shardings_of(placement: Placement, params: nnx.State) -> list[Any]:
-    """The sharding of every leaf, in the order of `jax.tree.leaves`; None: the default device."""
+    """Returns the sharding of every leaf, in the order of `jax.tree.leaves`; None: the default device."""
     leaves = leaves_with_paths(params)
     if placement is None:
         return [None] * len(leaves)
@@ -80,10 +80,16 @@ def shardings_of(placement: Placement, params: nnx.State) -> list[Any]:
 
 
 def random_params(config: ModelConfig, seed: int, dtype: Any, *, sharding: Placement = None) -> nnx.State:
-    """Parameters without meaning, for measuring speed: made leaf by leaf, each in `dtype` from the start.
+    """Returns random parameters for measurements of speed, made leaf by leaf, each in `dtype` from the start.
 
-    Scales are one, biases zero. Matrices are uniform, with the standard deviation 0.02 of a fresh `Transformer`; to be
-    quick they repeat one sequence of a million draws, whose prime length keeps rows and layers from being equal.
+    Scales are one and biases zero. Matrices are uniform, with the standard deviation 0.02 of a new `Transformer`. To be quick
+    they repeat one sequence of a million draws; its prime length keeps the rows of a matrix, and layers, from being equal.
+
+    Args:
+      config: the model.
+      seed: seed of the draws.
+      dtype: float32, bfloat16 or float16.
+      sharding: where the parameters go; see `Placement`.
     """
     abstract = abstract_params(config, dtype)
     bound, period = 0.02 * 3**0.5, 1_000_003

@@ -10,7 +10,7 @@ from jaxserve.models.config import RopeConfig
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
-    """Angular frequencies in radians per position, float32[D/2], and the factor on cos and sin.
+    """Returns angular frequencies in radians per position, float32[D/2], and the factor on cos and sin.
 
     Raises:
       ValueError: if `rope.kind` is not one of the four kinds of `RopeConfig`.
@@ -64,7 +64,7 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 def rotations(
     rope: RopeConfig, head_dim: int, positions: Int32[Array, " B"]
 ) -> tuple[Float32[Array, "B D/2"], Float32[Array, "B D/2"]]:
-    """cos and sin of every position's angles."""
+    """Returns cos and sin of the angles of every position, times the factor of `frequencies`."""
     freqs, scale = frequencies(rope, head_dim)
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(freqs)[None, :]
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: found, loaded straight from safetensors into our layout, and saved."""
+"""Hugging Face checkpoints: loaded straight from safetensors into our layout, and saved."""
 
 import json
 import os
@@ -33,12 +33,6 @@ from jaxserve.models.params import (
 
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # old checkpoints store what rope_theta determines
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
-_HUB_FILES_TO_SKIP = [
-    "*/*",
-    "consolidated*",
-]  # exports to other formats, and Mistral's second copy of the weights
 
 
 def load_hugging_face(
@@ -48,15 +42,15 @@ def load_hugging_face(
     dtype: Any,
     sharding: Placement = None,
 ) -> nnx.State:
-    """The parameters of a checkpoint, as of `nnx.split(Transformer(config, dtype=dtype))[1]`.
+    """Returns the parameters of a checkpoint, in the form of `nnx.split(Transformer(config, dtype=dtype))[1]`.
 
-    One leaf at a time is read, cast, fused and put on the device, so that the host never holds a second copy of the
-    model. Nothing but JSON and safetensors is opened, and no code of the checkpoint is run.
+    They are read, cast, fused and put on the device one leaf at a time, so that the host never holds a second copy of the
+    model. Only JSON and safetensors files are opened, and no code of the checkpoint is run.
 
     Args:
       directory: holds `model.safetensors`, or files with `model.safetensors.index.json`, and `config.json`.
       config: the model; None: what `config.json` says.
-      dtype: of the parameters, whatever dtype is stored: float32, bfloat16 or float16.
+      dtype: dtype of the parameters: float32, bfloat16 or float16. The stored dtype may be another.
       sharding: where the parameters go; see `Placement`.
 
     Raises:
@@ -79,7 +73,7 @@ def load_hugging_face(
 
 def _load_leaf(stored: Mapping[str, StoredTensor], fusion: Fusion, leaf: jax.ShapeDtypeStruct, place: Any) -> jax.Array:
     tensors = [cast(stored[name].read(), leaf.dtype, name) for name in fusion.names]
-    # A buffer that aliased numpy memory could not be donated. Waiting bounds the number of host buffers in flight.
+    # A buffer that aliases numpy memory cannot be donated. Waiting bounds the number of host buffers in flight.
     return jax.device_put(fusion.fuse(tensors, leaf.shape), place, may_alias=False).block_until_ready()
 
 
@@ -135,11 +129,11 @@ def save_hugging_face(
     """Writes `config.json` and `model.safetensors`, which transformers and `load_hugging_face` load.
 
     Args:
-      params: unprepared parameters, as of `nnx.split(Transformer(config))[1]`.
-      config: their model.
-      directory: made where it is missing; files of the same names are replaced.
-      dtype: of the tensors in the file: float32, bfloat16 or float16.
-      extra_config: further keys of config.json that are not the model's own, such as eos_token_id.
+      params: parameters that are not prepared, in the form of `nnx.split(Transformer(config))[1]`.
+      config: the model of the parameters.
+      directory: is made if it is missing; files of the same names are replaced.
+      dtype: dtype of the tensors in the file: float32, bfloat16 or float16.
+      extra_config: further keys of config.json that do not describe the model, such as eos_token_id.
 
     Raises:
       ValueError: if `params` are not those of `config`, or the family's checkpoints cannot express `config`.
@@ -147,10 +141,7 @@ def save_hugging_face(
     """
     check_params(params, config)
     dtype = weight_dtype(dtype)
-    token_ids: dict[str, Any] = {
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }  # or transformers supplies Llama 2's
+    token_ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}  # else transformers fills in Llama 2's
     mapping = to_hugging_face(config)
     clash = sorted(mapping.keys() & (extra_config or {}).keys())
     if clash:
@@ -167,39 +158,3 @@ def save_hugging_face(
     )
     write_tensors(directory / SINGLE_FILE, shapes, dtype, tensors)
     (directory / "config.json").write_text(json.dumps(mapping, indent=2) + "\n")
-
-
-def resolve_model(path_or_id: str) -> pathlib.Path:
-    """The directory of a checkpoint: `path_or_id` itself, or a download of the Hugging Face hub's "org/name".
-
-    Only JSON, safetensors and tokenizer files are downloaded: neither pickles nor code.
-
-    Raises:
-      CheckpointError: if it is neither a directory nor a hub id, or the hub cannot provide it.
-    """
-    path = pathlib.Path(path_or_id)
-    if path_or_id and path.is_dir():
-        return path
-    if path_or_id and path.exists():
-        raise CheckpointError(f"model {path_or_id!r} is a file: give the directory that holds it")
-    if not _HUB_ID.fullmatch(path_or_id):
-        raise CheckpointError(
-            f"model {path_or_id!r} is neither a directory nor a Hugging Face hub id: give an existing directory or "
-            'an id such as "HuggingFaceTB/SmolLM2-135M"'
-        )
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    try:
-        found = huggingface_hub.snapshot_download(
-            path_or_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_FILES_TO_SKIP
-        )
-    except errors.GatedRepoError:
-        why = "the hub asks for its licence to be accepted: accept it on its page and log in with `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        why = "the hub has no such model, or it is private: correct the id, or log in with `hf auth login`"
-    except Exception as error:  # network libraries each raise their own
-        why = f"the download failed ({type(error).__name__}): check the network, or give a directory"
-    else:
-        return pathlib.Path(found)
-    raise CheckpointError(f"model {path_or_id!r} is not a directory here, and {why}")

@@ -1,6 +1,6 @@
-"""Names and layout of a Hugging Face checkpoint's tensors <-> the leaves of our parameters.
+"""How the tensors of a Hugging Face checkpoint become the leaves of our parameters, and back.
 
-Hugging Face kernels are [out, in], ours are [in, out], and several of theirs are one of ours:
+Hugging Face kernels are [out, in], ours are [in, out], and some of ours are made of several of theirs:
 
     qkv      [E, K (G + 2) D]   for each kv head: its G query heads, its key, its value
     gate_up  [E, 2, F]          gate, up
@@ -18,16 +18,16 @@ from jaxserve.models.params import Path
 
 @dataclasses.dataclass(frozen=True)
 class Fusion:
-    """How one leaf is made of tensors: cut each into `groups` along its rows, interleave the groups, transpose.
+    """How one leaf is made of tensors: each is cut into `groups` along its rows, the groups are interleaved, then transposed.
 
     With groups = 2 and rows (4, 2, 2), q0 q1 q2 q3, k0 k1 and v0 v1 become q0 q1 k0 v0 q2 q3 k1 v1.
 
     Attributes:
-      names: the tensors.
+      names: names of the tensors.
       rows: size of the first axis of each.
       columns: size of their second axis; None: they are vectors.
-      groups: number of pieces each is cut into.
-      transposed: whether the leaf has their rows last.
+      groups: number of pieces that each is cut into.
+      transposed: whether the rows of the tensors are the last axis of the leaf.
     """
 
     names: tuple[str, ...]
@@ -38,12 +38,12 @@ class Fusion:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor by name."""
+        """The shape of each tensor by name."""
         tail = () if self.columns is None else (self.columns,)
         return {name: (rows, *tail) for name, rows in zip(self.names, self.rows, strict=True)}
 
     def fuse(self, tensors: Sequence[np.ndarray], leaf_shape: tuple[int, ...]) -> np.ndarray:
-        """The leaf; a transposed view, as `jax.device_put` transposes four times as fast as numpy."""
+        """Returns the leaf, as a transposed view: `jax.device_put` transposes four times as fast as numpy."""
         tail = tensors[0].shape[1:]
         pieces = [tensor.reshape(self.groups, -1, *tail) for tensor in tensors]
         fused = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
@@ -51,7 +51,7 @@ class Fusion:
         return (fused.T if self.transposed else fused).reshape(leaf_shape)
 
     def split(self, leaf: np.ndarray) -> list[np.ndarray]:
-        """The tensors that `fuse` makes the leaf of."""
+        """Returns the tensors of which `fuse` makes the leaf."""
         if self.columns is None:
             fused: np.ndarray = leaf.reshape(-1)
         else:
@@ -63,7 +63,11 @@ class Fusion:
 
 
 def fusion_of(path: Path, config: ModelConfig) -> Fusion:
-    """The tensors of a checkpoint that make up the leaf at `path`."""
+    """Returns the tensors of a checkpoint that make up the leaf at `path`.
+
+    Raises:
+      ValueError: if no tensors do.
+    """
     embed = config.embed_dim
     if path[0] == "blocks":
         return _fusion_in_block(f"model.layers.{path[1]}", path[2:], config)

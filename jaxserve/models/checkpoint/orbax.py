@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a model: a directory with the parameters and the config they belong to."""
+"""Orbax checkpoints of a model: a directory with the parameters and the config of their model."""
 
 import dataclasses
 import json
@@ -19,15 +19,15 @@ _CONFIG, _PARAMS = "model_config.json", "params"
 
 
 def save_orbax(params: nnx.State, config: ModelConfig, directory: str | os.PathLike[str]) -> None:
-    """Writes a directory that `load_orbax` reads; it appears under its name only when it is complete.
+    """Writes a directory that `load_orbax` reads. The directory appears under its name only when it is complete.
 
     Args:
-      params: unprepared parameters, as of `nnx.split(Transformer(config))[1]`.
-      config: their model.
-      directory: must not exist, or be empty.
+      params: parameters that are not prepared, in the form of `nnx.split(Transformer(config))[1]`.
+      config: the model of the parameters.
+      directory: must not exist, or must be empty.
 
     Raises:
-      ValueError: if `params` are not those of `config`, or `directory` holds something.
+      ValueError: if `params` are not those of `config`, or `directory` is not empty.
     """
     import orbax.checkpoint as ocp
 
@@ -49,15 +49,15 @@ def save_orbax(params: nnx.State, config: ModelConfig, directory: str | os.PathL
 def load_orbax(
     directory: str | os.PathLike[str], dtype: Any = None, sharding: Placement = None
 ) -> tuple[nnx.State, ModelConfig]:
-    """The parameters and the config that `save_orbax` wrote.
+    """Returns the parameters and the config that `save_orbax` wrote.
 
     Args:
       directory: the checkpoint.
-      dtype: of the parameters; None: as stored.
+      dtype: dtype of the parameters; None: the stored dtype.
       sharding: where the parameters go; see `Placement`.
 
     Raises:
-      CheckpointError: if the directory is not such a checkpoint, is damaged, or its parameters are not its config's.
+      CheckpointError: if the directory is not such a checkpoint, is damaged, or its parameters do not fit its config.
     """
     import orbax.checkpoint as ocp
 
@@ -82,7 +82,7 @@ def load_orbax(
             arrays = checkpointer.restore(directory / _PARAMS, targets)
         except CheckpointError:
             raise
-        except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
+        except Exception as error:  # orbax and tensorstore raise exceptions of many kinds for damaged files
             raise CheckpointError(
                 f"{directory / _PARAMS} cannot be read ({type(error).__name__}): restore the checkpoint from a copy"
             ) from error

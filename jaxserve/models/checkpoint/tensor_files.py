@@ -1,4 +1,4 @@
-"""Safetensors files: the tensors of a model directory, read one at a time, and one file written the same way."""
+"""Safetensors files: the tensors of a model directory are read one at a time, and a file is written one tensor at a time."""
 
 import contextlib
 import json
@@ -19,20 +19,24 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read as the model it should be."""
+    """A checkpoint cannot be read as the model that it should be."""
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file, not read yet."""
+    """A tensor in a file that is not read yet."""
 
     name: str
     file: pathlib.Path
     shape: tuple[int, ...]
-    dtype_name: str  # as safetensors writes it: "BF16"
+    dtype_name: str  # in the words of safetensors: "BF16"
     handle: Any
 
     def read(self) -> np.ndarray:
-        """Its values, in memory of their own."""
+        """Returns its values, in memory of their own.
+
+        Raises:
+          CheckpointError: if the dtype is not supported, or the file cannot be read.
+        """
         if self.dtype_name not in _DTYPES:
             raise CheckpointError(
                 f"tensor {self.name} in {self.file} is stored as {self.dtype_name}: use one in BF16, F16 or F32"
@@ -45,9 +49,9 @@ class StoredTensor(NamedTuple):
 
 @contextlib.contextmanager
 def open_tensors(directory: pathlib.Path) -> Iterator[dict[str, StoredTensor]]:
-    """The tensors of a directory's `model.safetensors`, or else of the files its index names, by name.
+    """Opens the tensors of a directory by name: those of `model.safetensors`, or of the files that its index names.
 
-    Only headers are read on opening. Nothing but safetensors is ever opened: a pickle can run code.
+    Only headers are read at first. Only safetensors files are ever opened, because a pickle can run code.
 
     Raises:
       CheckpointError: if files are missing, damaged, or not what the index says.
@@ -71,7 +75,7 @@ def open_tensors(directory: pathlib.Path) -> Iterator[dict[str, StoredTensor]]:
 
 def _open_file(path: pathlib.Path, stack: contextlib.ExitStack) -> list[StoredTensor]:
     try:
-        # "pread" and not "mmap": pages of a mapped file would count as a second copy of the model.
+        # "pread", because with "mmap" the pages of a mapped file would count as a second copy of the model.
         handle = stack.enter_context(safetensors.safe_open(path, framework="numpy", backend="pread"))
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (it is no mapping)
     except FileNotFoundError:
@@ -82,7 +86,7 @@ def _open_file(path: pathlib.Path, stack: contextlib.ExitStack) -> list[StoredTe
 
 
 def _read_index(directory: pathlib.Path) -> dict[str, str]:
-    """File name of each tensor; empty where the checkpoint is one file."""
+    """Returns the file name of each tensor; empty if the checkpoint is one file."""
     if (directory / SINGLE_FILE).exists():
         return {}
     path = directory / INDEX_FILE
@@ -118,7 +122,7 @@ def _nothing_to_read(directory: pathlib.Path) -> str:
 
 
 def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
-    """`array` in `dtype`, refusing to turn large values into infinities.
+    """Returns `array` in `dtype`, and refuses to turn large values into infinities.
 
     Raises:
       CheckpointError: if a value does not fit in float16.
@@ -133,16 +137,19 @@ def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
 def write_tensors(
     path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: Any, arrays: Iterable[np.ndarray]
 ) -> None:
-    """Writes a safetensors file tensor by tensor, so that none but the current one is held; replaces `path` at the end.
+    """Writes a safetensors file tensor by tensor, so that only the current one is in memory, and then replaces `path` by it.
 
     Args:
       path: the file.
       shapes: shape of each tensor by name, in the order of `arrays`.
       dtype: dtype of all tensors.
       arrays: the tensors.
+
+    Raises:
+      ValueError: if an array has another shape or dtype than announced.
     """
     dtype = np.dtype(dtype)
-    dtype_name = next(name for name, known in _DTYPES.items() if dtype == known)
+    dtype_name = next(name for name, stored_dtype in _DTYPES.items() if dtype == stored_dtype)
     # transformers refuses a file that does not say which framework's layout it has.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

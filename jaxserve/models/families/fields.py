@@ -1,4 +1,4 @@
-"""Typed reads of a JSON object's fields, with errors that name the field, its value and what it must be."""
+"""Reads of typed fields from a JSON object. Errors name the field, its value and what it must be."""
 
 import math
 import reprlib
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Kind(NamedTuple):
-    """What a field may hold: a test, and the words for it in an error."""
+    """A kind of value: a test, and the words that an error uses for it."""
 
     accepts: Callable[[Any], bool]
     words: str
@@ -18,7 +18,7 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 
 def short(value: Any) -> str:
-    """The value as an error shows it."""
+    """Returns the value as errors show it, shortened."""
     return _SHORT.repr(value)
 
 
@@ -41,10 +41,10 @@ OBJECT = Kind(lambda value: isinstance(value, Mapping), "an object")
 
 
 def read(mapping: Mapping[str, Any], key: str, kind: Kind, default: Any = None) -> Any:
-    """The value of `key`; `default` where the key is absent; None where the value is null.
+    """Returns the value of `key`: `default` if the key is absent, None if its value is null.
 
     Raises:
-      ValueError: if the value is not of that kind.
+      ValueError: if the value is neither null nor of that kind.
     """
     value = mapping.get(key, default)
     if value is None or kind.accepts(value):
@@ -53,7 +53,7 @@ def read(mapping: Mapping[str, Any], key: str, kind: Kind, default: Any = None) 
 
 
 def require(mapping: Mapping[str, Any], key: str, kind: Kind) -> Any:
-    """`read` of a field that must be there."""
+    """Does what `read` does, and raises ValueError if the field is absent or null."""
     value = read(mapping, key, kind)
     if value is None:
         raise ValueError(f"{key} is missing: add it, {kind.words}")

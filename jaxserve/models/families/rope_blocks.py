@@ -1,7 +1,7 @@
-"""Rotary embedding settings of a Hugging Face config.json <-> `RopeConfig`.
+"""The rotary embedding settings of a Hugging Face config.json, read into a `RopeConfig` and written back.
 
-transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 one object `rope_parameters`. Either form is
-read, and both together where they agree.
+transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 writes one object `rope_parameters`. Either form is read,
+and both together where they agree.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _KEYS = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
     "yarn": {"factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"},
 }
-# `original_max_position_embeddings` only informs where the kind does not use it; a factor of 1 rotates every dimension.
+# Some kinds do not use `original_max_position_embeddings`; a `partial_rotary_factor` of 1 rotates every dimension.
 _COMMON_KEYS = {
     "rope_type",
     "type",
@@ -32,11 +32,11 @@ _ORIGINAL = "original_max_position_embeddings"
 
 
 def read_rope(mapping: Mapping[str, Any], max_position: int) -> RopeConfig:
-    """The rotary embedding that a config.json describes.
+    """Returns the rotary embedding that a config.json describes.
 
     Args:
-      mapping: the whole of config.json.
-      max_position: its `max_position_embeddings`, the default of the length before stretching.
+      mapping: the contents of config.json.
+      max_position: its `max_position_embeddings`, which is the default of the length before stretching.
 
     Raises:
       ValueError: if the kind is not supported, a field is missing, unknown or of the wrong type, or two disagree.
@@ -70,10 +70,10 @@ def _with_one_name_of_the_kind(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _agreed(key: str, *sources: Mapping[str, Any]) -> Any:
-    given = [source[key] for source in sources if source.get(key) is not None]
-    if any(value != given[0] for value in given):
-        raise ValueError(f"{key} is given more than once, as {' and '.join(map(repr, given))}: keep one of them")
-    return given[0] if given else None
+    values = [source[key] for source in sources if source.get(key) is not None]
+    if any(value != values[0] for value in values):
+        raise ValueError(f"{key} is given more than once, as {' and '.join(map(repr, values))}: keep one of them")
+    return values[0] if values else None
 
 
 def _check_kind(kind: str, merged: Mapping[str, Any]) -> None:
@@ -127,7 +127,7 @@ def _read_yarn(plain: RopeConfig, merged: Mapping[str, Any]) -> RopeConfig:
 
 
 def write_rope(rope: RopeConfig) -> dict[str, Any]:
-    """Both forms of the settings, for config.json."""
+    """Returns both forms of the settings for a config.json."""
     settings: dict[str, Any] = {"rope_type": rope.kind}
     if rope.kind != "default":
         settings["factor"] = rope.factor

@@ -1,9 +1,9 @@
-"""Runs the scheduler against its oracle for as long as wanted: before a release, a million steps.
+"""Runs the scheduler against its oracle for as long as you like; before a release, for a million steps.
 
     python -m tests.core.scheduler.soak --steps=1000000
     python -m tests.core.scheduler.soak --seconds=600 --seed=7
 
-Random traces over all configurations of `tests/core/scheduler/traces.py`, run as in the tests; the first difference is
+It runs random traces over all configurations of `tests/core/scheduler/traces.py`, as the tests do. The first difference is
 printed with the seed and the configuration that repeat it, and the exit status is 1.
 """
 
@@ -20,7 +20,7 @@ STEPS_PER_TRACE = 10_000
 
 
 def soak(num_steps: int, first_seed: int, seconds: float) -> collections.Counter[str]:
-    """Runs one trace after another, each of a new seed, configurations in turn. Returns what happened.
+    """Runs one trace after another, each with a new seed and the configurations in turn. Returns counts of events.
 
     Raises:
       RuntimeError: if a trace fails; the message says how to repeat it.
@@ -52,6 +52,8 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     STEPS = flags.DEFINE_integer("steps", 1_000_000, "Steps to run at least.", lower_bound=1)
-    SEED = flags.DEFINE_integer("seed", 0, "Of the first trace; each further one has the next.")
-    SECONDS = flags.DEFINE_float("seconds", float("inf"), "Start no further trace after this time.", lower_bound=0)
+    SEED = flags.DEFINE_integer("seed", 0, "Seed of the first trace; each further trace has the next one.")
+    SECONDS = flags.DEFINE_float(
+        "seconds", float("inf"), "Start no further trace after so many seconds.", lower_bound=0
+    )
     app.run(main)

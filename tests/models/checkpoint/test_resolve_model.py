@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from jaxserve.models.checkpoint.hugging_face import CheckpointError, resolve_model
+from jaxserve.models.checkpoint import CheckpointError, resolve_model
 from tests.models.tiny import INDEX, SINGLE
 
 
