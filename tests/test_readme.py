@@ -29,7 +29,6 @@ PAGES = {
         "pallas_kernels/README.md",
         "scripts/README.md",
     )
-    if (ROOT / name).exists()
 }
 USER_PAGE, DEVELOPER_PAGE = PAGES["README.md"], PAGES["jaxserve/README.md"]
 PARAMETERS_PAGE = DEVELOPER_PAGE  # has the section "Parameters"
@@ -106,8 +105,6 @@ def exists(path: str, folder: pathlib.Path) -> bool:
     """Whether there is such a file, seen from the root or from the page's own folder."""
     if "/" not in path and pathlib.Path(path).suffix in (".json", ".jsonl", ".md", ".png", ".toml", ".txt"):
         return path in ("config.json", "prompts.jsonl") or (ROOT / path).exists() or any(folder.rglob(path))
-    if path in ("pallas_kernels/README.md", "scripts/README.md"):
-        return True
     return any(any(root.glob(path)) for root in (ROOT, folder)) or ("/" not in path and any(folder.rglob(path)))
 
 
