@@ -15,7 +15,8 @@ from jaxserve import Engine, EngineConfig, Request, SamplingParams, make_submiss
 from jaxserve.core.compile_guard import forbid_compilation
 from jaxserve.core.logit_rules import Context
 from jaxserve.core.scheduler import Status, init_state, submit
-from jaxserve.grammar.constraints import FREE, Constraints, combine, constrain, from_answers, from_regex, token_bytes
+from jaxserve.grammar import FREE, Constraints, combine, constrain, from_answers, from_regex
+from jaxserve.grammar.vocabulary import token_bytes
 from jaxserve.text.tokenizer import IncrementalDecoder, Tokenizer, load_tokenizer
 from tests import small_model
 from tests.text import small_tokenizers

@@ -7,7 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxserve.grammar.budget import Budget
+from jaxserve.grammar.dfa import determinise, equivalent_states
+from jaxserve.grammar.nfa import Nfa
 from jaxserve.grammar.regex import ByteAutomaton, compile_regex
+from jaxserve.grammar.syntax import parse
 
 LITERALS = ["a", "b", "é", "日", "\\.", "\\n", "\\x61", "{", "a{x", " "]
 CLASSES = [
@@ -127,3 +131,44 @@ def test_every_state_leads_to_a_match():
 def test_what_is_not_supported_is_refused(pattern, message):
     with pytest.raises(ValueError, match=message):
         compile_regex(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["(){1000000000}", "a{,9999999999}"])
+def test_an_expression_that_would_run_for_minutes_is_refused(pattern):
+    with pytest.raises(ValueError, match=f"more than {MAX_WORK} units of work to compile: use smaller numbers"):
+        compile_regex(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["((){1000000}){1000}", "((a?){99}){99}", "(a?){5000}", r"(\w+\s?){2000}", "(.*a.*){1000}"]
+)
+def test_work_that_grows_faster_than_the_states_is_bounded(pattern):
+    with pytest.raises(ValueError, match="more than 500000 units of work to compile"):
+        compile_regex(pattern, max_work=500_000)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a" * 50, "a|" * 50, f"[{'ab' * 25}]", "a{50}", "[a-é]{9}", "(a?){9}", "(a|b)*a(a|b){3}"]
+)
+def test_every_stage_counts_its_work_and_the_same_work_each_time(pattern):
+    with pytest.raises(ValueError, match="units of work"):
+        compile_regex(pattern, max_work=49)
+    budget = Budget(pattern, 10_000)
+    for _ in range(2):
+        nfa = Nfa(parse(pattern, budget), pattern, budget)
+        equivalent_states(determinise(nfa, pattern, budget), budget)
+    assert budget.num_spent % 2 == 0
+    compile_regex(pattern, max_work=budget.num_spent // 2)
+    with pytest.raises(ValueError, match="units of work"):
+        compile_regex(pattern, max_work=budget.num_spent // 2 - 1)
+
+
+def test_expressions_of_hundreds_of_optional_parts_are_within_the_budget():
+    assert len(compile_regex("(a?){300}").accepting) == 301
+    assert len(compile_regex(r"(\w+\s?){20}").accepting) > 20
+
+
+def test_an_error_shows_the_beginning_of_a_long_expression():
+    with pytest.raises(ValueError) as error:
+        compile_regex("a" * 1000 + ")")
+    assert len(str(error.value)) < 300
