@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.grammar.budget import Budget
+from jaxserve.grammar.budget import MAX_WORK, Budget
 from jaxserve.grammar.dfa import determinise, equivalent_states
 from jaxserve.grammar.nfa import Nfa
 from jaxserve.grammar.regex import ByteAutomaton, compile_regex
