@@ -1,6 +1,5 @@
-"""The throughput benchmark: turns, figures worked out by hand, records and lines of a tiny run, errors in one sentence."""
+"""The throughput benchmark: turns, figures worked out by hand, errors in one sentence; `test_peers.py` has a tiny run."""
 
-import json
 from typing import Any
 
 import benchmark_throughput
@@ -9,61 +8,11 @@ from absl import flags
 from lib.engine_options import BENCHMARK
 from lib.workloads import WORKLOAD, Workload
 from peers import report
-from peers.jaxserve_driver import Jaxserve
-from peers.process import PeerError, PeerUnavailable, Usage
-from peers.protocol import answer
+from peers.process import PeerError
 from peers.rounds import Measured, measure, run_once, same_tokens
 
 from jaxserve.commands.flags import ENGINE, MODEL, describe_flags, parse_flags
-from tests.scripts.stub_peer import Stub
-
-PEAKS = {
-    "provenance": {"device": "a machine", "platform": "cpu", "seed": 0, "method": "", "jax": "0", "commit": "c"},
-    "matmul": {"way": "by hand", "flops_per_s": 1e11},
-    "read": {"way": "by eye", "bytes_per_s": 1e10},
-}
-SHAPE = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-}
-TINY = ["--num_requests=3", "--longest_prompt=20", "--longest_output=18", "--repeats=2", "--max_slots=2"]
-SMALL = ["--page_size=8", "--chunk_size=16", "--tile_rows=8", "--dtype=float32"]
-
-
-class InProcess:
-    """A driver that is asked without a process of its own."""
-
-    def __init__(self, driver: Any) -> None:
-        self.driver, self.log, self.cpu, self.closed = driver, [], 0.0, False
-
-    def ask(self, message: Any, timeout_s: float) -> dict[str, Any]:
-        self.log.append(message)
-        found = json.loads(json.dumps(answer(self.driver, json.loads(json.dumps(message)))))
-        if "error" in found:
-            raise PeerError(found["error"])
-        return found
-
-    def usage(self) -> Usage:
-        self.cpu += 1.0
-        return Usage(self.cpu, 1000)
-
-    def __enter__(self) -> "InProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.closed = True
+from tests.scripts.stub_peer import PEAKS, InProcess, Stub
 
 
 def values_of(*arguments: str) -> flags.FlagValues:
@@ -180,54 +129,6 @@ def test_what_the_steps_did_is_compared_with_the_machine_and_with_weights_and_po
     assert "provenance" not in engine["peaks"]
     summary = report.summary_record(records, loaded, 77)
     assert (summary["rounds"], summary["seconds"], summary["peak_bytes"]) == (3, 4.0, 77)
-
-
-@pytest.fixture
-def shape(tmp_path) -> str:
-    path = tmp_path / "tiny.json"
-    path.write_text(json.dumps(SHAPE))
-    return str(path)
-
-
-def test_a_comparison_of_a_tiny_shape_is_recorded_and_told(shape, tmp_path, monkeypatch, capsys):
-    made = {}
-
-    def make_peer(name: str, options: Any) -> InProcess:
-        if name == "llama_cpp":
-            raise PeerUnavailable("/no/python: No such file or directory")
-        made[name] = InProcess(Jaxserve() if name == "jaxserve" else Stub())
-        return made[name]
-
-    monkeypatch.setattr(benchmark_throughput, "find_peaks", lambda dtype: PEAKS)
-    monkeypatch.setattr(benchmark_throughput, "make_peer", make_peer)
-    monkeypatch.setattr("os.getloadavg", lambda: (2.5, 0.0, 0.0))
-    out = tmp_path / "out.jsonl"
-    flags_given = [f"--model={shape}", "--compare=vllm,llama_cpp", f"--json={out}", "--compilation_cache_dir="]
-    flags_given.append(f"--timeline={tmp_path / 'out.html'}")
-    values = values_of(*TINY, *SMALL, *flags_given)
-    assert benchmark_throughput.main(["x"], values) == 0
-    records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(r["kind"], r["contender"]) for r in records] == [
-        *[("round", "jaxserve"), ("round", "vllm"), ("round", "vllm"), ("round", "jaxserve")],
-        *[("summary", "jaxserve"), ("summary", "vllm"), ("engine", "jaxserve"), ("ratio", "vllm")],
-    ]
-    for record in records:
-        assert (record["device"], record["commit"], record["dtype"]) == ("a machine", "c", "float32")
-        assert record["load_average"] == 2.5
-        assert record["workload"]["longest_output"] == 18 and "in turns" in record["method"]
-    told = {name: next(m for m in peer.log if m["do"] == "load")["settings"] for name, peer in made.items()}
-    assert told["jaxserve"]["model"] == told["vllm"]["model"] != shape  # the same weights, from a directory
-    engine = records[6]
-    assert told["vllm"]["pool_bytes"] == engine["pool_bytes"] > 0 == told["jaxserve"]["pool_bytes"]
-    assert engine["num_preemptions"] == 0 and 0 < engine["share_of_roofline"] < 1
-    assert all(peer.closed for peer in made.values())
-    assert "<svg" in (tmp_path / "out.html").read_text()
-    printed = capsys.readouterr().out
-    assert printed.startswith("the machine is not idle (load average 2.5)")
-    assert "Throughput: " in printed and "Total num output tokens: " in printed and "Roofline: " in printed
-    assert "llama_cpp is not installed: /no/python: No such file or directory" in printed
-    row = next(line.split() for line in printed.splitlines() if line.strip().startswith("vllm "))
-    assert float(row[1]) == pytest.approx(records[5]["output_tokens_per_s"], rel=0.1) and row[-2:] == ["stub", "1"]
 
 
 @pytest.mark.parametrize(

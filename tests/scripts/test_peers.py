@@ -1,4 +1,4 @@
-"""Peers: the protocol between processes, and each driver against the engine, a stub of its library, or a stub of its server."""
+"""Peers: the protocol between processes, each driver against the engine or stubs of its library or server, and a comparison."""
 
 import dataclasses
 import http.server
@@ -11,9 +11,11 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import benchmark_throughput
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from flax import nnx
 from peers import gguf_weights, llama_cpp_driver, memory, transformers_driver, vllm_driver
 from peers import process as peer_process
@@ -23,10 +25,30 @@ from peers.protocol import Settings, answer
 
 from jaxserve import EngineConfig, ModelConfig, Transformer
 from jaxserve.models.checkpoint.hugging_face import save_hugging_face
+from jaxserve.models.families import read_model_config
+from tests.scripts.stub_peer import PEAKS, InProcess, Stub
 
 MODEL = ModelConfig("llama", 300, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8, max_position=128)
 PROMPTS = [[5, 6, 7], [8] * 20, [9, 10], list(range(40, 51)), [3]]
 LENGTHS = [4, 9, 1, 6, 12]
+SHAPE = {  # of a config.json: MODEL
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}
+WORKLOAD = ["--num_requests=3", "--longest_prompt=20", "--longest_output=18", "--repeats=2"]
+ENGINE = ["--max_slots=2", "--page_size=8", "--chunk_size=16", "--tile_rows=8", "--dtype=float32", "--max_model_len=64"]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +76,7 @@ def asked(driver: Any, **message: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ours(checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What this engine says of itself, and of a round."""
+    """What jaxserve's driver tells about itself, and about a round."""
     driver = Jaxserve()
     config = dataclasses.asdict(EngineConfig(max_slots=2, max_model_len=64, page_size=8, chunk_size=16, tile_rows=8))
     loaded = asked(driver, do="load", settings=settings(checkpoint, config=config, seed=0))
@@ -85,6 +107,52 @@ def test_transformers_generates_the_same_tokens_batch_by_batch_and_in_continuous
         assert done["token_ids"] == ours[1]["token_ids"]
         assert len(done["seconds_per_token"]) == 4 and min(done["seconds_per_token"]) > 0
         assert max(done["seconds_per_token"]) < done["seconds"]
+
+
+def test_a_comparison_of_a_tiny_shape_is_recorded_and_printed(tmp_path, monkeypatch, capsys):
+    shape = tmp_path / "tiny.json"
+    shape.write_text(json.dumps(SHAPE))
+    assert read_model_config(shape) == MODEL  # so that the engine has the programs of the fixture
+    made = {}
+
+    def make_peer(name: str, options: Any) -> InProcess:
+        if name == "llama_cpp":
+            raise PeerUnavailable("/no/python: No such file or directory")
+        made[name] = InProcess(Jaxserve() if name == "jaxserve" else Stub())
+        return made[name]
+
+    monkeypatch.setattr(benchmark_throughput, "find_peaks", lambda dtype: PEAKS)
+    monkeypatch.setattr(benchmark_throughput, "make_peer", make_peer)
+    monkeypatch.setattr("os.getloadavg", lambda: (2.5, 0.0, 0.0))
+    out = tmp_path / "out.jsonl"
+    flags_given = [f"--model={shape}", "--compare=vllm,llama_cpp", f"--json={out}", "--compilation_cache_dir="]
+    flags_given.append(f"--timeline={tmp_path / 'out.html'}")
+    values = flags.FlagValues()
+    benchmark_throughput.define_flags(values)
+    values(["benchmark_throughput", *WORKLOAD, *ENGINE, *flags_given])
+    assert benchmark_throughput.main(["x"], values) == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["kind"], r["contender"]) for r in records] == [
+        *[("round", "jaxserve"), ("round", "vllm"), ("round", "vllm"), ("round", "jaxserve")],
+        *[("summary", "jaxserve"), ("summary", "vllm"), ("engine", "jaxserve"), ("ratio", "vllm")],
+    ]
+    for record in records:
+        assert (record["device"], record["commit"], record["dtype"]) == ("a machine", "c", "float32")
+        assert record["load_average"] == 2.5
+        assert record["workload"]["longest_output"] == 18 and "in turns" in record["method"]
+    told = {name: next(m for m in peer.log if m["do"] == "load")["settings"] for name, peer in made.items()}
+    assert told["jaxserve"]["model"] == told["vllm"]["model"] != str(shape)  # the same weights, from a directory
+    engine = records[6]
+    assert told["vllm"]["pool_bytes"] == engine["pool_bytes"] > 0 == told["jaxserve"]["pool_bytes"]
+    assert engine["num_preemptions"] == 0 and 0 < engine["share_of_roofline"] < 1
+    assert all(peer.closed for peer in made.values())
+    assert "<svg" in (tmp_path / "out.html").read_text()
+    printed = capsys.readouterr().out
+    assert printed.startswith("the machine is not idle (load average 2.5)")
+    assert "Throughput: " in printed and "Total num output tokens: " in printed and "Roofline: " in printed
+    assert "llama_cpp is not installed: /no/python: No such file or directory" in printed
+    row = next(line.split() for line in printed.splitlines() if line.strip().startswith("vllm "))
+    assert float(row[1]) == pytest.approx(records[5]["output_tokens_per_s"], rel=0.1) and row[-2:] == ["stub", "1"]
 
 
 def test_steps_of_a_call_share_its_time_evenly(monkeypatch):
