@@ -58,10 +58,10 @@ class EngineConfig:
         8, Integer(1), "Most token ids that end one sequence, end-of-sequence ids included."
     )
     max_stop_sequences: int = _option(4, Integer(0), "Most sequences of token ids that end one sequence.")
-    max_stop_sequence_len: int = _option(8, Integer(1), "Most tokens in one of them.")
+    max_stop_sequence_len: int = _option(8, Integer(1), "Most tokens in one of these stop sequences.")
     max_logit_bias: int = _option(32, Integer(0), "Most token ids with a bias per request.")
     max_bad_words: int = _option(8, Integer(0), "Most bad words per request; each spelling counts.")
-    max_bad_word_len: int = _option(8, Integer(1), "Most tokens in one of them.")
+    max_bad_word_len: int = _option(8, Integer(1), "Most tokens in one bad word.")
     penalties: bool = _option(
         True, Switch(), "Whether requests may have penalties; costs 4 bytes per slot and token of the vocabulary."
     )
@@ -115,17 +115,17 @@ class EngineConfig:
 
     @property
     def max_sequence_len(self) -> int:
-        """M, tokens of the longest sequence: `max_model_len`, or 2048 if that is None."""
+        """M, the tokens of the longest sequence: `max_model_len`, or 2048 if that is None."""
         return _MAX_SEQUENCE_LEN if self.max_model_len is None else self.max_model_len
 
     @property
     def pages_per_slot(self) -> int:
-        """P, pages of one longest sequence."""
+        """P, the pages of one longest sequence."""
         return -(-self.max_sequence_len // self.page_size)
 
     @property
     def queue_size(self) -> int:
-        """Q, rows of the queue."""
+        """Q, the number of rows of the queue."""
         return 4 * self.max_slots if self.max_queue is None else self.max_queue
 
     @property
@@ -150,9 +150,9 @@ class EngineConfig:
 
     @property
     def tile_size(self) -> int:
-        """R, rows of the narrowest tile of the forward pass.
+        """R, the rows that go through the model at once in its narrowest tile.
 
-        On an accelerator a tile costs one read of the weights, so one holds all decode rows, in multiples of 16.
+        On an accelerator each tile reads all weights once, so one tile holds a row for every slot, in multiples of 16.
         """
         if self.tile_rows is not None:
             return self.tile_rows
@@ -160,21 +160,21 @@ class EngineConfig:
 
     @property
     def tile_sizes(self) -> tuple[int, ...]:
-        """Rows per tile of the forward pass, widest first; one size only if deterministic: bits depend on it."""
+        """The rows per tile, widest tile first. If deterministic there is only one size, because bits depend on it."""
         rows = self.tile_size
         return (rows,) if self.deterministic or 4 * rows > self.max_batch_size else (4 * rows, rows)
 
     @property
     def max_batch_size(self) -> int:
-        """B, rows of the largest step: one per decoding slot and a full chunk, in whole tiles."""
+        """B, the rows of the largest step: one per decoding slot and a full chunk, rounded up to whole tiles."""
         return -(-(self.max_slots + self.chunk_size) // self.tile_size) * self.tile_size
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """A configuration from names and values.
+        """Returns the configuration with these fields.
 
         Raises:
-          ValueError: if a name is unknown, or as the constructor.
+          ValueError: if a name is unknown or a value is not valid.
         """
         for name in fields:
             if name not in cls.__dataclass_fields__:
@@ -183,7 +183,7 @@ class EngineConfig:
 
     @classmethod
     def from_json(cls, path: str | pathlib.Path) -> Self:
-        """A configuration from a JSON file, such as those in `configs/engine/`.
+        """Reads a configuration from a JSON file, such as those in `configs/engine/`.
 
         Raises:
           ValueError: if the file cannot be read or is not a JSON object, a key is unknown, or a value is not
@@ -196,16 +196,22 @@ class EngineConfig:
 
 
 def read_json_object(path: str | pathlib.Path, kind: str) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Reads a JSON file that holds an object.
+
+    Args:
+      path: the file.
+      kind: what the file is called in an error message.
 
     Raises:
-      ValueError: naming the file, which is a `kind`, if it cannot be read, is not JSON or not an object, or has a key twice.
+      ValueError: naming the file, if it cannot be read, is not JSON or not an object, or has a key twice.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         if len(set(names)) < len(names):
-            raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+            raise ValueError(
+                f"key {next(name for name in names if names.count(name) > 1)!r} is there twice: leave one out"
+            )
         return dict(pairs)
 
     try:

@@ -141,7 +141,7 @@ def test_every_model_shape_is_tested():
 def test_a_file_with_a_key_twice_or_nested_too_deeply_is_refused(tmp_path):
     path = tmp_path / "engine.json"
     path.write_text('{"max_slots": 4, "max_slots": 5}')
-    with pytest.raises(ValueError, match="'max_slots' stands there twice"):
+    with pytest.raises(ValueError, match="'max_slots' is there twice"):
         EngineConfig.from_json(path)
     path.write_text("[" * 100_000)
     with pytest.raises(ValueError, match="nested too deeply"):

@@ -1,1 +1,1 @@
-"""What command lines are made of: flags, prompt files, printers, the chat. No other package imports from here."""
+"""The parts of command lines: flags, prompt files, printers, the chat. Nothing below the command lines imports them."""

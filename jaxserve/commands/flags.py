@@ -1,8 +1,8 @@
-"""What the command lines share: flags in groups with a readable help, turned at once into records.
+"""The flags that several command lines have, in groups with a readable help, and the records that they are turned into.
 
-Nothing is defined on import: a command line calls `define_engine_flags` and `define_sampling_flags` itself. The name of a
-group stands where absl expects that of the module which defines a flag, so `--helpfull` has the groups too. The flag of a
-record's field has the field's name, and is None where it was not given.
+Importing this module defines no flag: a command line calls `define_engine_flags` and `define_sampling_flags` itself. Each flag
+is filed under the name of its group, where absl expects the name of a module, so that `--helpfull` shows the groups too. The
+flag of a record's field has the name of the field, and is None if it is not given.
 """
 
 import dataclasses
@@ -59,28 +59,43 @@ _TEXT_COLUMN = 36
 class EngineOptions:
     """The flags that describe an engine."""
 
-    model: str | None  # directory or hub id; None: the demo model
+    model: str | None  # a directory or a hub id; None: the demo model
     load_format: str
     dtype: str
-    compilation_cache_dir: str  # empty: none
+    compilation_cache_dir: str  # empty: compiled programs are not kept
     seed: int
     config: EngineConfig
 
 
 def define_engine_flags(values: flags.FlagValues, **defaults: Any) -> None:
-    """Flags that `engine_options` reads: the model, and a flag per field of EngineConfig.
+    """Defines the flags that `engine_options` reads: the model, and a flag per field of EngineConfig.
 
-    `defaults` are those that the help shows where they are not the field's own.
+    Args:
+      values: receives the flags.
+      defaults: the defaults that the help shows for some fields, where the command line has others than the record.
     """
     to: dict[str, Any] = {"flag_values": values, "module_name": MODEL}
-    flags.DEFINE_string("model", None, "Checkpoint directory, or Hugging Face hub id; by default the demo model.", **to)
-    flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Of the weights.", **to)
-    flags.DEFINE_enum("load_format", "auto", ["auto", "dummy"], "dummy: random weights for a config.json file.", **to)
-    to["module_name"] = ENGINE
-    flags.DEFINE_string("config", None, "A JSON file of the fields below; flags override it.", **to)
-    flags.DEFINE_integer("engine_seed", 0, "What the seeds of requests without one are derived from.", **to)
     flags.DEFINE_string(
-        "compilation_cache_dir", "~/.cache/jaxserve/compiled", "Keeps compiled programs; empty: do not.", **to
+        "model", None, "A checkpoint directory or a Hugging Face hub id; by default the demo model.", **to
+    )
+    flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "The dtype of the weights.", **to)
+    flags.DEFINE_enum(
+        "load_format",
+        "auto",
+        ["auto", "dummy"],
+        "With dummy, --model is a config.json file and the weights are random.",
+        **to,
+    )
+    to["module_name"] = ENGINE
+    flags.DEFINE_string("config", None, "A JSON file with values for the flags below; flags override it.", **to)
+    flags.DEFINE_integer(
+        "engine_seed", 0, "The seed from which the engine derives the seeds of requests that have none.", **to
+    )
+    flags.DEFINE_string(
+        "compilation_cache_dir",
+        "~/.cache/jaxserve/compiled",
+        "The directory for compiled programs; if it is empty, they are not kept.",
+        **to,
     )
     _define_fields(EngineConfig, defaults, values)
 
@@ -90,14 +105,14 @@ def define_timeline_flag(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "timeline",
         None,
-        "Draw what each slot did in each step into this file, .html or .png.",
+        "A file (.html or .png) for a picture of what each slot did in each step.",
         flag_values=values,
         module_name=PROMPTS,
     )
 
 
 def define_sampling_flags(values: flags.FlagValues, **defaults: Any) -> None:
-    """A flag per field of SamplingParams; `defaults` are those that the help shows where they are not the field's own."""
+    """Defines a flag per field of SamplingParams; `defaults` as for `define_engine_flags`."""
     _define_fields(SamplingParams, defaults, values)
 
 
@@ -120,10 +135,10 @@ def _define_fields(record: type, defaults: Mapping[str, Any], values: flags.Flag
 
 
 def sampling_params(values: flags.FlagValues, **defaults: Any) -> SamplingParams:
-    """Sampling parameters from flags; `defaults` where one was not given and the field's own is not wanted.
+    """Returns the sampling parameters that the flags set; `defaults` replace those of the record for flags that are not given.
 
     Raises:
-      ValueError: if one is out of range.
+      ValueError: if a value is not valid.
     """
     fields = _flags_set(values, SamplingParams)
     for name, item in parameters_of(SamplingParams).items():
@@ -135,10 +150,10 @@ def sampling_params(values: flags.FlagValues, **defaults: Any) -> SamplingParams
 
 
 def engine_options(values: flags.FlagValues, **defaults: Any) -> EngineOptions:
-    """What describes an engine, from flags and from the file that `--config` names; `defaults` as in `sampling_params`.
+    """Returns the options of an engine, from flags and the file that --config names; `defaults` as for `sampling_params`.
 
     Raises:
-      ValueError: if that file or a flag is not valid.
+      ValueError: if the file or a flag is not valid.
     """
     if not 0 <= values.engine_seed < 2**64:
         raise ValueError(f"--engine_seed={values.engine_seed} must lie in [0, 2^64)")
@@ -154,9 +169,10 @@ def engine_options(values: flags.FlagValues, **defaults: Any) -> EngineOptions:
 
 
 def parse_flags(arguments: Sequence[str], values: flags.FlagValues, help_text: Callable[[], str]) -> list[str]:
-    """What is left of the arguments once the flags are parsed; for `app.run(flags_parser=...)`.
+    """Parses flags; returns the arguments that are no flags. Made for `app.run(flags_parser=...)`.
 
-    --help and -h print `help_text()` and exit with status 0; a flag that is not valid gets a sentence and status 1.
+    --help and -h print `help_text()` and exit with status 0. A flag that is not valid prints one sentence and exits with
+    status 1.
     """
     for name, short_name in (("help", "h"), ("helpshort", "?")):
         flags.DEFINE_flag(_HelpFlag(name, short_name, help_text), values)
@@ -168,16 +184,16 @@ def parse_flags(arguments: Sequence[str], values: flags.FlagValues, help_text: C
 
 
 def describe_flags(values: flags.FlagValues, groups: Sequence[str] = GROUPS) -> str:
-    """The flags of these groups, of those that there are, with their meanings and defaults, for people."""
+    """Returns a readable list of the flags in these groups, with meanings and defaults; groups without flags are skipped."""
     by_group = values.flags_by_module_dict()
     return "\n\n".join("\n".join([group, *map(_describe, by_group[group])]) for group in groups if group in by_group)
 
 
 class _HelpFlag(flags.BooleanFlag):
-    """Takes the place of absl's flag of the same name."""
+    """A help flag that replaces the one of absl."""
 
     def __init__(self, name: str, short_name: str, help_text: Callable[[], str]) -> None:
-        super().__init__(name, False, "show this help", short_name=short_name, allow_override=True)
+        super().__init__(name, False, "Show this help.", short_name=short_name, allow_override=True)
         self._help_text = help_text
 
     def parse(self, argument: Any) -> None:
@@ -192,7 +208,7 @@ def _describe(flag: flags.Flag) -> str:
     value = f"={_METAVARS.get(flag.name) or _METAVARS.get(kind, '')}"
     if isinstance(flag, flags.EnumFlag):
         value = f"={'|'.join(flag.parser.enum_values)}"
-        text = text.removeprefix(f"<{value[1:]}>: ")  # absl's
+        text = text.removeprefix(f"<{value[1:]}>: ")  # absl put the values there
     elif kind.startswith("multi"):
         text = text.partition(";\n")[0] + " Repeatable."  # in place of absl's sentence
     name = f"  --[no]{flag.name}" if kind == "bool" else f"  --{flag.name}{value}"

@@ -1,4 +1,4 @@
-"""Where the command line's results go: text, text as it comes, or JSON lines (`as_json` has their fields)."""
+"""How a command line shows results: as text, as a stream of text, or as JSON lines (see `as_json`)."""
 
 import dataclasses
 import math
@@ -13,21 +13,21 @@ from jaxserve.request import CompletionOutput, RequestOutput, TokenLogprob
 
 
 class Sink:
-    """Takes what becomes of each request."""
+    """A place for results; this one only reports refused requests."""
 
     def refuse(self, request_id: str, error: str) -> None:
-        """Takes a request that is not served."""
+        """Reports a request that is not served."""
         print(f"error: {request_id}: {error}", file=sys.stderr)
 
     def take(self, update: Update) -> None:
-        """Takes what is new."""
+        """Takes an update of the engine."""
 
     def end(self) -> None:
-        """Comes last."""
+        """Is called after the last update."""
 
 
 class JsonWriter(Sink):
-    """One JSON line per request, as soon as it is finished."""
+    """A sink that writes one JSON line per request as soon as it finishes."""
 
     def __init__(self, file: ResultsFile) -> None:
         self._file = file
@@ -42,7 +42,7 @@ class JsonWriter(Sink):
 
 
 class TextPrinter(Sink):
-    """Prompt and text of each request, in the order of the requests; of each of its samples if there are several."""
+    """A sink that prints the prompt and the text of each sample, in the order of the requests."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self._order = [entry.id for entry in entries]
@@ -68,12 +68,12 @@ class TextPrinter(Sink):
             return
         for output in result.outputs:
             name = sample_name(result.request_id, output.index, len(result.outputs))
-            text = f"{self._prompts[result.request_id]}{output.text}" or _listed(output)
+            text = f"{self._prompts[result.request_id]}{output.text}" or _token_list(output)
             print(f"--- {name} ({_reason(output)})\n{text}\n", flush=True)
 
 
 class StreamPrinter(Sink):
-    """Text as it comes: of one sample as it is, of several line by line, each led by the sample's name."""
+    """A sink that prints text while it is generated. Of several samples it prints whole lines, each after its sample's name."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self._prompts = {entry.id: _shown_prompt(entry) for entry in entries}
@@ -107,9 +107,9 @@ class StreamPrinter(Sink):
         self._write_rest(key)
         if not output.text and output.token_ids:
             if self._alone:
-                self._write(_listed(output))
+                self._write(_token_list(output))
             else:
-                self._write_line(key, _listed(output))
+                self._write_line(key, _token_list(output))
 
     def _write_rest(self, key: tuple[str, int]) -> None:
         if rest := self._lines.get(key):
@@ -126,17 +126,17 @@ class StreamPrinter(Sink):
 
 
 def sample_name(request_id: str, index: int, num_samples: int) -> str:
-    """What a sample is called in text: the request's id, and which sample it is if there are several."""
+    """Returns the name of a sample in text: the id of its request, with its index if there are several samples."""
     return f"{request_id}[{index}]" if num_samples > 1 else request_id
 
 
 def as_json(result: RequestOutput) -> dict[str, Any]:
-    """A result as it stands in a JSON line.
+    """Returns a result as a JSON object.
 
-    Of one sample, `text`, `token_ids`, `finish_reason`, `stop_reason`, `cumulative_logprob` and `logprobs` stand beside
-    `id`, `prompt`, `prompt_token_ids`, `prompt_logprobs`, `seed`, `metrics` and `error`; of several, each in its entry of
-    `outputs`. Log probabilities are there where they were asked for, `error` where there was one. A log probability
-    that is not finite is null, for JSON has no other name for it.
+    It has `id`, `prompt`, `prompt_token_ids`, `prompt_logprobs`, `seed`, `metrics` and `error`. The fields of a sample are
+    `text`, `token_ids`, `finish_reason`, `stop_reason`, `cumulative_logprob` and `logprobs`: a single sample has them beside
+    those of the request, several samples have one object each in `outputs`. Log probabilities are there if the request asks
+    for them, and `error` if there was one. A log probability that is not finite is null, because JSON cannot express it.
     """
     samples = [_completion(output) for output in result.outputs]
     many = [{"index": output.index, **sample} for output, sample in zip(result.outputs, samples, strict=True)]
@@ -179,7 +179,7 @@ def _finite(number: float | None) -> float | None:
 
 
 def _shown_prompt(entry: Entry) -> str:
-    """What is printed before the text; nothing in a chat, whose answers stand alone."""
+    """Returns the text to print before the answer; it is empty in a chat."""
     return "" if isinstance(entry, ChatRequest | PromptError) else entry.prompt or ""
 
 
@@ -189,7 +189,7 @@ def _num_samples(entry: Entry) -> int:
     return (entry.request if isinstance(entry, ChatRequest) else entry).params.n
 
 
-def _listed(output: CompletionOutput) -> str:
+def _token_list(output: CompletionOutput) -> str:
     return f"token ids: {list(output.token_ids)}"
 
 

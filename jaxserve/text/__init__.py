@@ -1,1 +1,1 @@
-"""Text and tokens: tokenizers, incremental decoding, stop strings. Nothing here knows JAX."""
+"""Text and tokens: tokenizers, incremental decoding, stop strings. Nothing here uses JAX."""

@@ -1,9 +1,8 @@
 """Text to tokens and back: a thin layer over Hugging Face tokenizers, and decoding token by token.
 
-transformers is imported when a tokenizer is loaded, files are read from a local directory only, and no code
-that comes with a checkpoint is run. Chat templates are rendered by transformers in jinja's
-ImmutableSandboxedEnvironment (`transformers.utils.chat_template_utils`, checked in 5.24; a test holds it
-there).
+transformers is imported when a tokenizer is loaded. Files are read from a local directory only, and no code that comes with a
+checkpoint is run: transformers renders chat templates in the ImmutableSandboxedEnvironment of jinja
+(`transformers.utils.chat_template_utils`, read in version 5.24; a test checks that it is so).
 """
 
 import codecs
@@ -17,17 +16,17 @@ if TYPE_CHECKING:
     import tokenizers
     import transformers
 
-# Tokens that are decoded again for those after them: more than a character has bytes, or a decoder strips blanks.
+# Tokens that are decoded again with each new one: more than a character has bytes, and than a decoder strips blanks.
 _NUM_CONTEXT = 4
 
 
 class Tokenizer:
-    """Encodes and decodes; made by `load_tokenizer`."""
+    """A tokenizer of a checkpoint; made by `load_tokenizer`."""
 
     def __init__(self, inner: "transformers.PreTrainedTokenizerFast") -> None:
         self._inner = inner
         self.backend: tokenizers.Tokenizer = inner.backend_tokenizer
-        self.backend.no_truncation()  # a tokenizer.json may ask for either
+        self.backend.no_truncation()  # a tokenizer.json may switch on both
         self.backend.no_padding()
         self.vocab_size: int = len(inner)  # added tokens included
         self.eos_token_id = cast("int | None", inner.eos_token_id)
@@ -36,7 +35,7 @@ class Tokenizer:
         self.special_token_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, led by the beginning-of-sequence token where the model wants one."""
+        """Returns the token ids of a text, after the beginning-of-sequence token if the model uses one."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(
@@ -45,11 +44,11 @@ class Tokenizer:
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
     ) -> str:
-        """Text of token ids, as transformers decodes with clean_up_tokenization_spaces=False.
+        """Returns the text of token ids, as transformers does with clean_up_tokenization_spaces=False.
 
-        That clean-up is always off: it changes the text of a token by what comes after it. Ids that the
-        vocabulary does not have are left out. transformers' fast tokenizers ignore
-        `spaces_between_special_tokens=False`; here adjacent added tokens then stand side by side, as in vLLM.
+        That clean-up is always off, because it changes the text of a token depending on the tokens after it. Ids that are not
+        in the vocabulary are left out. With `spaces_between_special_tokens=False` there is no space between adjacent added
+        tokens, as in vLLM; the fast tokenizers of transformers ignore that argument.
         """
         if skip_special_tokens or spaces_between_special_tokens:
             return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -57,15 +56,15 @@ class Tokenizer:
         return "".join([*map(decoder.push, token_ids), decoder.flush()])
 
     def decode_token(self, token_id: int) -> str:
-        """The text of one token by itself, special tokens too; half a character shows as U+FFFD."""
+        """Returns the text of one token alone, even of a special token; a part of a character becomes U+FFFD."""
         return self.backend.decode([token_id], skip_special_tokens=False)
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """The prompt that the chat template makes of messages (`role` and `content`).
+        """Returns the prompt that the chat template makes of messages, which have a `role` and a `content`.
 
-        The template writes special tokens itself: encode the result with add_special_tokens=False.
+        The template writes special tokens itself, so encode the result with add_special_tokens=False.
 
         Raises:
           ValueError: if there is no chat template, or the template refuses the messages.
@@ -88,7 +87,7 @@ class Tokenizer:
 
 
 def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory.
+    """Loads the tokenizer of a checkpoint directory.
 
     Raises:
       ValueError: if the directory or its tokenizer files are missing, malformed, or need code that is not in
@@ -109,17 +108,16 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
         raise ValueError(f"cannot load the tokenizer in {str(directory)!r}: {_one_line(error)}") from error
     if not isinstance(inner, transformers.PreTrainedTokenizerFast):
         raise ValueError(
-            f"the tokenizer in {str(directory)!r} is of the slow kind: add tokenizer.json to the directory"
+            f"the tokenizer in {str(directory)!r} is not a fast tokenizer: add tokenizer.json to the directory"
         )
     return Tokenizer(inner)
 
 
 def load_eos_token_ids(directory: str | pathlib.Path) -> tuple[int, ...]:
-    """End-of-sequence ids of a checkpoint: of generation_config.json, else of config.json; empty if neither
-    has any.
+    """Reads the end-of-sequence ids of a checkpoint from generation_config.json, or else from config.json.
 
-    Nothing else is taken from generation_config.json: sampling defaults are those of `SamplingParams`,
-    whatever the checkpoint, so that a request means the same everywhere.
+    Nothing else is read from generation_config.json: sampling defaults are those of `SamplingParams` for every checkpoint, so
+    that a request means the same everywhere. The result is empty if neither file has an id.
 
     Raises:
       ValueError: if a file is malformed.
@@ -144,13 +142,13 @@ def load_eos_token_ids(directory: str | pathlib.Path) -> tuple[int, ...]:
 
 
 class IncrementalDecoder:
-    """Text of a sequence, token by token, in O(1) amortised time.
+    """A decoder that turns a sequence into text token by token, in O(1) amortised time per token.
 
-    What `push` returns is final: it never ends within a character, and no later token changes it. All of it,
-    with what `flush` returns, is the text of the whole sequence, invalid bytes (U+FFFD) included.
+    The text that `push` returns is final: it never ends within a character, and no later token changes it. Together with the
+    result of `flush` it is the text of the whole sequence, with U+FFFD for invalid bytes.
 
-    Where bytes are a fallback for characters without a token (`<0xE4>`, SentencePiece), a run of them is held
-    back until it ends, since one invalid byte makes the whole run invalid.
+    If characters without a token are spelled in byte tokens (`<0xE4>`, SentencePiece), the decoder holds back a run of them
+    until it ends, since one invalid byte makes the whole run invalid.
     """
 
     def __init__(
@@ -164,12 +162,11 @@ class IncrementalDecoder:
         """Starts a sequence.
 
         Args:
-          tokenizer: decodes.
+          tokenizer: the tokenizer of the sequence.
           skip_special_tokens: whether special tokens are left out.
-          spaces_between_special_tokens: see `Tokenizer.decode`; without effect when special tokens are
-            skipped.
-          context: tokens that come before, such as the prompt. Their text is not returned, but continued:
-            without them a decoder may drop the blank that the first word starts with.
+          spaces_between_special_tokens: see `Tokenizer.decode`; it has no effect if special tokens are left out.
+          context: tokens before the sequence, such as the prompt. Their text is not returned, but without them a decoder may
+            drop the blank with which the first word starts.
         """
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
         raw = {} if skip_special_tokens or spaces_between_special_tokens else tokenizer.added_tokens
@@ -182,15 +179,15 @@ class IncrementalDecoder:
             self._stream.push(token_id)
 
     def push(self, token_id: int) -> str:
-        """Takes the next token; returns the text that is settled by it, which may be empty."""
+        """Takes the next token; returns the text that becomes final, which may be empty."""
         return "" if token_id in self._skipped else self._stream.push(token_id)
 
     def flush(self) -> str:
-        """Ends the sequence; returns what was held back."""
+        """Ends the sequence; returns the text that was held back."""
         return self._stream.flush()
 
     def _tail(self, tokenizer: Tokenizer, context: Sequence[int]) -> list[int]:
-        """The end of the context: its last few tokens that are not part of a run of byte tokens, and those between."""
+        """Returns the end of the context: its last few tokens that are no byte tokens, and all tokens between them."""
         tail: list[int] = []
         num_whole = 0
         for token_id in reversed(context):
@@ -203,9 +200,9 @@ class IncrementalDecoder:
 
 
 def spell(words: Sequence[str | tuple[int, ...]], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Token sequences that spell words: each at the start of a text, and after a blank where that is another one.
+    """Returns the token sequences that spell words: at the start of a text, and after a blank if that differs.
 
-    A spelling that ends with another one of its word is left out: what completes it completes that one. Lists of token ids
+    The spelling after a blank is left out if it ends with the other one, which is then completed with it. Lists of token ids
     stay as they are.
 
     Raises:
@@ -230,7 +227,7 @@ class _Stream(Protocol):
 
 
 class _ByteStream:
-    """Tokens that are bytes (byte-level BPE): UTF-8 decoded as it comes; at most three bytes are held back."""
+    """A stream of tokens that are bytes (byte-level BPE). It decodes UTF-8 and holds back at most three bytes."""
 
     def __init__(self, backend: "tokenizers.Tokenizer") -> None:
         self._backend = backend
@@ -244,16 +241,18 @@ class _ByteStream:
 
 
 class _WindowStream:
-    """Any other decoder: decodes the last few tokens, and returns the text that is new in theirs."""
+    """A stream for any other decoder. It decodes the last few tokens again and returns the text that is new."""
 
     def __init__(self, backend: "tokenizers.Tokenizer", kinds: list[str], raw: Mapping[int, str]) -> None:
         self._backend = backend
         self._has_byte_tokens = "ByteFallback" in kinds
         self._may_split_characters = "ByteLevel" in kinds  # among other decoders
-        self._raw = raw  # added tokens that are joined as they are
+        self._raw = raw  # added tokens whose text is joined without a space
         self._after_raw = False
         self._window: list[int] = []
-        self._num_settled = 0  # characters of the window's text that were returned, or never will be
+        self._num_settled = (
+            0  # characters at the start of the window's text that were returned, or belong to the context
+        )
 
     def push(self, token_id: int) -> str:
         token = self._backend.id_to_token(token_id)
@@ -283,7 +282,7 @@ class _WindowStream:
 
 
 def decoder_parts(backend: "tokenizers.Tokenizer") -> list[dict[str, Any]]:
-    """Descriptions, as in tokenizer.json, of the decoders that run one after the other."""
+    """Returns the descriptions, as in tokenizer.json, of the decoders that run one after the other."""
     if backend.decoder is None:
         return []
     described = json.loads(backend.decoder.__getstate__())
@@ -291,12 +290,12 @@ def decoder_parts(backend: "tokenizers.Tokenizer") -> list[dict[str, Any]]:
 
 
 def is_byte_token(token: str | None) -> bool:
-    """Whether a token is a fallback for one byte, such as <0xE4>."""
+    """Returns whether a token stands for one byte, such as <0xE4>."""
     return token is not None and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token) is not None
 
 
 def byte_level_bytes(token: str) -> bytes:
-    """The bytes that a byte-level token stands for; one with other characters (an added one) is its own UTF-8."""
+    """Returns the bytes that a byte-level token stands for; for an added token with other characters, its UTF-8."""
     try:
         return bytes([_BYTE_OF[character] for character in token])
     except KeyError:
@@ -304,7 +303,7 @@ def byte_level_bytes(token: str) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet (Radford et al., 2019): a printable character for every byte."""
+    """Returns the alphabet of GPT-2 (Radford et al., 2019), which has a printable character for every byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
