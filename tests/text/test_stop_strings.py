@@ -267,6 +267,8 @@ def test_the_stop_string_is_left_in_if_asked_for_and_what_its_token_has_beyond_i
 
 def test_a_seeded_defect_would_be_seen(monkeypatch: pytest.MonkeyPatch):
     """The control: a scanner that holds back one character too few gives out what it must take back."""
-    monkeypatch.setattr(StopScanner, "_num_started", lambda self, stop: max(0, longest_beginning(self._held, [stop]) - 1))
+    monkeypatch.setattr(
+        StopScanner, "_num_started", lambda self, stop: max(0, longest_beginning(self._held, [stop]) - 1)
+    )
     with pytest.raises(AssertionError):
         test_a_stop_string_may_span_tokens_and_end_within_one()
