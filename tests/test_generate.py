@@ -1,8 +1,9 @@
-"""The command line, what a user types and what comes back: as a subprocess, or with an engine at hand."""
+"""The command line, what a user types and what comes back: in a process of its own, or here with an engine that is shared."""
 
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -34,19 +35,19 @@ def engine(checkpoint: pathlib.Path) -> Engine:
     return Engine.from_pretrained(str(checkpoint), dtype="float32", config=EngineConfig(**small_model.CAPACITIES))
 
 
-def test_text_is_printed_after_its_prompt_and_a_summary_goes_to_stderr(checkpoint: pathlib.Path) -> None:
-    done = run(
-        checkpoint, "--prompt", "the cat", "--prompt", "a dog", "--temperature=0", "--max_tokens=4", "--ignore_eos"
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.index("--- prompt-1 (length)\nthe cat") < done.stdout.index("--- prompt-2 (length)\na dog")
-    for words in ("2 requests", "tokens/s", "mean slot occupancy", "peak page use", "preemptions", "compiled in"):
-        assert words in done.stderr
-
-
-def test_json_lines_come_back_with_a_bad_line_reported_in_its_place(
-    checkpoint: pathlib.Path, tmp_path: pathlib.Path
+def test_text_is_printed_after_its_prompt_and_a_summary_goes_to_stderr(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    engine.reset_stats()
+    arguments = ("--prompt", "the cat", "--prompt", "a dog", "--temperature=0", "--max_tokens=4", "--ignore_eos")
+    assert run_here(engine, *arguments) == 0
+    output = capsys.readouterr()
+    assert output.out.index("--- prompt-1 (length)\nthe cat") < output.out.index("--- prompt-2 (length)\na dog")
+    for words in ("2 requests", "tokens/s", "mean slot occupancy", "peak page use", "preemptions", "compiled in"):
+        assert words in output.err
+
+
+def test_json_lines_come_back_with_a_bad_line_reported_in_its_place(engine: Engine, tmp_path: pathlib.Path) -> None:
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     lines = [
         {"id": "first", "prompt": "the cat", "max_tokens": 3, "temperature": 0, "logprobs": 2, "ignore_eos": True},
@@ -57,8 +58,7 @@ def test_json_lines_come_back_with_a_bad_line_reported_in_its_place(
         {"messages": [{"role": "user", "content": "z"}], "prompt_logprobs": 1, "max_tokens": 2, "min_tokens": 2},
     ]
     prompts.write_text("\n".join([*map(json.dumps, lines), "{"]) + "\n")
-    done = run(checkpoint, "--prompts_file", str(prompts), "--output", str(output))
-    assert done.returncode == 1
+    assert run_here(engine, "--prompts_file", str(prompts), "--output", str(output)) == 1
     records = {record["id"]: record for record in map(json.loads, output.read_text().splitlines())}
     assert set(records) == {"first", "line-2", "line-3", "line-4", "line-5", "line-6", "line-7"}
     first = records["first"]
@@ -274,7 +274,7 @@ def test_a_model_that_is_not_there_gets_one_sentence(tmp_path: pathlib.Path) -> 
     assert done.returncode == 1 and "nothing" in done.stderr
 
 
-def test_interrupting_keeps_what_has_finished(checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_interrupting_keeps_what_has_finished(checkpoint: pathlib.Path, engine: Engine, tmp_path: pathlib.Path) -> None:
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     with prompts.open("w") as file:
         for index in range(3000):
@@ -295,6 +295,6 @@ def test_interrupting_keeps_what_has_finished(checkpoint: pathlib.Path, tmp_path
     records = [json.loads(line) for line in partial.read_text().splitlines()]
     assert 4 <= len(records) < 3000 and all(record["finish_reason"] == "length" for record in records)
     assert not output.exists()
-    again = run(checkpoint, "--prompts_file", str(prompts), "--output", str(output))
-    assert again.returncode == 1 and str(partial) in again.stderr
+    with pytest.raises(ValueError, match=re.escape(str(partial))):
+        run_here(engine, "--prompts_file", str(prompts), "--output", str(output))
     assert len(partial.read_text().splitlines()) == len(records)
