@@ -4,8 +4,8 @@
     python scripts/benchmark_latency.py --batch_sizes 1 --model configs/models/llama-135m.json --json latency.jsonl
 
 The engine has as many slots as the largest batch. The table has milliseconds. A single stream is compared with the limit of any
-engine that reads all weights once per token: their bytes over the read bandwidth, which `machine_peaks.py` measures before and
-after in the same run; the higher one counts.
+engine that reads all weights once per token: their bytes over the read bandwidth, which the same run measures before and after
+(`lib/machine_rates.py`); the higher one counts.
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import machine_peaks
 import numpy as np
 from absl import app, flags
+from lib import machine_rates
 from lib.command import run_command
 from lib.engine_options import (
     BENCHMARK,
@@ -122,10 +122,10 @@ def _run(options: Options) -> int:
     common: Record = {}
     dtype = options.engine.dtype
     with outputs(None, options.json, lambda: common) as write:
-        peaks = [machine_peaks.measure([dtype])]
+        peaks = [machine_rates.measure([dtype])]
         engine = make_warm_engine(options.engine)
         traces = measure(engine, options)
-        peaks.append(machine_peaks.measure([dtype]))
+        peaks.append(machine_rates.measure([dtype]))
         bandwidth = max(peak["read"]["bytes_per_s"] for peak in peaks)
         needed = weight_bytes_per_token(options.model, dtype, engine.config.weight_dtype)
         limit_ms = 1e3 * needed / bandwidth

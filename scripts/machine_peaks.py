@@ -4,117 +4,20 @@
 
 Prints one JSON line; rates are per second. On a CPU the ways are XLA's and, where it is installed, PyTorch's products of square
 matrices, and reads by XLA, by PyTorch and by one NumPy thread per core over an array that no cache holds. On accelerators they
-are XLA's (`lib/peaks.py`). Each way to multiply has about 10 seconds per dtype: sizes grow as long as the next one fits, and
-"notes" in the output names the ways that did not get to their largest size. CPUs without AVX-512 take seconds to minutes for a
-large product in bfloat16.
+are XLA's. Each way to multiply has about 10 seconds per dtype: sizes grow as long as the next one fits, and "notes" in the
+output names the ways that did not get to their largest size. CPUs without AVX-512 take seconds to minutes for a large product
+in bfloat16.
 """
 
-import concurrent.futures
 import json
-import os
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-import numpy as np
 from absl import app, flags
 from lib.command import run_command
 from lib.flag_values import names
-from lib.peaks import LARGEST_CPU_SIZE, PRODUCT_BUDGET_S, affordable_sizes, estimated_seconds, measure_peaks
-from lib.records import provenance
+from lib.machine_rates import measure
 
 DTYPES = ("bfloat16", "float16", "float32")
-_CACHE_MB = 64
-_SIZES = (128, 256, 512, 1024, 2048)
-_REPEATS = 5  # of XLA's loops; other calls are so short that three times as many are made
-
-
-def measure(dtypes: Sequence[str]) -> dict[str, Any]:
-    """Returns the peaks with the way that reached each, where they were measured, and notes on ways that were too slow."""
-    platform = jax.default_backend()
-    cache_bytes = _CACHE_MB << 20
-    peaks = measure_peaks(dtypes, cache_bytes=cache_bytes, repeats=_REPEATS)
-    products = {f"XLA {dtype}": rate for dtype, rate in peaks.matmul_flops_per_s.items()}
-    reads = {"XLA sum": peaks.read_bytes_per_s, "XLA copy": peaks.copy_bytes_per_s}
-    notes = []
-    if platform == "cpu":
-        largest = {f"XLA {dtype}": (size, LARGEST_CPU_SIZE) for dtype, size in peaks.matmul_sizes.items()}
-        for dtype in dtypes:
-            rates = _torch_products(dtype)
-            products |= {f"torch {dtype} {size}": rate for size, rate in rates.items()}
-            largest |= {f"torch {dtype}": (max(rates), _SIZES[-1])} if rates else {}
-        reads |= _torch_read(4 * cache_bytes) | _numpy_read(4 * cache_bytes)
-        notes = [_note(way, *sizes) for way, sizes in largest.items() if sizes[0] < sizes[1]]
-    product, read = max(products, key=products.__getitem__), max(reads, key=reads.__getitem__)
-    return {
-        "provenance": provenance("", seed=0),
-        "matmul": {"way": product, "flops_per_s": products[product]},
-        "read": {"way": read, "bytes_per_s": reads[read]},
-        "all_matmul_flops_per_s": products,
-        "all_read_bytes_per_s": reads,
-        "notes": notes,
-    }
-
-
-def _note(way: str, measured: int, largest: int) -> str:
-    return f"{way}: products of {measured} x {measured}; {largest} x {largest} would take more than {PRODUCT_BUDGET_S:.0f} s"
-
-
-def _torch_products(dtype: str) -> dict[int, float]:
-    """Returns the FLOPs per second of PyTorch's products by size; empty without PyTorch."""
-    try:
-        import torch
-    except ImportError:
-        return {}
-
-    def product(size: int) -> Callable[[], Any]:
-        w = torch.randn(size, size).to(getattr(torch, dtype))
-        return lambda: torch.matmul(w, w)
-
-    return rates_by_size(product, _SIZES)
-
-
-def rates_by_size(product: Callable[[int], Callable[[], Any]], sizes: Sequence[int]) -> dict[int, float]:
-    """Measures square products of ascending sizes, as far as the time budget goes.
-
-    Args:
-      product: makes a function that multiplies two matrices of a size.
-      sizes: edges of the matrices.
-
-    Returns:
-      FLOPs per second by size.
-    """
-    chosen = affordable_sizes(
-        lambda size: estimated_seconds(product(size)), sizes, num_calls=3 * _REPEATS, budget_s=PRODUCT_BUDGET_S
-    )
-    return {size: 2 * size**3 / _fewest_seconds(product(size)) for size in chosen}
-
-
-def _torch_read(num_bytes: int) -> dict[str, float]:
-    try:
-        import torch
-    except ImportError:
-        return {}
-    x = torch.ones(num_bytes // 4)
-    return {"torch sum": num_bytes / _fewest_seconds(lambda: x.sum().item())}
-
-
-def _numpy_read(num_bytes: int) -> dict[str, float]:
-    # Ones, as zeros would be pages that the system never made. NumPy releases the lock of the interpreter.
-    parts = np.array_split(np.ones(num_bytes // 4, np.float32), os.cpu_count() or 1)
-    with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
-        return {"numpy sum": num_bytes / _fewest_seconds(lambda: list(pool.map(np.sum, parts)))}
-
-
-def _fewest_seconds(call: Callable[[], object]) -> float:
-    call()
-    samples = []
-    for _ in range(3 * _REPEATS):
-        start = time.perf_counter()
-        call()
-        samples.append(time.perf_counter() - start)
-    return min(samples)
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import benchmark_latency
 import benchmark_serving
 import jax
-import machine_peaks
 import pytest
 from absl import flags
+from lib import machine_rates
 
 ENGINE = ["--max_slots=2", "--chunk_size=16", "--attention_backend=reference", "--compilation_cache_dir="]
 
@@ -20,7 +20,7 @@ def known_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = iter([0.5e9, 1e9])
     matmul = {"way": "known", "flops_per_s": 1e9}
     measure = lambda dtypes: {"matmul": matmul, "read": {"way": "known", "bytes_per_s": next(rates)}}  # noqa: E731
-    monkeypatch.setattr(machine_peaks, "measure", measure)
+    monkeypatch.setattr(machine_rates, "measure", measure)
 
 
 def run(benchmark: Any, folder: pathlib.Path, *arguments: str) -> list[dict[str, Any]]:

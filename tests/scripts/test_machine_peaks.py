@@ -7,7 +7,7 @@ import machine_peaks
 import numpy as np
 import pytest
 from absl import flags
-from lib import peaks, timing
+from lib import machine_rates, peaks, timing
 from lib.peaks import affordable_sizes
 
 
@@ -26,10 +26,10 @@ class SlowMachine:
 
 
 def test_the_machines_peaks_are_the_best_of_all_ways(monkeypatch):
-    monkeypatch.setattr(machine_peaks, "_CACHE_MB", 1)
-    monkeypatch.setattr(machine_peaks, "_REPEATS", 1)
-    monkeypatch.setattr(machine_peaks, "_SIZES", (64,))
-    measured = machine_peaks.measure(["float32"])
+    monkeypatch.setattr(machine_rates, "_CACHE_MB", 1)
+    monkeypatch.setattr(machine_rates, "_REPEATS", 1)
+    monkeypatch.setattr(machine_rates, "_SIZES", (64,))
+    measured = machine_rates.measure(["float32"])
     products, reads = measured["all_matmul_flops_per_s"], measured["all_read_bytes_per_s"]
     assert measured["matmul"] == {"way": max(products, key=products.get), "flops_per_s": max(products.values())}
     assert measured["read"] == {"way": max(reads, key=reads.get), "bytes_per_s": max(reads.values())}
@@ -42,8 +42,8 @@ def test_the_machines_peaks_are_the_best_of_all_ways(monkeypatch):
 @pytest.mark.parametrize(("flops_per_s", "largest"), [(1e12, 2048), (4e9, 1024), (1e8, 256), (1e3, 128)])
 def test_sizes_of_products_grow_as_long_as_they_fit_the_time(monkeypatch, flops_per_s, largest):
     machine = SlowMachine(flops_per_s)
-    monkeypatch.setattr(machine_peaks.time, "perf_counter", machine.perf_counter)
-    rates = machine_peaks.rates_by_size(lambda size: lambda: machine.multiply(size), machine_peaks._SIZES)
+    monkeypatch.setattr(machine_rates.time, "perf_counter", machine.perf_counter)
+    rates = machine_rates.rates_by_size(lambda size: lambda: machine.multiply(size), machine_rates._SIZES)
     assert max(rates) == largest and rates[largest] == pytest.approx(flops_per_s)
     smallest_s = 2 * 128**3 / flops_per_s
     assert machine.now <= 1.5 * peaks.PRODUCT_BUDGET_S + 20 * smallest_s
@@ -62,10 +62,10 @@ def test_a_slow_product_of_xla_is_measured_with_small_matrices_and_noted(monkeyp
 
     monkeypatch.setattr(peaks, "_fewest_seconds", fewest_seconds)
     monkeypatch.setattr(peaks.jax, "jit", lambda _: lambda x, w: machine.multiply(x.shape[0]))
-    monkeypatch.setattr(machine_peaks, "_torch_products", lambda dtype: {128: 1e8})
-    monkeypatch.setattr(machine_peaks, "_torch_read", lambda num_bytes: {})
-    monkeypatch.setattr(machine_peaks, "_numpy_read", lambda num_bytes: {})
-    measured = machine_peaks.measure(["bfloat16"])
+    monkeypatch.setattr(machine_rates, "_torch_products", lambda dtype: {128: 1e8})
+    monkeypatch.setattr(machine_rates, "_torch_read", lambda num_bytes: {})
+    monkeypatch.setattr(machine_rates, "_numpy_read", lambda num_bytes: {})
+    measured = machine_rates.measure(["bfloat16"])
     assert measured["all_matmul_flops_per_s"]["XLA bfloat16"] == pytest.approx(1e8)
     assert set(machine.sizes) == {128} and machine.now < peaks.PRODUCT_BUDGET_S
     assert measured["notes"] == [
