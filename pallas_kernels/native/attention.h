@@ -1,7 +1,7 @@
-// Rotary embedding with the write of keys and values to pages, and attention over pages, for rows of any sequences.
+// Attention over pages for batch rows of any sequences, as ../paged_attention/reference.py specifies it.
 //
-// What is computed is said in ../rotary_write/reference.py and ../paged_attention/reference.py. Keys are folded into a running
-// softmax 64 at a time, from absolute multiples of 64: so a row's bits depend on its own sequence and position only.
+// Keys are folded into a running softmax 64 at a time, starting at absolute multiples of 64. So the bits of a batch row depend on
+// its own sequence and position only.
 
 #pragma once
 
@@ -9,32 +9,19 @@
 #include <cmath>
 #include <vector>
 
+#include "pages.h"
 #include "parallel.h"
 #include "vector.h"
 
 namespace jaxserve {
 
-constexpr int kMaxHeadDim = 256;
-constexpr int kMaxQueries = 16;  // worked on together: they share one read of keys and values
+constexpr int kMaxQueries = 16;  // queries that share one read of keys and values
 constexpr int kFold = 64;        // positions folded into the softmax at once
 constexpr int kFoldVectors = kFold / kLanes;
-constexpr int kRowsPerItem = 8;
 
-// The d-th sixteen of `dim` numbers, zeros behind them.
-inline Vec LoadPart(const float* from, int d, int dim) {
-  return LoadSome(from + d * kLanes, std::clamp(dim - d * kLanes, 0, kLanes), 0);
-}
-
-inline Vec LoadPart(const uint16_t* from, int d, int dim) {
-  HalfVec bits = {};
-  const int n = std::clamp(dim - d * kLanes, 0, kLanes);
-  if (n == kLanes) bits = Load<HalfVec>(from + d * kLanes);
-  else std::memcpy(&bits, from + d * kLanes, sizeof(uint16_t) * n);
-  return Float(bits);
-}
-
-// A row of `dim` numbers as PARTS vectors. Of bfloat16, 32 numbers become the even and the odd ones if DIM, known when compiled,
-// allows: that is half the work. `Part` and `Join` take queries and results there and back.
+// `dim` numbers as PARTS vectors. If DIM, the same number known at compile time, allows it, 32 numbers of bfloat16 become a vector
+// of the even ones and a vector of the odd ones, which is half the work. `Part` brings queries into that order, `Join` brings
+// results back.
 template <typename T, int PARTS, int DIM>
 struct Vectors {
   static constexpr bool kByPairs = sizeof(T) == 2 && DIM && DIM % (2 * kLanes) == 0;
@@ -75,19 +62,9 @@ struct Vectors {
   }
 };
 
-inline void StoreRow(float* to, const float* from, int n) { std::memcpy(to, from, sizeof(float) * n); }
-
-inline void StoreRow(uint16_t* to, const float* from, int n) {
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const HalfVec bits = Bfloat16(Load(from + i));
-    std::memcpy(to + i, &bits, sizeof(bits));
-  }
-  for (; i < n; ++i) to[i] = Bfloat16(from[i]);
-}
-
+// Adds lanes that differ in the bit `width` only. The sums of `a` go to lanes where the bit is clear, those of `b` to the others.
 template <int width>
-inline Vec Fold(Vec a, Vec b) {  // sums of lanes that differ in the bit `width`: of a where it is clear, of b where it is set
+inline Vec Fold(Vec a, Vec b) {
   IntVec low, high;
   for (int i = 0; i < kLanes; ++i) {
     low[i] = i & width ? kLanes + i - width : i;
@@ -96,29 +73,13 @@ inline Vec Fold(Vec a, Vec b) {  // sums of lanes that differ in the bit `width`
   return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
 }
 
-// The sum of each of sixteen vectors.
+// Returns the sum of each of sixteen vectors.
 inline Vec Sums(Vec v[kLanes]) {
   for (int i = 0; i < 8; ++i) v[i] = Fold<8>(v[i], v[i + 8]);
   for (int i = 0; i < 4; ++i) v[i] = Fold<4>(v[i], v[i + 4]);
   for (int i = 0; i < 2; ++i) v[i] = Fold<2>(v[i], v[i + 2]);
   return Fold<1>(v[0], v[1]);
 }
-
-// Where the positions of slots are.
-struct Table {
-  const int32_t* page_ids;
-  int64_t num_slots, pages_per_slot, num_pages, num_kv_heads, page_size, head_dim;
-
-  bool HasSlot(int32_t slot) const { return 0 <= slot && slot < num_slots; }
-
-  // Offset of a head's row; -1: the position has no page.
-  int64_t Row(int32_t slot, int64_t position, int64_t head) const {
-    if (position < 0 || position >= pages_per_slot * page_size) return -1;
-    const int64_t page = page_ids[slot * pages_per_slot + position / page_size];
-    if (page < 0 || page >= num_pages) return -1;
-    return ((page * num_kv_heads + head) * page_size + position % page_size) * head_dim;
-  }
-};
 
 struct Attention {
   const float* q;
@@ -127,13 +88,13 @@ struct Attention {
   const float* sinks;  // null: none
   int64_t group, window;
   float softcap;
-  const void* to;  // x, of n numbers, becomes columns [column, column + n) of a row of the result
+  const void* to;  // `write` stores n numbers x as columns [column, column + n) of a row of the result
   void (*write)(const void* to, int64_t row, int64_t column, const Vec* x, int n);
 };
 
-// Rows of one slot at consecutive positions go together, so many of them at most.
+// A batch cut into runs: adjacent rows of one slot at consecutive positions, no more than share a read of keys and values.
 struct Runs {
-  std::vector<int64_t> starts;  // and the end of the last
+  std::vector<int64_t> starts;  // of each run, and the end of the last one
 
   Runs(const int32_t* slot, const int32_t* position, int64_t num_rows, int64_t group) {
     const int64_t longest = std::max<int64_t>(kMaxQueries / group, 1);
@@ -147,15 +108,15 @@ struct Runs {
   int64_t Count() const { return starts.size() - 1; }
 };
 
-// Keys or values of up to sixteen positions of one head.
+// The keys or values of up to sixteen positions of one head.
 template <typename T>
 struct Block {
   const T* pages;
-  const int64_t* rows;  // offsets; negative: there is no page
+  const int64_t* rows;  // offset of each position; negative: there is no page
   int count, dim;
 };
 
-// Q queries of PARTS vectors: what they hold is in registers, while the block goes by.
+// Multiplies Q queries of PARTS vectors by the keys of a block. The queries stay in registers while the block goes by.
 template <typename T, int PARTS, int DIM, int Q>
 void Multiply(const Block<T>& keys, const Vec* queries, Vec (*partial)[kLanes]) {
   Vec q[Q][PARTS], key[PARTS];
@@ -165,20 +126,20 @@ void Multiply(const Block<T>& keys, const Vec* queries, Vec (*partial)[kLanes]) 
     if (keys.rows[j] < 0) continue;
     Vectors<T, PARTS, DIM>::Read(keys.pages + keys.rows[j], keys.dim, key);
     for (int i = 0; i < Q; ++i) {
-      Vec sum = {};  // one product per sum, which the compiler can join in one way only: so Q changes no bit
+      Vec sum = {};  // one product per sum: the compiler can fuse it in one way only, so Q changes no bit
       for (int d = 0; d < PARTS; ++d) sum += q[i][d] * key[d];
       partial[i][j] = sum;
     }
   }
 }
 
-// What a query weighs each position of a fold with, and which ones it sees.
+// The weights that a query gives to the positions of a fold; it sees positions [first, last) of them.
 struct Weights {
   Vec at[kFoldVectors];
   int first, last;
 };
 
-// From position `start` of the fold on. WHOLE: all queries see all of the block.
+// Adds weighted values of a block that begins at position `start` of the fold. WHOLE: all queries see all of the block.
 template <typename T, int PARTS, int DIM, int Q, bool WHOLE>
 void Accumulate(const Block<T>& values, const Weights* weights, int start, Vec* out) {
   Vec sum[Q][PARTS], value[PARTS];
@@ -189,7 +150,7 @@ void Accumulate(const Block<T>& values, const Weights* weights, int start, Vec* 
     Vectors<T, PARTS, DIM>::Read(values.pages + values.rows[j], values.dim, value);
     for (int i = 0; i < Q; ++i) {
       const int at = start + j;
-      if (!WHOLE && (at < weights[i].first || at >= weights[i].last)) continue;  // what a row does not see may be NaN
+      if (!WHOLE && (at < weights[i].first || at >= weights[i].last)) continue;  // values that a row does not see may be NaN
       const float weight = reinterpret_cast<const float*>(weights[i].at)[at];
       for (int d = 0; d < PARTS; ++d) sum[i][d] += weight * value[d];
     }
@@ -198,7 +159,7 @@ void Accumulate(const Block<T>& values, const Weights* weights, int start, Vec* 
     for (int d = 0; d < PARTS; ++d) out[i * PARTS + d] = sum[i][d];
 }
 
-// The same for any number of queries, some at a time: as many as registers hold.
+// The same for any number of queries, as many at a time as registers hold.
 template <typename T, int PARTS, int DIM, int Q = (PARTS <= 4 ? 4 : PARTS <= 8 ? 2 : 1)>
 struct Queries {
   static void Multiply(int num, const Block<T>& keys, const Vec* queries, Vec (*partial)[kLanes]) {
@@ -215,7 +176,7 @@ struct Queries {
   }
 };
 
-// Rows [first, last), of one slot and at consecutive positions, and one kv head.
+// What one call attends for: batch rows [first, last), of one slot and at consecutive positions, and one kv head.
 struct Work {
   int64_t first, last, kv_head;
 };
@@ -230,7 +191,8 @@ inline int64_t FirstBlock(const Attention& o, const Work& work) {
 
 inline int64_t Newest(const Attention& o, const Work& work) { return o.position[work.last - 1]; }
 
-// Where keys and values of up to sixteen positions from `start` on are, some of which may have no page: negative.
+// Finds the offsets of up to sixteen positions from `start` on, and returns how many there are. Positions without a page get a
+// negative offset.
 inline int Locate(const Attention& o, const Work& work, int64_t start, int64_t* rows) {
   const Table& t = o.table;
   const int64_t count = std::clamp<int64_t>(Newest(o, work) - start + 1, 0, kLanes);
@@ -242,11 +204,11 @@ inline int Locate(const Attention& o, const Work& work, int64_t start, int64_t* 
   return count;
 }
 
-// Brings keys or values to the cache.
+// Fetches keys or values into the first cache.
 template <typename T>
 void Fetch(const T* pages, const int64_t* rows, int count, int dim) {
   constexpr int kLine = 64 / sizeof(T);
-  if (count == kLanes && rows[0] >= 0 && rows[kLanes - 1] - rows[0] == (kLanes - 1) * dim) {  // of one page
+  if (count == kLanes && rows[0] >= 0 && rows[kLanes - 1] - rows[0] == (kLanes - 1) * dim) {  // all in one page
     const T* from = pages + rows[0];
 #pragma GCC unroll 4
     for (int d = 0; d < kLanes * dim; d += kLine) Fetch1(from + d);
@@ -256,7 +218,8 @@ void Fetch(const T* pages, const int64_t* rows, int count, int dim) {
     for (int d = 0; rows[j] >= 0 && d < dim; d += kLine) Fetch1(pages + rows[j] + d);
 }
 
-// All queries of the work, of PARTS vectors each. DIM: the head dim; 0: known at run time. `after` tells what work comes next.
+// Attends for all queries of the work, of PARTS vectors each. DIM: the head dim if it is known at compile time, else 0. `after`
+// returns the work that comes next, whose first keys are fetched.
 template <typename T, int PARTS, int DIM = 0, typename After>
 void AttendRows(const Attention& o, const T* k, const T* v, const Work& work, const After& after) {
   const Table& t = o.table;
@@ -352,7 +315,7 @@ void AttendRows(const Attention& o, const T* k, const T* v, const Work& work, co
   }
 }
 
-// Attention as a phase of a job. Runs at the end, which are the longest, go first.
+// Attention as a phase of a job. Runs at the end of the batch go first, because they are the longest.
 template <typename T>
 Phase PhaseOf(const Attention& o, const T* k, const T* v, const Runs& runs, int64_t threads) {
   constexpr int64_t kItemsPerThread = 8;  // taking an item costs about as much as attending to a few keys
@@ -397,67 +360,6 @@ Phase PhaseOf(const Attention& o, const T* k, const T* v, const Runs& runs, int6
     Fetch(v, rows, count, o.table.head_dim);
   };
   return {items, body, fetch};
-}
-
-struct Rotation {
-  const float *qkv, *cos, *sin;
-  const float *q_norm, *k_norm;  // null: none
-  float* q;
-  Table table;
-  const int32_t *slot, *position;
-  int64_t num_rows, group;
-  float eps;
-};
-
-// A head, normalised, rotated and scaled.
-inline void Rotate(const Rotation& o, const float* from, const float* norm, int64_t row, float scale, float* to) {
-  const int half = o.table.head_dim / 2;
-  const float *cos = o.cos + row * half, *sin = o.sin + row * half;
-  Vec factor = Splat(1);
-  if (norm) {
-    Vec squares = {};
-    for (int i = 0; i < 2 * half; i += kLanes) {
-      const Vec part = LoadPart(from, i / kLanes, 2 * half);
-      squares += part * part;
-    }
-    factor = Splat(1 / std::sqrt(Sum(squares) / (2 * half) + o.eps));
-  }
-  for (int i = 0; i < half; i += kLanes) {
-    const int n = std::min(kLanes, half - i);
-    Vec low = LoadSome(from + i, n, 0), high = LoadSome(from + half + i, n, 0);
-    if (norm) {
-      low = low * factor * LoadSome(norm + i, n, 0);
-      high = high * factor * LoadSome(norm + half + i, n, 0);
-    }
-    const Vec c = LoadSome(cos + i, n, 0), s = LoadSome(sin + i, n, 0);
-    StoreSome(to + i, (low * c - high * s) * scale, n);
-    StoreSome(to + half + i, (high * c + low * s) * scale, n);
-  }
-}
-
-template <typename T>
-void WriteRow(const Rotation& o, T* k, T* v, int64_t row) {
-  const Table& t = o.table;
-  const float scale = 1 / std::sqrt(static_cast<float>(t.head_dim));
-  for (int64_t head = 0; head < t.num_kv_heads; ++head) {
-    const float* from = o.qkv + (row * t.num_kv_heads + head) * (o.group + 2) * t.head_dim;
-    for (int64_t g = 0; g < o.group; ++g, from += t.head_dim)
-      Rotate(o, from, o.q_norm, row, scale, o.q + ((row * t.num_kv_heads + head) * o.group + g) * t.head_dim);
-    const int64_t to = t.HasSlot(o.slot[row]) ? t.Row(o.slot[row], o.position[row], head) : -1;
-    if (to < 0) continue;
-    float key[kMaxHeadDim];
-    Rotate(o, from, o.k_norm, row, 1, key);
-    StoreRow(k + to, key, t.head_dim);
-    StoreRow(v + to, from + t.head_dim, t.head_dim);
-  }
-}
-
-template <typename T>
-Phase PhaseOf(const Rotation& o, T* k, T* v) {
-  return {(o.num_rows + kRowsPerItem - 1) / kRowsPerItem, [=](int64_t item, Upcoming) {
-            for (int64_t row = item * kRowsPerItem; row < std::min(o.num_rows, (item + 1) * kRowsPerItem); ++row)
-              WriteRow(o, k, v, row);
-          }};
 }
 
 // Compiled once, in paged_attention.cc.

@@ -32,7 +32,7 @@ TARGETS = (
     "jaxserve_report",
 )
 _SOURCES = ("blocks.cc", "product.cc", "paged_attention.cc", "sampling.cc")
-_HEADERS = ("attention.h", "parallel.h", "product.h", "vector.h")
+_HEADERS = ("attention.h", "buffers.h", "pages.h", "parallel.h", "product.h", "rotary.h", "vector.h", "weights.h")
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"),
     *("-fPIC", "-shared", "-pthread", "-Wno-psabi"),

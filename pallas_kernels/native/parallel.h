@@ -1,4 +1,4 @@
-// Work shared by the calling thread and those of XLA's own pool.
+// Work that the calling thread shares with the threads of XLA's own pool.
 #pragma once
 
 #include <immintrin.h>
@@ -18,24 +18,24 @@
 
 namespace jaxserve {
 
-// The item that a thread will most likely work on next; none if it is not below the phase's count.
+// Returns the item that a thread will most likely work on next. There is none if it is not below the phase's count.
 struct Upcoming {
   const std::atomic<int64_t>& next;
   int64_t operator()() const { return next.load(std::memory_order_relaxed); }
 };
 
-// `count` independent items; items of a later phase start when all of the earlier ones are done.
+// `count` independent items of work. Items of a phase start when all items of the phase before are done.
 struct Phase {
   int64_t count;
   std::function<void(int64_t, Upcoming)> body;
-  std::function<void(int64_t)> fetch = nullptr;  // brings to the cache what an item will read
+  std::function<void(int64_t)> fetch = nullptr;  // fetches into a cache what an item will read
 };
 
 class Job {
  public:
   explicit Job(std::vector<Phase> phases) : phases_(std::move(phases)), progress_(phases_.size()) {}
 
-  // Takes items until none is left. Whoever comes late finds no item, and so touches nothing of a caller that has gone on.
+  // Takes items until none is left. A thread that comes late finds no item, so it reads nothing of a caller that has returned.
   void Work() {
     int64_t item = Take(0);
     for (size_t p = 0; p < phases_.size(); ++p) {
@@ -57,7 +57,7 @@ class Job {
   }
 
  private:
-  static constexpr int kSpins = 10000;  // then the thread that is waited for may lack a core
+  static constexpr int kSpins = 10000;  // after so many the thread that is waited for may lack a core
 
   struct alignas(64) Progress {
     std::atomic<int64_t> next{0};
@@ -70,13 +70,13 @@ class Job {
   std::vector<Progress> progress_;
 };
 
-// Helpers for the caller of the moment. A helper stays for a while after its work, looking out for more: the next kernel of a
-// model comes within microseconds, while waking a thread takes some twenty. Nobody waits for a helper to start: a caller
-// alone finishes too. Of two callers at once the latter has the helpers.
+// Threads that help the caller of the moment. A helper looks for more work for a while after it has finished: the next kernel of
+// a model comes within microseconds, while waking a thread takes some twenty. No caller waits for a helper to start, and a caller
+// without helpers finishes too. Of two callers at the same time, the later one has the helpers.
 class Team {
  public:
   static Team& Get() {
-    static Team* team = new Team;  // never freed: helpers may outlive the program's end
+    static Team* team = new Team;  // never freed, because helpers may run until the process ends
     return *team;
   }
 
@@ -127,7 +127,7 @@ class Team {
   std::atomic<int64_t> helpers_{0};
 };
 
-// What `run` does; or the error, if there is no memory for it.
+// Calls `run`. If there is no memory for it, returns the error.
 template <typename F>
 xla::ffi::Error Guarded(const F& run) {
   try {
@@ -138,7 +138,7 @@ xla::ffi::Error Guarded(const F& run) {
   return xla::ffi::Error::Success();
 }
 
-// Runs the phases on up to `threads` threads, the caller's among them; returns when all is done.
+// Runs the phases on up to `threads` threads, of which the caller's is one. Returns when all phases are done.
 inline void Run(xla::ffi::ThreadPool& pool, int64_t threads, std::vector<Phase> phases) {
   Team::Get().Run(pool, threads, std::move(phases));
 }

@@ -1,9 +1,6 @@
-// y = act(x @ w + bias) + residual for rows of which the number is known at run time only.
+// The product y = act(x @ w + bias) + residual, for a number of rows that is known at run time only. w is packed (weights.h).
 //
-// w is packed in panels of 64 columns: all pairs of its rows, [ceil(N / 64), ceil(K / 2), 64, 2] in bfloat16 (what AVX-512 BF16
-// and AMX read) or [ceil(N / 64), ceil(K / 2), 2, 64] in float32; in int8 as in bfloat16, behind the 64 scales of the panel:
-// [ceil(N / 64), 2 + ceil(K / 2), 64, 2]. So a thread reads one stream. A row's sum over K goes in one order, whatever is computed
-// beside it: so neither the number of rows nor the place among them changes a bit.
+// The sum over K of a row always goes in the same order. So neither the number of rows nor a row's place among them changes a bit.
 #pragma once
 
 #include <immintrin.h>
@@ -14,106 +11,26 @@
 
 #include "parallel.h"
 #include "vector.h"
+#include "weights.h"
 
 namespace jaxserve {
 
-constexpr int kPanel = 64;                   // columns of a panel
-constexpr int kPanelVectors = kPanel / kLanes;
 constexpr int kChunk = 32;                   // columns of packed rows that lie together
-constexpr int64_t kAheadBytes = 8 << 10;     // between what is read once and what is fetched for it
-constexpr int64_t kAheadBytesOfSeveral = 1 << 10;  // in each of several panels that are read at the same time
-constexpr int64_t kPastCaches = 1 << 20;     // numbers of a result from which on it is written past the caches
+constexpr int64_t kAheadBytes = 8 << 10;     // distance of what is fetched from what is read
+constexpr int64_t kAheadBytesOfSeveral = 1 << 10;  // the same, in each of several panels that are read together
+constexpr int64_t kPastCaches = 1 << 20;     // results of at least so many numbers are written past the caches
 #if defined(__AVX512F__)
 constexpr int kTileVectors = kPanelVectors;  // with 6 rows: 24 sums and a vector of each operand fill 32 registers
 constexpr int kMaxRows = 6;
-constexpr int kMostRows = 12;                // with half a panel: as many sums; so weights are read from memory and cache once
+constexpr int kMostRows = 12;                // with half a panel, which needs as many sums; so weights are read once
 #else
 constexpr int kTileVectors = 1;              // 16 registers of half a vector
 constexpr int kMaxRows = 5;
 constexpr int kMostRows = 5;
 #endif
 
-struct Bfloat16Weight {
-  using Element = uint16_t;
-  static constexpr int64_t kHead = 0;             // elements in front of a panel's rows
-  static constexpr bool kAlwaysInHalves = false;  // also with more rows than one block has
-  static float AsFloat(Element x) { return Float(x); }
-  static int64_t Place(int64_t column, int64_t row) { return 2 * column + row; }  // in a panel's pair of rows
-#if defined(__AVX512BF16__)
-  using Pair = uint32_t;  // two bfloat16
-  static void StoreX(Pair* to, Vec x) {
-    const __m256bh bits = _mm512_cvtneps_pbh((__m512)x);
-    std::memcpy(to, &bits, sizeof(bits));
-  }
-  static void StoreOne(Pair* to, int odd, float x) {
-    const Element bits = Bfloat16(x);
-    std::memcpy(reinterpret_cast<char*>(to) + odd * sizeof(bits), &bits, sizeof(bits));
-  }
-  struct X {
-    __m512bh v;
-  };
-  static X Spread(Pair x) { return {(__m512bh)_mm512_set1_epi32(x)}; }
-  static __m512bh Read(const Element* w, int c) { return (__m512bh)_mm512_loadu_si512(w + 2 * kLanes * c); }
-  static Vec Add(Vec sum, X x, __m512bh w) { return (Vec)_mm512_dpbf16_ps((__m512)sum, x.v, w); }
-#else
-  struct Pair {
-    float even, odd;
-  };
-  static void StoreX(Pair* to, Vec x) { Store(&to->even, Float(Bfloat16(x))); }
-  static void StoreOne(Pair* to, int odd, float x) { (odd ? to->odd : to->even) = Float(Bfloat16(x)); }
-  struct X {
-    Vec even, odd;
-  };
-  static X Spread(Pair x) { return {Splat(x.even), Splat(x.odd)}; }
-  static Pairs Read(const Element* w, int c) { return LoadPairs(w + 2 * kLanes * c); }
-  static Vec Add(Vec sum, X x, Pairs w) { return x.odd * w.odd + (x.even * w.even + sum); }
-#endif
-};
-
-// A column is its scale times numbers of int8, which bfloat16 holds exactly: they are multiplied as bfloat16, and sums are scaled.
-// Each block of rows converts them again: 12 rows hide that, while a panel converted once is one more thing to store and to read.
-struct Int8Weight : Bfloat16Weight {
-  using Element = int8_t;
-  static constexpr int64_t kHead = kPanel * sizeof(float);
-  static constexpr bool kAlwaysInHalves = true;
-  static float AsFloat(Element x) { return x; }
-#if defined(__AVX512BF16__)
-  static __m512bh Read(const Element* w, int c) {
-    const auto wide = [&](int i) {
-      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 2 * kLanes * c + kLanes * i));
-      return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-    };
-    return _mm512_cvtne2ps_pbh(wide(1), wide(0));
-  }
-#else
-  static Pairs Read(const Element* w, int c) {
-    const IntVec pairs = __builtin_convertvector(Load<ShortVec>(w + 2 * kLanes * c), IntVec);
-    return {__builtin_convertvector(pairs << 24 >> 24, Vec), __builtin_convertvector(pairs >> 8, Vec)};
-  }
-#endif
-};
-
-struct Float32Weight {
-  using Element = float;
-  static constexpr int64_t kHead = 0;
-  static constexpr bool kAlwaysInHalves = false;
-  static float AsFloat(Element x) { return x; }
-  static int64_t Place(int64_t column, int64_t row) { return kPanel * row + column; }
-  struct Pair {
-    float even, odd;
-  };
-  static void StoreX(Pair* to, Vec x) { Store(&to->even, x); }
-  static void StoreOne(Pair* to, int odd, float x) { (odd ? to->odd : to->even) = x; }
-  struct X {
-    Vec even, odd;
-  };
-  static X Spread(Pair x) { return {Splat(x.even), Splat(x.odd)}; }
-  static Pairs Read(const Element* w, int c) { return {Load(w + kLanes * c), Load(w + kPanel + kLanes * c)}; }
-  static Vec Add(Vec sum, X x, Pairs w) { return x.odd * w.odd + (x.even * w.even + sum); }
-};
-
-// Rows as tiles read them: blocks of up to kMaxRows rows, or, to go by half panels, of up to kMostRows; of a block 32 columns of
-// each row, then the next 32.
+// Rows as tiles read them: in blocks of up to kMaxRows rows, or of up to kMostRows where half panels are worked on. A block holds
+// 32 columns of each of its rows, then the next 32.
 template <typename W>
 struct PackedRows {
   using Pair = typename W::Pair;
@@ -133,17 +50,17 @@ struct PackedRows {
   int64_t First(int64_t block) const { return block * num_rows / NumBlocks(); }
   const Pair* Block(int64_t block) const { return at + Size(First(block), num_columns); }
 
-  // A row, to be written.
+  // A row to write to.
   struct Row {
     Pair* at;
     int64_t stride;  // from 32 columns to the next
 
     Pair* Place(int64_t column) const { return at + column / kChunk * stride + column % kChunk / 2; }
 
-    // Columns [column, column + 16), of which those behind the last one are zero; column is a multiple of 16.
+    // Writes columns [column, column + 16); `column` is a multiple of 16, and numbers behind the last column are zero.
     void Write(int64_t column, Vec x) const { W::StoreX(Place(column), x); }
 
-    // Any n columns.
+    // Writes any n columns.
     void WriteSome(int64_t column, Vec x, int n) const {
       if (n == kLanes && column % kLanes == 0) return Write(column, x);
       for (int i = 0; i < n; ++i) W::StoreOne(Place(column + i), (column + i) % 2, x[i]);
@@ -155,7 +72,7 @@ struct PackedRows {
   }
 };
 
-// A row of x, normalised by RMSNorm unless scale is null.
+// Packs a row of x, after an RMSNorm unless `scale` is null.
 template <typename W>
 void PackRow(const float* x, const float* scale, float eps, const PackedRows<W>& to, int64_t row) {
   const int64_t k = to.num_columns, whole = k / kLanes * kLanes;
@@ -174,7 +91,7 @@ void PackRow(const float* x, const float* scale, float eps, const PackedRows<W>&
   if (rest) packed.Write(whole, last * factor * LoadSome(scale + whole, rest, 0));
 }
 
-// x @ w and what follows. Of a gated product 16 columns of the gate alternate with 16 of what it is applied to.
+// x @ w and what follows it. In a gated product, 16 columns of the gate alternate with 16 of what the gate is applied to.
 template <typename W>
 struct Product {
   PackedRows<W> x;
@@ -183,7 +100,7 @@ struct Product {
   const float* residual;  // null: none; may be y
   int64_t n;              // columns of the result
   bool gated;
-  float* y;             // null: rows go to `packed`, which takes no residual
+  float* y;             // null: results go to `packed`, without a residual
   PackedRows<W> packed;
 
   int64_t NumPairs() const { return (x.num_columns + 1) / 2; }
@@ -197,12 +114,12 @@ struct Product {
   }
 };
 
-// Lines to fetch while a tile is worked on, one after the other: what follows soon. The order matters more than anything else:
-// with every other line left out, for the next block of rows to fetch, 16 rows take a fifth longer.
+// Lines to fetch into a cache while a tile is worked on, because they are read soon. They are fetched one after the other, and
+// that order matters most: where every other line was left to the next block of rows, 16 rows took a fifth longer.
 struct Ahead {
   const char* from;
   int64_t lines;
-  bool near;  // into the first cache: a tenth faster on a Zen 4 with four or more passes, and slower with fewer
+  bool near;  // into the first cache: on a Zen 4 a tenth faster with four or more passes, slower with fewer
 
   void Next() {
     near ? Fetch1(from) : Fetch2(from);
@@ -210,7 +127,8 @@ struct Ahead {
   }
 };
 
-// R rows by C vectors of columns of each of P panels, `panel` elements apart: these fetch for themselves, in place of `ahead`.
+// Multiplies R rows by C vectors of columns in each of P panels, which lie `panel` elements apart. With P > 1 the panels are
+// fetched here, and `ahead` is not used.
 template <typename W, int R, int C, int P = 1>
 void Tile(const typename W::Pair* x, const typename W::Element* w, int64_t pairs, Ahead ahead, float* sums, int64_t panel = 0) {
   constexpr int64_t kStep = 2 * kPanel, kStepBytes = kStep * sizeof(typename W::Element);
@@ -254,10 +172,10 @@ void Tile(const typename W::Pair* x, const typename W::Element* w, int64_t pairs
       for (int c = 0; c < C; ++c) Store(sums + ((p * R + r) * kPanelVectors + c) * kLanes, sum[p][r][c]);
 }
 
-// How many panels to work on together: with few rows registers allow it, and several streams are read faster than one.
+// How many panels to work on together. Few rows leave registers for it, and several streams are read faster than one.
 constexpr int PanelsTogether(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
-// Up to three rows by that many whole panels.
+// Multiplies up to three rows by so many whole panels.
 template <typename W>
 void TileOfPanels(const Product<W>& o, const typename W::Element* w, float* sums) {
   const auto tile = o.x.num_rows == 1   ? Tile<W, 1, kPanelVectors, PanelsTogether(1)>
@@ -274,7 +192,7 @@ void TileOf(int rows, const typename W::Pair* x, const typename W::Element* w, i
   Tile<W, R, C>(x, w, pairs, ahead, sums);
 }
 
-// Sums of rows by vectors of columns, from vector `vector` of w on, to where they go.
+// Finishes sums (bias, gate, residual) and stores them, for `vectors` vectors of columns from vector `vector` of w on.
 template <typename W>
 void Finish(const Product<W>& o, const float* sums, int64_t row, int rows, int64_t vector, int vectors) {
   const bool past_caches = o.WritesPastCaches();
@@ -290,13 +208,13 @@ void Finish(const Product<W>& o, const float* sums, int64_t row, int rows, int64
       Vec v = sum(from, c);
       int64_t column = (vector + c) * kLanes;
       if (o.gated) column /= 2;
-      if (column >= o.n) continue;  // fills the panel up
+      if (column >= o.n) continue;  // a column of zeros that fills up the panel
       const int n = std::min<int64_t>(kLanes, o.n - column);
       if (o.bias) v += LoadSome(o.bias + column, n, 0);
       if (o.gated) {
         Vec up = sum(from + kLanes, c + 1);
         if (o.bias) up += LoadSome(o.bias + o.n + column, n, 0);
-        const Vec e = Exp(v < 0 ? v : -v);  // no overflow
+        const Vec e = Exp(v < 0 ? v : -v);  // of a negative number, which cannot overflow
         v = v * (v < 0 ? e : Splat(1)) / (1 + e) * up;
       }
       if (!o.y) {
@@ -311,14 +229,15 @@ void Finish(const Product<W>& o, const float* sums, int64_t row, int rows, int64
   }
 }
 
-// Half panels, of each panel those of all blocks of rows together: units [first, last). `after` is the first unit to come next.
+// Works on units [first, last). A unit is a half panel for one block of rows; those of all blocks of a panel are adjacent.
+// `after` returns the first unit of what this thread will most likely do next.
 template <typename W, typename After>
 void Multiply(const Product<W>& o, int64_t first, int64_t last, const After& after) {
   const bool half_panels = o.x.OfHalfPanels();
   const int64_t pairs = o.NumPairs(), blocks = o.x.NumBlocks(), passes = (half_panels ? 2 : 1) * blocks;
   alignas(64) float sums[kMostRows * kPanel];
   const int64_t lines = o.PanelSize() * sizeof(typename W::Element) / 64;  // of a panel
-  int64_t next = 0;  // panel to fetch, of which each pass over this one takes a part
+  int64_t next = 0;  // the panel to fetch; each pass over the current panel fetches a part of it
   for (int64_t unit = first; unit < last;) {
     const int64_t panel = unit / (2 * blocks), block = unit / 2 % blocks, half = unit % 2;
     if constexpr (kTileVectors == kPanelVectors) {
@@ -340,7 +259,7 @@ void Multiply(const Product<W>& o, int64_t first, int64_t last, const After& aft
     if (unit % (2 * blocks) == 0 || unit == first) next = 2 * blocks * (panel + 1) < last ? panel + 1 : after() / (2 * blocks);
     const int64_t pass = half_panels ? 2 * block + half : block, line = pass * lines / passes;
     Ahead ahead{reinterpret_cast<const char*>(o.Panel(next)) + line * 64, (pass + 1) * lines / passes - line, passes >= 4};
-    if (passes == 1) ahead.from = reinterpret_cast<const char*>(w) + kAheadBytes;  // of the stream itself
+    if (passes == 1) ahead.from = reinterpret_cast<const char*>(w) + kAheadBytes;  // fetches the stream itself
     if (passes > 1 && next == o.NumPanels()) ahead.lines = 0;
     if constexpr (kTileVectors == kPanelVectors) {
       if (vectors == kPanelVectors) TileOf<W, kPanelVectors, kMaxRows>(rows, x, w, pairs, ahead, sums);
@@ -352,10 +271,10 @@ void Multiply(const Product<W>& o, int64_t first, int64_t last, const After& aft
     Finish(o, sums, row, rows, panel * kPanelVectors + half * (kPanelVectors / 2), vectors);
     unit += vectors / (kPanelVectors / 2);
   }
-  if (o.WritesPastCaches()) _mm_sfence();  // such stores are not ordered with those that say that the work is done
+  if (o.WritesPastCaches()) _mm_sfence();  // otherwise these stores may come after the one that says that the work is done
 }
 
-// The product as a phase of a job. Many panels are dealt out whole, some at a time; few in equal parts.
+// The product as a phase of a job. Many panels are dealt out whole, a few at a time; few panels are cut into equal parts.
 template <typename W>
 Phase PhaseOf(const Product<W>& o, int64_t threads) {
   constexpr int64_t kTilesPerItem = 12, kFetchBytes = 64 << 10;
@@ -378,7 +297,7 @@ Phase PhaseOf(const Product<W>& o, int64_t threads) {
   return {items, body, fetch};
 }
 
-// The packing of x as a phase.
+// The packing of x as a phase of a job.
 template <typename W>
 Phase PackingOf(const float* x, const float* scale, float eps, const PackedRows<W>& to) {
   constexpr int64_t kRowsPerItem = 4;

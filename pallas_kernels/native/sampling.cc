@@ -1,6 +1,6 @@
-// Choosing a token per row of logits, and reporting on it: each a few passes over the row while it is in the cache.
+// Chooses a token for each logits row, and reports on it, in a few passes over the row while it is in the cache.
 //
-// What is computed is said in jaxserve/core/sampling.py. A row's result depends on that row alone.
+// jaxserve/core/sampling.py specifies what is computed. The result of a logits row depends on that row alone.
 
 #include <algorithm>
 #include <cmath>
@@ -8,19 +8,18 @@
 #include <utility>
 #include <vector>
 
+#include "buffers.h"
 #include "parallel.h"
 #include "vector.h"
 
 namespace jaxserve {
 namespace {
 
-namespace ffi = xla::ffi;
-
 constexpr int kBlock = 128;  // tokens per block of the two-level draw
-constexpr int64_t kPart = 1024;  // numbers that are looked at twice in a row
+constexpr int64_t kPart = 1024;  // numbers that are read twice, one time right after the other
 constexpr int kSums = 4;     // independent chains of additions
 
-// f(x, first) for each vector of a row, missing floats of the last one being `rest`.
+// Calls f(x, first) for each vector of a row. The last one is filled up with `rest`.
 template <typename F>
 inline void ForVectors(const float* row, int64_t size, float rest, F f) {
   int64_t i = 0;
@@ -35,7 +34,7 @@ inline float LargestOf(const float* row, int64_t size) {
   return Largest(Max(Max(most[0], most[1]), Max(most[2], most[3])));
 }
 
-// The sum of f of a row's vectors.
+// Returns the sum of f over the vectors of a row.
 template <typename F>
 inline float SumOf(const float* row, int64_t size, float rest, F f) {
   Vec sums[kSums] = {};
@@ -43,29 +42,29 @@ inline float SumOf(const float* row, int64_t size, float rest, F f) {
   return Sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// f(row + first, first, length) for each part of a row that fits the nearest cache: what follows a first look costs little.
+// Calls f(row + first, first, length) for each part of a row. A part fits the first cache, so reading it again costs little.
 template <typename F>
 inline void ForParts(const float* row, int64_t size, F f) {
   for (int64_t first = 0; first < size; first += kPart) f(row + first, first, std::min(kPart, size - first));
 }
 
-// The first place of the largest number, and that number; NaN if there is one.
+// Returns the first place of the largest number, and that number; the number is NaN if the row holds one.
 inline std::pair<int64_t, float> Argmax(const float* row, int64_t size) {
   float most = -kInfinity;
   int64_t best = 0, best_length = 0;
-  IntVec no_number = {};
+  IntVec is_nan = {};
   ForParts(row, size, [&](const float* part, int64_t first, int64_t length) {
-    ForVectors(part, length, 0, [&](Vec x, int64_t) { no_number |= x != x; });
+    ForVectors(part, length, 0, [&](Vec x, int64_t) { is_nan |= x != x; });
     const float largest = LargestOf(part, length);
     if (largest > most || !best_length) most = largest, best = first, best_length = length;
   });
   for (int i = 0; i < kLanes; ++i)
-    if (no_number[i]) return {0, std::numeric_limits<float>::quiet_NaN()};
+    if (is_nan[i]) return {0, std::numeric_limits<float>::quiet_NaN()};
   while (best_length-- > 1 && row[best] != most) ++best;
   return {best, most};
 }
 
-// log(sum(exp(row))), by a running maximum (Milakov and Gimelshein, 2018).
+// Returns log(sum(exp(row))), with a running maximum (Milakov and Gimelshein, 2018).
 inline float LogSumExp(const float* row, int64_t size) {
   float largest = -kInfinity, total = 0;
   ForParts(row, size, [&](const float* part, int64_t, int64_t length) {
@@ -77,13 +76,13 @@ inline float LogSumExp(const float* row, int64_t size) {
   return largest + std::log(total);
 }
 
-// Unsigned integers that compare as floats do.
+// Returns unsigned integers that are in the same order as the floats.
 inline UintVec Ordered(Vec x) {
-  const UintVec bits = (UintVec)(x == 0 ? Vec{} : x);  // no -0.0
+  const UintVec bits = (UintVec)(x == 0 ? Vec{} : x);  // -0.0 becomes 0.0
   return (UintVec)((IntVec)bits < 0 ? (IntVec)~bits : (IntVec)(bits | 0x80000000u));
 }
 
-// The largest uint32 for which `holds`, which is true at 0 and stays false once it is.
+// Returns the largest uint32 for which `holds`. `holds` must be true at 0, and false for all numbers above the first such one.
 template <typename F>
 uint32_t LargestThat(F holds) {
   uint32_t value = 0;
@@ -98,7 +97,7 @@ struct Parameters {
   float uniform[2];
 };
 
-// Inverse transform sampling among `size` weights of sum `total`; a weight of 0 is never picked, whatever the rounding.
+// Inverse transform sampling among `size` weights of sum `total`. A weight of 0 is never picked, whatever the rounding.
 inline int64_t Inverse(const float* weights, int64_t size, float total, float uniform) {
   const float target = uniform * total;
   float sum = 0;
@@ -133,12 +132,12 @@ int64_t Draw(const float* logits, int64_t size, const Parameters& p, std::vector
   });
   std::fill(weights.begin() + size, weights.end(), 0.0f);
   std::fill(order.begin() + size, order.end(), 0u);
-  const auto masked_sum = [&](uint32_t bits) {  // of the weights below
+  const auto masked_sum = [&](uint32_t bits) {  // sum of the weights below `bits`
     return SumOf(weights.data(), size, 0, [&](Vec w, int64_t i) { return Load<UintVec>(&order[i]) < bits ? w : Vec{}; });
   };
   if (p.top_k > 0) {
     const uint32_t threshold = LargestThat([&](uint32_t bits) {
-      IntVec counts = {};  // minus the count
+      IntVec counts = {};  // a lane that is true counts as -1
       for (int64_t i = 0; i < size; i += kLanes) counts += (IntVec)(Load<UintVec>(&order[i]) >= bits);
       int64_t count = 0;
       for (int i = 0; i < kLanes; ++i) count -= counts[i];
@@ -157,7 +156,7 @@ int64_t Draw(const float* logits, int64_t size, const Parameters& p, std::vector
       if (order[i] < threshold) weights[i] = 0;
       if (order[i] == threshold) ++num_tied, tied_weight = std::max(tied_weight, weights[i]);
     }
-    // Of equal tokens at the threshold the first go that fit, as in a stable sort.
+    // Of equal tokens at the threshold, the first ones that fit are dropped, as in a stable sort.
     const float fitting = std::floor(excess / (tied_weight > 0 ? tied_weight : 1));
     int64_t num_dropped = fitting > 0 ? std::min(fitting, static_cast<float>(std::max<int64_t>(num_tied - 1, 0))) : 0;
     for (int64_t i = 0; num_dropped > 0 && i < size; ++i)
@@ -165,25 +164,19 @@ int64_t Draw(const float* logits, int64_t size, const Parameters& p, std::vector
   }
   const int64_t blocks = (size + kBlock - 1) / kBlock;
   const auto length = [&](int64_t block) { return std::min<int64_t>(kBlock, size - block * kBlock); };
-  float* sums = reinterpret_cast<float*>(order.data());  // not needed any more
+  float* sums = reinterpret_cast<float*>(order.data());  // the order is not needed any more
   for (int64_t b = 0; b < blocks; ++b) sums[b] = TotalOf(&weights[b * kBlock], length(b));
   const int64_t block = Inverse(sums, blocks, TotalOf(sums, blocks), p.uniform[0]);
   return block * kBlock + Inverse(&weights[block * kBlock], length(block), sums[block], p.uniform[1]);
 }
 
-using Row = ffi::Buffer<ffi::F32, 1>;
-using Ints = ffi::Buffer<ffi::S32, 1>;
-using Bools = ffi::Buffer<ffi::PRED, 1>;
-using Matrix = ffi::Buffer<ffi::F32, 2>;
-using IntMatrix = ffi::Buffer<ffi::S32, 2>;
-
-ffi::Error Choose(ffi::ThreadPool pool, Matrix logits, Bools wanted, Bools random, Row temperature, Ints top_k, Row top_p,
-                  Row min_p, Matrix uniforms, ffi::Result<Ints> token, ffi::Result<Bools> failed) {
+ffi::Error Choose(ffi::ThreadPool pool, Matrix logits, BoolVector active, BoolVector random, Vector temperature, IntVector top_k,
+                  Vector top_p, Vector min_p, Matrix uniforms, ffi::Result<IntVector> token, ffi::Result<BoolVector> failed) {
   const int64_t rows = logits.dimensions()[0], size = logits.dimensions()[1];
   const auto item = [&](int64_t r, Upcoming) {
     token->typed_data()[r] = 0;
     failed->typed_data()[r] = false;
-    if (!wanted.typed_data()[r]) return;
+    if (!active.typed_data()[r]) return;
     const float* row = logits.typed_data() + r * size;
     const auto [first, most] = Argmax(row, size);
     token->typed_data()[r] = first;
@@ -199,10 +192,10 @@ ffi::Error Choose(ffi::ThreadPool pool, Matrix logits, Bools wanted, Bools rando
   return ffi::Error::Success();
 }
 
-// The `count` largest logits above -inf, largest first, the lower id first of equal ones.
+// Finds the `count` largest logits above -inf, largest first; of equal ones the lower id comes first. Returns how many there are.
 int64_t Top(const float* row, int64_t size, int64_t count, std::vector<std::pair<float, int32_t>>& heap) {
   const auto better = [](const auto& a, const auto& b) { return a.first > b.first || (a.first == b.first && a.second < b.second); };
-  heap.clear();  // its front is the worst
+  heap.clear();  // the worst one is in front
   float bar = -kInfinity;
   ForVectors(row, size, -kInfinity, [&](Vec x, int64_t first) {
     const IntVec above = x > bar;
@@ -221,8 +214,9 @@ int64_t Top(const float* row, int64_t size, int64_t count, std::vector<std::pair
   return heap.size();
 }
 
-ffi::Error Report(ffi::ThreadPool pool, Matrix logits, Bools active, Ints token, Bools asked, ffi::Result<Row> logprob,
-                  ffi::Result<Ints> rank, ffi::Result<IntMatrix> top_ids, ffi::Result<Matrix> top_logprobs) {
+ffi::Error Report(ffi::ThreadPool pool, Matrix logits, BoolVector active, IntVector token, BoolVector wants_top,
+                  ffi::Result<Vector> logprob, ffi::Result<IntVector> rank, ffi::Result<IntMatrix> top_ids,
+                  ffi::Result<Matrix> top_logprobs) {
   const int64_t rows = logits.dimensions()[0], size = logits.dimensions()[1], count = top_ids->dimensions()[1];
   const auto item = [&](int64_t r, Upcoming) {
     int32_t* ids = top_ids->typed_data() + r * count;
@@ -236,12 +230,12 @@ ffi::Error Report(ffi::ThreadPool pool, Matrix logits, Bools active, Ints token,
     const float normaliser = LogSumExp(row, size);
     const float of_token = row[std::clamp<int64_t>(token.typed_data()[r], 0, size - 1)];
     logprob->typed_data()[r] = of_token - normaliser;
-    if (!asked.typed_data()[r]) return;
+    if (!wants_top.typed_data()[r]) return;
     rank->typed_data()[r] = 1 + static_cast<int32_t>(std::count_if(row, row + size, [&](float x) { return x > of_token; }));
     if (!count) return;
     static thread_local std::vector<std::pair<float, int32_t>> heap;
-    const int64_t found = Top(row, size, count, heap);
-    for (int64_t i = 0; i < found; ++i) ids[i] = heap[i].second, values[i] = heap[i].first - normaliser;
+    const int64_t num_top = Top(row, size, count, heap);
+    for (int64_t i = 0; i < num_top; ++i) ids[i] = heap[i].second, values[i] = heap[i].first - normaliser;
   };
   Run(pool, std::min<int64_t>(pool.num_threads(), rows), {{rows, item}});
   return ffi::Error::Success();
@@ -253,25 +247,25 @@ ffi::Error Report(ffi::ThreadPool pool, Matrix logits, Bools active, Ints token,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_choose, jaxserve::Choose,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<jaxserve::Matrix>()  // logits
-                                  .Arg<jaxserve::Bools>()   // wanted
-                                  .Arg<jaxserve::Bools>()   // random
-                                  .Arg<jaxserve::Row>()     // temperature
-                                  .Arg<jaxserve::Ints>()    // top_k
-                                  .Arg<jaxserve::Row>()     // top_p
-                                  .Arg<jaxserve::Row>()     // min_p
-                                  .Arg<jaxserve::Matrix>()  // uniforms
-                                  .Ret<jaxserve::Ints>()    // token
-                                  .Ret<jaxserve::Bools>()); // failed
+                                  .Arg<jaxserve::Matrix>()       // logits
+                                  .Arg<jaxserve::BoolVector>()   // active
+                                  .Arg<jaxserve::BoolVector>()   // random
+                                  .Arg<jaxserve::Vector>()       // temperature
+                                  .Arg<jaxserve::IntVector>()    // top_k
+                                  .Arg<jaxserve::Vector>()       // top_p
+                                  .Arg<jaxserve::Vector>()       // min_p
+                                  .Arg<jaxserve::Matrix>()       // uniforms
+                                  .Ret<jaxserve::IntVector>()    // token
+                                  .Ret<jaxserve::BoolVector>()); // failed
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_report, jaxserve::Report,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<jaxserve::Matrix>()     // logits
-                                  .Arg<jaxserve::Bools>()      // active
-                                  .Arg<jaxserve::Ints>()       // token
-                                  .Arg<jaxserve::Bools>()      // asked
-                                  .Ret<jaxserve::Row>()        // logprob
-                                  .Ret<jaxserve::Ints>()       // rank
-                                  .Ret<jaxserve::IntMatrix>()  // top_ids
-                                  .Ret<jaxserve::Matrix>());   // top_logprobs
+                                  .Arg<jaxserve::Matrix>()      // logits
+                                  .Arg<jaxserve::BoolVector>()  // active
+                                  .Arg<jaxserve::IntVector>()   // token
+                                  .Arg<jaxserve::BoolVector>()  // wants_top
+                                  .Ret<jaxserve::Vector>()      // logprob
+                                  .Ret<jaxserve::IntVector>()   // rank
+                                  .Ret<jaxserve::IntMatrix>()   // top_ids
+                                  .Ret<jaxserve::Matrix>());    // top_logprobs

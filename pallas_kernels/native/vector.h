@@ -1,4 +1,4 @@
-// Sixteen floats at once, in the compiler's vector extensions: one register with AVX-512, two with AVX2.
+// Vectors of sixteen floats, in the vector extensions of g++: one register with AVX-512, two with AVX2.
 #pragma once
 
 #include <immintrin.h>
@@ -15,16 +15,16 @@ namespace jaxserve {
 constexpr int kLanes = 16;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Brings a line to the second cache, or to the first. GCC takes functions that do nothing but __builtin_prefetch for functions
-// without effect, and leaves them out.
+// Fetch a line into the second cache, or into the first. They are assembly because GCC takes a function that only calls
+// __builtin_prefetch for one without effect, and leaves it out.
 inline void Fetch2(const void* from) { asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(from))); }
 inline void Fetch1(const void* from) { asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(from))); }
 
-// Room for numbers, from a whole line on: vectors that lie across two lines take twice as long to store.
+// Room for numbers that begins at a whole line: a vector that lies across two lines takes twice as long to store.
 template <typename T>
 class Buffer {
  public:
-  T* Resize(int64_t size) {  // what it held is lost
+  T* Resize(int64_t size) {  // the contents are lost
     if (size > size_) {
       size_ = 0;
       data_.reset();
@@ -56,7 +56,7 @@ inline V Load(const void* from) {
 
 inline void Store(float* to, Vec v) { std::memcpy(to, &v, sizeof(v)); }
 
-// Stores to a whole line, without reading it before: for what no cache will hold until it is read.
+// Stores a whole line without reading it first: for results that no cache would hold until they are read.
 inline void StorePastCaches(float* to, Vec v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(to, (__m512)v);
@@ -73,7 +73,7 @@ inline void StoreSome(float* to, Vec v, int n) {
 
 inline Vec Splat(float x) { return Vec{} + x; }  // -0.0 becomes 0.0
 
-// Loads the first n floats of up to a vector; the others are `rest`.
+// Loads n floats, at most a vector; the other lanes are `rest`.
 inline Vec LoadSome(const float* from, int n, float rest) {
   if (n == kLanes) return Load(from);
   Vec v = Splat(rest);
@@ -88,7 +88,7 @@ inline float Float(uint16_t bits) {
   return x;
 }
 
-// bfloat16, to nearest even.
+// Rounds to bfloat16, to nearest even.
 inline uint16_t Bfloat16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
@@ -107,7 +107,7 @@ inline HalfVec Bfloat16(Vec x) {
 
 inline Vec Float(HalfVec bits) { return (Vec)(__builtin_convertvector(bits, UintVec) << 16); }
 
-// Sixteen adjacent bfloat16 as the even and the odd eight of sixteen pairs: 32 numbers.
+// 32 adjacent numbers of bfloat16, as a vector of those at even places and a vector of those at odd places.
 struct Pairs {
   Vec even, odd;
 };
@@ -119,7 +119,7 @@ inline Pairs LoadPairs(const uint16_t* from) {
 
 inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
 
-// Each lane's neighbour at distance `step`, a power of two.
+// Each lane gets the number of the lane whose index differs in the bit `step`.
 template <int step>
 inline Vec Swapped(Vec v) {
   IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -140,7 +140,7 @@ inline float Largest(Vec v) {
   return Max(v, Swapped<1>(v))[0];
 }
 
-// exp for x <= 88, within 2 units in the last place; exactly 1 at 0, and 0 below -87 (Cephes, Moshier).
+// Returns exp(x) for x <= 88, to within 2 units in the last place; exactly 1 at 0, and 0 below -87 (Cephes, Moshier).
 inline Vec Exp(Vec x) {
   const auto vanishes = x < -87.0f;
   x = vanishes ? Splat(-87.0f) : x;
