@@ -1,1 +1,1 @@
-"""Kernels, one package per operation: a plain reference that specifies it, and one file per backend."""
+"""Kernels, one package per operation: a plain reference that specifies it, and one file per backend. See README.md."""

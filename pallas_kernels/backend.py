@@ -1,13 +1,17 @@
-"""Which backend of an operation runs. JAX is imported when it is asked for a device: names are needed without one."""
+"""The backends of the operations: their names, the default of a platform, and which can run here.
+
+JAX is imported only where a device is looked at, so that command lines can read the names without it.
+"""
 
 BACKENDS = ("reference", "native", "triton", "jax_triton", "tpu")
-_OF_PLATFORM = {"gpu": "triton", "cuda": "triton", "tpu": "tpu"}
-_PLATFORMS_OF = {"native": ("cpu",), "triton": ("gpu", "cuda"), "jax_triton": ("gpu", "cuda"), "tpu": ("tpu",)}
+_DEFAULT_OF_PLATFORM = {"gpu": "triton", "cuda": "triton", "tpu": "tpu"}
+_PLATFORMS_OF_BACKEND = {"native": ("cpu",), "triton": ("gpu", "cuda"), "jax_triton": ("gpu", "cuda"), "tpu": ("tpu",)}
 
 
 def resolve_backend(backend: str | None) -> str:
-    """The backend asked for, or the platform's default: "triton" on NVIDIA GPUs, "tpu" on TPUs, "native" on CPUs if it can be
-    built there, else "reference".
+    """Returns the backend by this name, or the default of the platform if it is None.
+
+    The defaults are "triton" on NVIDIA GPUs, "tpu" on TPUs, "native" on CPUs if it can be built there, and else "reference".
 
     Raises:
       ValueError: if the name is unknown.
@@ -16,24 +20,24 @@ def resolve_backend(backend: str | None) -> str:
         platform = _platform()
         if platform == "cpu" and _why_not_native() is None:
             return "native"
-        return _OF_PLATFORM.get(platform, "reference")
+        return _DEFAULT_OF_PLATFORM.get(platform, "reference")
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}, or None to choose")
     return backend
 
 
 def compiles_for_cuda(backend: str) -> bool:
-    """Whether what runs with this backend is compiled for an NVIDIA GPU; or interpreted, in the place of that."""
+    """Whether programs with this backend are compiled for an NVIDIA GPU, or interpreted as if they were."""
     return backend in ("triton", "jax_triton") or _platform() == "gpu"
 
 
 def check_runs_here(backend: str, *, interpret: bool) -> None:
-    """Refuses a backend that cannot run on the default device.
+    """Checks that a backend can run on the default device.
 
     Raises:
-      ValueError: naming the backend, the platform, and what to use instead.
+      ValueError: if it cannot; the message names the backend, the platform, and what to use instead.
     """
-    platforms = _PLATFORMS_OF.get(backend, ())
+    platforms = _PLATFORMS_OF_BACKEND.get(backend, ())
     platform = _platform()
     interpretable = backend in ("triton", "tpu")
     if platforms and platform not in platforms and not (interpret and interpretable):

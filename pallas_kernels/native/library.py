@@ -1,7 +1,7 @@
-"""The C++ kernels of this folder: built on first use, by the compiler of the machine they run on, and made known to XLA.
+"""Builds the C++ kernels of this folder on first use, on the machine they run on, and registers them with XLA.
 
-The library lies in the user's cache, under a name that says what it was made of: sources, flags, compiler, processor and
-jaxlib. Where there is no compiler or no fitting processor, there is no library, and plain JAX serves.
+The library lies in the user's cache folder. Its name is a digest of sources, flags, compiler, processor and jaxlib. Without a
+compiler or a fitting processor there is no library, and the backend "reference" serves.
 """
 
 import ctypes
@@ -37,18 +37,18 @@ _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"),
     *("-fPIC", "-shared", "-pthread", "-Wno-psabi"),
 )
-_NEEDED = ("avx2", "fma")  # of the processor
+_PROCESSOR_NEEDS = ("avx2", "fma")
 _BUILD_SECONDS = 600
 _DIGEST_BYTES = 32
 
 
 class NativeUnavailableError(RuntimeError):
-    """The kernels cannot be built or loaded here; the message says why."""
+    """Raised where the kernels cannot be built or loaded; the message says why."""
 
 
 @functools.cache
 def why_not() -> str | None:
-    """Loads the library, building it if it was not built before; None: it is there, else the reason why not."""
+    """Loads the library, and builds it if necessary. Returns None if that worked, else the reason why it did not."""
     try:
         _register(_load())
     except NativeUnavailableError as error:
@@ -64,18 +64,18 @@ def available() -> bool:
 
 def _load() -> ctypes.CDLL:
     processor = _processor()
-    missing = [name for name in _NEEDED if name not in processor]
+    missing = [name for name in _PROCESSOR_NEEDS if name not in processor]
     if missing:
         raise NativeUnavailableError(f"the processor lacks {' and '.join(missing)}")
     folder = _cache_folder()
     compiler = _compiler()
     with importlib.resources.as_file(importlib.resources.files("pallas_kernels.native")) as sources:
         texts = [(sources / name).read_bytes() for name in (*_SOURCES, *_HEADERS)]
-        made_of = [
+        parts = [
             *texts,
             *(text.encode() for text in (*_FLAGS, *compiler, *sorted(processor), jaxlib.version.__version__)),
         ]
-        name = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in made_of)).hexdigest()[:20]
+        name = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:20]
         library = folder / f"native-{name}.so"
         try:
             if not _is_whole(library):
@@ -96,7 +96,7 @@ def _register(library: ctypes.CDLL) -> None:
 
 
 def _processor() -> frozenset[str]:
-    """What the processor can do, as Linux names it; empty for any but x86-64."""
+    """Returns the processor's features, as Linux names them. The set is empty on other systems and processors."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return frozenset()
     try:
@@ -107,21 +107,21 @@ def _processor() -> frozenset[str]:
 
 
 def _compiler() -> tuple[str, str]:
-    """Path and version of a C++ compiler."""
+    """Returns the path of a C++ compiler and what it says about its version."""
     for name in (os.environ.get("CXX"), "g++", "clang++"):
         path = shutil.which(name) if name else None
         if path:
             try:
-                asked = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False)
+                version = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False)
             except (OSError, subprocess.TimeoutExpired):
                 continue
-            if asked.returncode == 0:
-                return path, asked.stdout
+            if version.returncode == 0:
+                return path, version.stdout
     raise NativeUnavailableError("no C++ compiler found: install g++ or set CXX")
 
 
 def _cache_folder() -> pathlib.Path:
-    """A folder that nobody else can write to: what lies there is run."""
+    """Returns the folder for libraries. Nobody else may write to it, because libraries in it are executed."""
     try:
         base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     except RuntimeError as error:
@@ -138,16 +138,17 @@ def _cache_folder() -> pathlib.Path:
 
 
 def _is_whole(library: pathlib.Path) -> bool:
-    """Whether a library is there as `_build` made it, digest at its end: a torn one kills the process that loads it."""
-    made = library.read_bytes() if library.exists() else b""
-    return made[-_DIGEST_BYTES:] == hashlib.sha256(made[:-_DIGEST_BYTES]).digest()
+    """Whether a library is there as `_build` wrote it, with its digest at the end. Loading a torn one would end the process."""
+    content = library.read_bytes() if library.exists() else b""
+    return content[-_DIGEST_BYTES:] == hashlib.sha256(content[:-_DIGEST_BYTES]).digest()
 
 
 def _build(compiler: str, sources: list[pathlib.Path], library: pathlib.Path) -> None:
+    """Compiles all sources at the same time, links them, and puts the library in its place as a whole."""
     _log.info("native CPU kernels: building %s, once", library.name)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
-        made = pathlib.Path(folder) / library.name
-        objects = [made.with_name(source.stem + ".o") for source in sources]
+        new = pathlib.Path(folder) / library.name
+        objects = [new.with_name(source.stem + ".o") for source in sources]
         common = [compiler, *_FLAGS, "-isystem", jax.ffi.include_dir()]
         try:
             running = [
@@ -162,15 +163,15 @@ def _build(compiler: str, sources: list[pathlib.Path], library: pathlib.Path) ->
             printed = [process.communicate(timeout=_BUILD_SECONDS)[0] for process in running]
             if not any(process.returncode for process in running):
                 linked = subprocess.run(
-                    [*common, *map(str, objects), "-o", str(made)],
+                    [*common, *map(str, objects), "-o", str(new)],
                     capture_output=True,
                     text=True,
                     timeout=60,
                     check=False,
                 )
                 if linked.returncode == 0:
-                    made.write_bytes((code := made.read_bytes()) + hashlib.sha256(code).digest())
-                    made.replace(library)  # two processes may build at once: each replaces the whole
+                    new.write_bytes((code := new.read_bytes()) + hashlib.sha256(code).digest())
+                    new.replace(library)  # two processes may build at once: each replaces the whole file
                     return
                 printed.append(linked.stderr)
         except (OSError, subprocess.TimeoutExpired) as error:

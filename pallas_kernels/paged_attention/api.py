@@ -1,4 +1,4 @@
-"""Attention over pages: which backend runs is an argument; `reference.paged_attention` says what all of them compute."""
+"""Attention over pages. An argument chooses the backend; `reference.paged_attention` specifies what all of them compute."""
 
 from jaxtyping import Array, Float, Float32, Int32
 
@@ -22,18 +22,18 @@ def decode_attention(
     backend: str | None = None,
     interpret: bool = False,
 ) -> Float32[Array, "B H D"]:
-    """Attention of rows that each read their slot's pages for themselves: one row per sequence, as in decoding.
+    """Computes attention for batch rows that each read the pages of their slot separately, as when every sequence decodes.
 
-    Several rows of one slot are allowed. A row's bits depend on its own sequence and position only, given the shapes and
-    `num_splits`.
+    Several batch rows of one slot are allowed. Given the shapes and `num_splits`, the bits of a batch row depend on its own
+    sequence and position only.
 
     Args:
       q, kv, slot, position, window, softcap, sinks: as in `reference.paged_attention`.
-      num_splits: parts that a row's positions are worked on in parallel (split-K, Flash-Decoding, Dao et al., 2023); None:
-        chosen from the shapes. Only "triton" and "jax_triton" split.
+      num_splits: into how many parts the positions of a batch row are split, to work on them in parallel (split-K,
+        Flash-Decoding, Dao et al., 2023); None: chosen from the shapes. Only "triton" and "jax_triton" split.
       backend: "triton" (Pallas on NVIDIA GPUs), "jax_triton" (the same kernel through jax-triton), "tpu" (Pallas on TPUs),
-        "native" (C++ on CPUs), "reference" (plain JAX); None: the platform's default.
-      interpret: run the kernel in Pallas' interpreter, on any device; slow.
+        "native" (C++ on CPUs) or "reference" (plain JAX); None: the default of the platform.
+      interpret: whether the kernel runs in Pallas' interpreter, on any device and slowly.
 
     Raises:
       ValueError: if the backend is unknown, or does not support the shapes, the dtype or `interpret`.
@@ -72,17 +72,18 @@ def chunk_attention(
     backend: str | None = None,
     interpret: bool = False,
 ) -> Float32[Array, "B H D"]:
-    """Attention of chunks: adjacent rows of one slot, at consecutive positions, read its pages together.
+    """Computes attention for chunks: adjacent batch rows of one slot at consecutive positions read its pages together.
 
-    The rows' own keys and values must be in the pages. Rows of several slots may be packed in one batch; each slot's rows
-    must form one run. A row's bits do not depend on where its prompt was cut into chunks, nor on the other rows.
+    Their own keys and values must be in the pages already. Chunks of several slots may be packed in one batch; the batch rows
+    of each slot must be adjacent. The bits of a batch row depend neither on where its prompt was cut into chunks nor on the
+    other batch rows.
 
     Args:
       q, kv, slot, position, window, softcap, sinks: as in `reference.paged_attention`.
-      blocks: from `chunk_blocks`, so that it is made once for all layers; None: made here.
-      backend: "triton", "tpu", "native", "reference"; None: the platform's default. "jax_triton" has no chunk kernel:
-        "triton" runs.
-      interpret: run the kernel in Pallas' interpreter, on any device; slow.
+      blocks: the result of `chunk_blocks`, to make it once for all layers; None: it is made here.
+      backend: "triton", "tpu", "native" or "reference"; None: the default of the platform. "jax_triton" has no chunk kernel
+        and runs "triton".
+      interpret: whether the kernel runs in Pallas' interpreter, on any device and slowly.
 
     Raises:
       ValueError: if the backend is unknown, or does not support the shapes or the dtype.
@@ -113,20 +114,19 @@ def chunk_blocks(
     group_size: int,
     backend: str | None = None,
 ) -> QueryBlocks | None:
-    """The query blocks that `chunk_attention` of the same backend works on; None if that needs none.
+    """Returns the query blocks that `chunk_attention` works on with the same backend; None if that needs no blocks.
 
     Args:
-      slot, position: as there.
+      slot, position, backend: as in `chunk_attention`.
       num_slots: S.
       group_size: query heads per kv head.
-      backend: as there.
     """
     backend = resolve_backend(backend)
     return None if backend in ("reference", "native") else _blocks(slot, position, num_slots, group_size, backend)
 
 
 def backend_for(kv: PagedKV, group_size: int, backend: str | None) -> str:
-    """The backend asked for; or the platform's default, if it serves these pages, else "reference".
+    """Returns the backend by this name. None means the default of the platform if it serves these pages, else "reference".
 
     Raises:
       ValueError: if the backend is unknown, or is "native" and does not serve these pages.

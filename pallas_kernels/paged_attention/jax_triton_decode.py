@@ -1,12 +1,13 @@
-"""`triton_decode` through jax-triton, the way on should Pallas drop its Triton lowering: same tiles, splits and partials."""
+"""`triton_decode` written in Triton itself and called through jax-triton, with the same tiles and splits.
+
+It is a way to go on if Pallas drops its lowering to Triton.
+"""
 
 import functools
 import inspect
 from types import ModuleType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.paged_attention import triton_decode
@@ -26,12 +27,11 @@ def decode_attention(
     num_splits: int | None = None,
     compute_capability: int | None = None,
 ) -> Float32[Array, "B H D"]:
-    """As `triton_decode.decode_attention`.
+    """Computes what `triton_decode.decode_attention` does.
 
     Args:
-      q, kv, slot, position, window, softcap, sinks, num_splits: as there.
-      compute_capability: of the GPU to compile for, times ten; None: that of the device. Compiling ahead of time, without
-        a GPU, needs it.
+      q, kv, slot, position, window, softcap, sinks, num_splits: as in `triton_decode`.
+      compute_capability: of the GPU to compile for, times ten; None: of the device. To compile without a GPU, name it.
 
     Raises:
       ValueError: if jax-triton is not installed, or the shapes, the dtype of the pages or `num_splits` are not supported.
@@ -41,7 +41,7 @@ def decode_attention(
     num_kv_heads = kv.k.shape[1]
     plan = triton_decode.plan_of(q, kv, window=window, num_splits=num_splits)
     kv = kv._replace(k=tiles.kernel_pages(kv.k), v=tiles.kernel_pages(kv.v))
-    # In place of an array that there is not stands another, which kernels do not read.
+    # Another array stands for one that is None; kernels do not read it.
     k_scale, v_scale, sink = (slot if x is None else x for x in (kv.k_scale, kv.v_scale, sinks))
     constants = {
         "NUM_SLOTS": kv.num_slots,
@@ -64,21 +64,17 @@ def decode_attention(
     }
     finishing = {"HAS_SINKS": sinks is not None, "HAS_V_SCALE": kv.v_scale is not None}
 
-    def partial(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((num_rows, num_heads, *shape), jnp.float32)
-
     call = functools.partial(_call, compute_capability=compute_capability)
     programs = (plan.head_programs, num_rows)
     rows = (q, kv.k, kv.v, kv.page_ids, slot, position, k_scale)
     if plan.num_splits == 1:
-        return call("decode_whole", (*rows, v_scale, sink), partial(head_dim), programs, 3, **attending, **finishing)
-    parts = [partial(plan.num_splits), partial(plan.num_splits), partial(plan.num_splits, head_dim)]
-    parts = call("decode_split", rows, parts, (*programs, plan.num_splits), 3, **attending)
+        return call("decode_whole", (*rows, v_scale, sink), plan.out_shape, programs, 3, **attending, **finishing)
+    parts = call("decode_split", rows, plan.part_shapes, (*programs, plan.num_splits), 3, **attending)
     block_dim = min(tiles.padded(head_dim), triton_decode.COMBINED_DIMS)
     return call(
         "combine",
         (*parts, slot, position, v_scale, sink),
-        partial(head_dim),
+        plan.out_shape,
         (num_heads, num_rows, -(-head_dim // block_dim)),
         1,
         **constants,
@@ -99,7 +95,7 @@ def _call(
     compute_capability: int | None,
     **constants: Any,
 ) -> Any:
-    """The one way into jax-triton."""
+    """Calls a kernel through jax-triton."""
     jax_triton, kernels = _imported()
     is_named_type = "out_type" in inspect.signature(jax_triton.triton_call).parameters  # from 0.4 on
     return jax_triton.triton_call(
@@ -116,7 +112,7 @@ def _call(
 
 
 def _imported() -> tuple[ModuleType, ModuleType]:
-    """jax-triton, and the kernels. Neither is imported before it is used."""
+    """Imports jax-triton and the kernels, on first use only."""
     try:
         import jax_triton  # pyright: ignore[reportMissingImports]
 

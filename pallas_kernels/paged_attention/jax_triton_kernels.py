@@ -1,7 +1,7 @@
-"""The kernels of `triton_decode`, written in Triton itself. Imports triton: import this file only where that is wanted.
+"""The kernels of `triton_decode`, written in Triton itself. Importing this file imports triton.
 
-Arrays are pointers to their first element; shapes and options are compile-time constants. A pointer that a constant says is
-not there may be anything. `triton_decode` and `triton_tiles` explain the method.
+Arrays are pointers to their first element; shapes and options are compile-time constants. Where a constant `HAS_...` is False,
+the pointer may be any. `triton_decode` and `triton_tiles` explain the method.
 """
 
 import triton  # pyright: ignore[reportMissingImports]
@@ -31,14 +31,14 @@ def decode_whole(
     PADDED_DIM: tl.constexpr,
     COMPUTE: tl.constexpr,
     QUERY_FACTOR: tl.constexpr,
-    SOFTCAP: tl.constexpr,  # in base 2; None: there is none
+    SOFTCAP: tl.constexpr,  # in base 2; None: no softcap
     WINDOW: tl.constexpr,
     HAS_K_SCALE: tl.constexpr,
     HAS_V_SCALE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,  # 1
 ):
-    """A program works on one kv head of one row, and all that it sees. Grid: (kv heads, rows)."""
+    """A program works on one kv head of one batch row, and all positions that it sees. Grid: (kv heads, batch rows)."""
     row = tl.program_id(1)
     kv_head, head, is_head = _heads(GROUP_SIZE, HEADS_PER_PROGRAM)
     slot = tl.load(slots + row)
@@ -87,7 +87,7 @@ def decode_split(
     HAS_K_SCALE: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
 ):
-    """As `decode_whole`, for one part of what the row sees. Grid: (kv heads, rows, splits)."""
+    """A program does what `decode_whole` does for one split of the positions. Grid: (kv heads, batch rows, splits)."""
     row, split = tl.program_id(1), tl.program_id(2)
     kv_head, head, is_head = _heads(GROUP_SIZE, HEADS_PER_PROGRAM)
     slot = tl.load(slots + row)
@@ -95,7 +95,7 @@ def decode_split(
     first, end, per_split = _split_tiles(last, WINDOW, TILE, NUM_SPLITS)
     first = first + split * per_split
     end = tl.minimum(first + per_split, end)
-    if first < end:  # `combine` reads no other part
+    if first < end:  # `combine` reads only these
         largest, total, acc = _attend(
             q, k_pages, v_pages, page_ids, k_scale, row, slot, last, kv_head, head, is_head, first, end,
             PAGES_PER_SLOT, NUM_KV_HEADS, GROUP_SIZE, HEADS_PER_PROGRAM, PAGE_SIZE, TILE, HEAD_DIM, PADDED_DIM,
@@ -131,7 +131,7 @@ def combine(
     NUM_SPLITS: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
 ):
-    """Joins the parts of one head of one row. Grid: (heads, rows, blocks of the head's dimensions)."""
+    """A program combines the splits of one head of one batch row. Grid: (heads, batch rows, blocks of the head dim)."""
     head, row = tl.program_id(0), tl.program_id(1)
     dim = tl.program_id(2) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     split = tl.arange(0, PADDED_SPLITS)
@@ -157,7 +157,7 @@ def combine(
 
 @triton.jit
 def _heads(GROUP_SIZE: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr):
-    """The program's kv head, its query heads, and which of these there are."""
+    """Returns the kv head of the program, its query heads, and which of them exist."""
     programs_per_kv_head: tl.constexpr = (GROUP_SIZE + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
     kv_head = tl.program_id(0) // programs_per_kv_head
     member = (tl.program_id(0) % programs_per_kv_head) * HEADS_PER_PROGRAM + tl.arange(0, HEADS_PER_PROGRAM)
@@ -166,13 +166,13 @@ def _heads(GROUP_SIZE: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr):
 
 @triton.jit
 def _last_seen(slot, position, NUM_SLOTS: tl.constexpr):
-    """The last position that a row sees; -1 without a slot, so that it sees nothing and its page ids are not read."""
+    """Returns the last position that a batch row sees. Without a slot it is -1, so that no page id is read."""
     return tl.where(slot < NUM_SLOTS, position, -1)
 
 
 @triton.jit
 def _split_tiles(last, WINDOW: tl.constexpr, TILE: tl.constexpr, NUM_SPLITS: tl.constexpr):
-    """The first tile that a row sees, the tile after its last, and tiles per split."""
+    """Returns the first tile that a batch row sees, the tile after its last one, and the tiles per split."""
     first = last * 0
     if WINDOW is not None:
         first = tl.maximum(last - (WINDOW - 1), 0) // TILE
@@ -188,7 +188,7 @@ def _attend(
     PADDED_DIM: tl.constexpr, COMPUTE: tl.constexpr, QUERY_FACTOR: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, HAS_K_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over tiles first..end - 1: its largest score, sum of weights, and weighted sum of values."""
+    """Folds tiles first to end - 1. Returns the largest score, the sum of weights, and the weighted sum of values."""
     dim = tl.arange(0, PADDED_DIM)
     q_offset = (row * (NUM_KV_HEADS * GROUP_SIZE) + head)[:, None] * HEAD_DIM + dim[None, :]
     q_tile = tl.load(q + q_offset, mask=is_head[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
@@ -228,7 +228,7 @@ def _attend(
 
 @triton.jit
 def _page_ids_of(tile, page_ids, slot, last, PAGES_PER_SLOT: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr):
-    """The page of each position of a tile; a scalar if all lie in one page."""
+    """Returns the page of each position of a tile, or a scalar if all lie in one page."""
     positions = tile * TILE
     if PAGE_SIZE < TILE:
         positions = positions + tl.arange(0, TILE)
@@ -257,7 +257,7 @@ def _with_sink(largest, total, acc, sink):
 
 @triton.jit
 def _normalised(total, acc):
-    """0 for rows that saw nothing."""
+    """Divides by the sum of weights; a batch row that saw nothing gets 0."""
     if len(acc.shape) == 2:
         total = total[:, None]
     return tl.where(total == 0, 0.0, acc / total)

@@ -1,9 +1,9 @@
-"""Attention over pages in plain jax.numpy: the specification, and what runs on CPU.
+"""Attention over pages in plain jax.numpy: the specification, and the fallback where no kernel runs.
 
 Blocks of keys start at absolute multiples of a fixed number of positions and are folded into a running softmax (Milakov and
-Gimelshein, 2018; Dao et al., 2022). A block that a row does not reach changes none of its bits: the maximum stays, the
-correction is exp(0) = 1, the added terms are 0. So a row's result does not depend on the rows beside it, nor on how its
-prompt was cut into chunks, while the work follows the longest row present.
+Gimelshein, 2018; Dao et al., 2022). A block that a batch row does not reach changes none of its bits: the maximum stays, the
+correction is exp(0) = 1, and the added terms are 0. So the result of a batch row depends neither on the others nor on how its
+prompt was cut into chunks, while the work follows the longest batch row present.
 """
 
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.pages import PagedKV, as_float
 
-_EXACT = lax.Precision.HIGHEST  # float32 means float32 on accelerators too
+_EXACT = lax.Precision.HIGHEST  # no rounding of float32 operands on accelerators
 _BLOCK_POSITIONS = 64  # fastest of 16..256 on CPU
 
 
@@ -26,22 +26,23 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Float32[Array, " H"] | None = None,
 ) -> Float32[Array, "B H D"]:
-    """Softmax attention (PagedAttention, Kwon et al., 2023), each row to positions 0..position of its own slot.
+    """Computes softmax attention (PagedAttention, Kwon et al., 2023) of each batch row to positions 0..position of its slot.
+
+    Every batch row reads the pages of its slot separately, also when rows of one prompt are adjacent. That is simple, and slow
+    for long prompts.
 
     Args:
       q: queries, already scaled; head h reads kv head h // (H // K).
-      kv: keys and values. No position that a row sees may lie in a "none" page.
-      slot: slot of each row; S = none, the row's result is 0.
-      position: position of each row.
-      window: number of latest positions a row sees, its own included; None: all.
-      softcap: scores s become softcap * tanh(s / softcap) (Gemma 2); None: they stay.
-      sinks: per head, a score that takes part in the softmax and has no value (GPT-OSS); None: there is none.
-
-    Every row reads its slot's pages for itself, also when rows of one prompt stand side by side: simple, and slow for long
-    prompts.
+      kv: keys and values. No position that a batch row sees may lie in a page of id "none".
+      slot: slot of each batch row; S: no slot, and then the result is 0.
+      position: position of each batch row.
+      window: how many of the latest positions a batch row sees, its own included; None: all.
+      softcap: scores s become softcap * tanh(s / softcap) (Gemma 2); None: they stay as they are.
+      sinks: for each head a score that takes part in the softmax and has no value (GPT-OSS); None: no sinks.
 
     Returns:
-      The attention output, accumulated in float32. Positions that a row does not see never reach it, be they NaN.
+      The attention output, accumulated in float32. Numbers at positions that a batch row does not see never reach it, not even
+      NaN.
     """
     num_rows, num_heads, head_dim = q.shape
     num_slots, pages_per_slot = kv.page_ids.shape

@@ -1,11 +1,11 @@
-"""Named shapes of attention, shared by tests and benchmarks: the heads of real models, and what tells them apart."""
+"""Named shapes of attention that tests, benchmarks and the compile gate share: the heads of real models."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
-    """The static side of one layer's attention.
+    """The static properties of the attention of one layer.
 
     Attributes:
       name: unique.
@@ -13,8 +13,8 @@ class AttentionShape:
       num_kv_heads: K.
       head_dim: D.
       page_size: T, tokens per page.
-      window: latest positions that a row sees, its own included; None: all.
-      softcap: bound of the scores; None: none.
+      window: how many of the latest positions a batch row sees, its own included; None: all.
+      softcap: bound of the scores; None: no bound.
       sinks: whether every head has a sink.
     """
 
@@ -29,7 +29,7 @@ class AttentionShape:
 
     @property
     def group_size(self) -> int:
-        """Query heads per kv head."""
+        """G, the query heads per kv head."""
         return self.num_heads // self.num_kv_heads
 
 

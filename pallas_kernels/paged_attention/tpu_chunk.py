@@ -1,7 +1,7 @@
-"""Attention of chunks for TPUs (Pallas, Mosaic): the adjacent rows of a query block read its slot's pages together.
+"""Attention of chunks for TPUs (Pallas, Mosaic): the batch rows of a query block read the pages of their slot together.
 
-Rows lie in units, a few rows each, so that a block can start at any row of the batch while what is copied to and from VMEM
-starts at whole registers. Plain JAX gathers the rows into units before the kernel, and out of them after it:
+Batch rows lie in units of a few rows, so that a block can start at any batch row while copies to and from VMEM start at whole
+registers. Plain JAX gathers the batch rows into units before the kernel, and out of them after it:
 
 blocks of rows  0-4, 5-6, (7: no slot), 8-12        units of 4 rows:  [0 1 2 3] [4 . . .] [5 6 . .] [8 9 10 11] [12 . . .]
 """
@@ -24,15 +24,15 @@ from pallas_kernels.pages import PagedKV
 
 _TILE_SIZE = 256  # positions
 _SUBLANES = 8
-_PACKED_SUBLANES = 16  # of bfloat16 in a register
-_UNIT_QUERIES = 32  # small ones waste few rows on blocks' ends, large ones need fewer copies
-_PART_QUERIES = 128  # rows of one product: the MXU's size; what a short block is rounded up to
-_BLOCK_QUERIES = 512  # operations per byte of pages read; about what the fastest chip's bandwidth asks for
+_PACKED_SUBLANES = 16  # rows of bfloat16 in a register
+_UNIT_QUERIES = 32  # small units waste few rows at the end of a block, large ones need fewer copies
+_PART_QUERIES = 128  # rows of one product, the size of the MXU; a short block is rounded up to it
+_BLOCK_QUERIES = 512  # operations per byte of pages, about as many as the fastest chip needs for its bandwidth
 _VMEM_BYTES = 10 * 2**20  # of the 16 MiB that a kernel gets
 
 
 def block_rows(group_size: int) -> int:
-    """Most rows per query block."""
+    """Returns the most batch rows per query block."""
     return _Rows.of(group_size).per_block
 
 
@@ -46,11 +46,11 @@ def chunk_attention(
     sinks: Float32[Array, " H"] | None = None,
     interpret: bool = False,
 ) -> Float32[Array, "B H D"]:
-    """`reference.paged_attention` of the rows in `blocks`; rows in none of them give 0.
+    """Computes `reference.paged_attention` for the batch rows in `blocks`. Batch rows in no block give 0.
 
-    One grid step per block and group of kv heads that fits in VMEM. Operands of products are bfloat16 unless the pages are
-    float32. A row that sees a value that is not finite is NaN in all elements of that value's heads; others do not change. For
-    head_dim that is no multiple of 128, see `tpu_decode.decode_attention`.
+    There is one grid step per block and group of kv heads that fits in VMEM. Operands of products are bfloat16 unless the pages
+    are float32. A batch row that sees a value that is not finite is NaN in all elements of that value's heads; others keep
+    their bits. `tpu_decode.decode_attention` says what to do if head_dim is no multiple of 128.
 
     Raises:
       ValueError: if the pages' dtype, head_dim, page size or the size of the page table is not supported.
@@ -82,12 +82,12 @@ def chunk_attention(
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """How rows are put together; the queries of a row are those of one kv head."""
+    """How batch rows are put together. A batch row has `group_size` queries per kv head."""
 
     group_size: int
-    per_unit: int  # what is copied out at once
-    per_part: int  # units that one product works on
-    per_block: int  # parts that read a tile together
+    per_unit: int  # batch rows that are copied out together
+    per_part: int  # batch rows that one product works on
+    per_block: int  # batch rows that read a tile together
 
     @classmethod
     def of(cls, group_size: int) -> "_Rows":
@@ -98,7 +98,7 @@ class _Rows:
 
 
 def _heads_per_step(kv: PagedKV, rows: _Rows) -> int:
-    """The most kv heads whose tiles and state fit in VMEM, a divisor of all."""
+    """Returns how many kv heads a grid step works on: the largest divisor of all whose tiles and state fit in VMEM."""
     _, num_kv_heads, _, head_dim = kv.k.shape
     lanes, queries = tpu_tiles.padded_head_dim(head_dim), rows.per_block * rows.group_size
     tiles = 2 * NUM_BUFFERS * _TILE_SIZE * lanes * kv.k.dtype.itemsize
@@ -108,18 +108,17 @@ def _heads_per_step(kv: PagedKV, rows: _Rows) -> int:
 
 
 class _Layout(NamedTuple):
-    """Where a batch's rows lie in units."""
+    """Where the batch rows lie in units."""
 
     first_unit: Int32[Array, " X"]
-    row: Int32[Array, " U"]  # that lies in each place; B = none
-    place: Int32[Array, " B"]  # of each row; U = none
+    row: Int32[Array, " U"]  # batch row in each place; B: none
+    place: Int32[Array, " B"]  # place of each batch row; U: none
 
 
 def _layout(blocks: QueryBlocks, num_rows: int, num_slots: int, rows: _Rows) -> _Layout:
     num_blocks = blocks.slot.shape[0]
-    num_units = (
-        -(-num_rows // rows.per_unit) + num_blocks + rows.per_block // rows.per_unit
-    )  # the last block's are all read
+    # All units of the last block are read, in use or not.
+    num_units = -(-num_rows // rows.per_unit) + num_blocks + rows.per_block // rows.per_unit
     num_places = num_units * rows.per_unit
     used = jnp.where(blocks.slot < num_slots, blocks.num_rows, 0)
     units = lax.div(used + (rows.per_unit - 1), jnp.int32(rows.per_unit))
@@ -142,7 +141,7 @@ def _attend_units(
     softcap: float | None,
     interpret: bool,
 ) -> Float32[Array, "K U M D"]:
-    """Queries in units to results in units; units of no block are not written."""
+    """Computes attention for queries in units. Units that belong to no block are not written."""
     *_, num_rows, _ = scalars
     heads, head_dim = _heads_per_step(kv, rows), q.shape[3]
     steps_per_block = q.shape[0] // heads
@@ -217,7 +216,7 @@ def _kernel(
         return SoftmaxState(*(ref.at[head, part] for ref in (largest, total, out_block)))
 
     def fold(k_tile, v_tile, tile_position):
-        """Adds a tile to the parts that see some of it; adding it to the others would leave their bits."""
+        """Adds a tile to the parts that see some of it. To the others it would add nothing."""
         last_position = tile_position + tiles.tile_size - 1
         sees_all = begin >= last_position
         if window is not None:
@@ -269,17 +268,17 @@ def _kernel(
 
 
 def _take_out_broken(tile, broken, head, tile_position, span):
-    """Of positions that not all rows see, values that are not finite become 0, and `broken` says where they were."""
-    if tile.dtype == jnp.int8:  # is finite
+    """Replaces values that are not finite by 0 at positions that not all rows see, and writes to `broken` where they were."""
+    if tile.dtype == jnp.int8:  # int8 is always finite
         broken[head] = jnp.zeros(broken.shape[1:], jnp.float32)
         return 0
     values = tpu_tiles.as_operand(tile[head], jnp.dtype(jnp.float32))
     positions = tile_position + lax.broadcasted_iota(jnp.int32, values.shape, 0)
     read = (positions >= span[0]) & (positions <= span[1])
-    zeros = values - values  # or NaN
+    zeros = values - values  # NaN where a value is not finite
     tile[head] = tpu_tiles.as_stored(jnp.where(read & (zeros == 0), values, 0.0), tile.dtype)
     ones = jnp.ones((broken.shape[1], values.shape[1]), jnp.bfloat16)
-    broken[head] = lax.dot_general(  # sums over lanes that end up along lanes
+    broken[head] = lax.dot_general(  # sums over lanes whose results lie along lanes
         ones,
         jnp.where(read, zeros, 0.0).astype(jnp.bfloat16),
         (((1,), (1,)), ((), ())),

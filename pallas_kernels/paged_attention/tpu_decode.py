@@ -1,4 +1,4 @@
-"""Attention of rows that each read their slot's pages for themselves, for TPUs (Pallas, Mosaic)."""
+"""Attention for TPUs (Pallas, Mosaic) of batch rows that each read the pages of their slot separately."""
 
 import functools
 
@@ -13,8 +13,8 @@ from pallas_kernels.paged_attention import tpu_tiles
 from pallas_kernels.paged_attention.tpu_tiles import NUM_BUFFERS, Schedule, SoftmaxState, Tiles
 from pallas_kernels.pages import PagedKV
 
-_TILE_BYTES = 2**20  # of K and V together: about a microsecond of HBM bandwidth, far above a copy's fixed cost
-_MIN_TILE, _MAX_TILE = 128, 512  # lanes of the scores; what a short sequence is rounded up to
+_TILE_BYTES = 2**20  # of K and V together: about a microsecond of HBM bandwidth, far more than the fixed cost of a copy
+_MIN_TILE, _MAX_TILE = 128, 512  # lanes of the scores; a short sequence is rounded up to the first
 _BUFFER_BYTES = 2**23  # half of the VMEM that a kernel gets
 _SUBLANES = 8
 
@@ -30,13 +30,13 @@ def decode_attention(
     sinks: Float32[Array, " H"] | None = None,
     interpret: bool = False,
 ) -> Float32[Array, "B H D"]:
-    """`reference.paged_attention`, one grid step per row: its work follows the row's own length.
+    """Computes `reference.paged_attention` with one grid step per batch row, whose work follows the length of that row.
 
-    All kv heads of a tile are computed on together, so that one copy per page brings them all. Operands of products are
-    bfloat16 unless the pages are float32. A group is padded to 8 query rows in VMEM.
+    All kv heads of a tile are computed together, so that one copy per page brings them all. Operands of products are bfloat16
+    unless the pages are float32. A group is padded to 8 queries in VMEM.
 
-    Where head_dim is no multiple of 128, XLA keeps pages with other dimensions minor unless it is told otherwise, and copies
-    the whole pool for this kernel: give the pool's arrays the row-major layout (`jax.experimental.layout`).
+    If head_dim is no multiple of 128, XLA by itself keeps another dimension of the pages minor, and copies the whole pool for
+    this kernel. Give the arrays of the pool the row-major layout (`jax.experimental.layout`) to avoid that.
 
     Raises:
       ValueError: if the pages' dtype, head_dim, page size or the size of the page table is not supported.
@@ -81,7 +81,7 @@ def decode_attention(
 
 
 def _tile_size(kv: PagedKV) -> int:
-    """Positions per tile; of the static shapes only. 8-bit numbers count as what they are converted to, in VMEM too."""
+    """Returns the positions per tile, from static shapes only. 8-bit numbers count as what they are converted to in VMEM."""
     _, num_kv_heads, _, head_dim = kv.k.shape
     position_bytes = 2 * num_kv_heads * tpu_tiles.padded_head_dim(head_dim) * tpu_tiles.compute_dtype(kv).itemsize
     size = min(max(_TILE_BYTES // position_bytes, _MIN_TILE), _MAX_TILE)
@@ -126,7 +126,8 @@ def _kernel(
 
 
 def _clear_unseen(tile, first_position, first, last) -> None:
-    if tile.dtype == jnp.int8:  # has no NaN
+    """Sets values at positions that the batch row does not see to 0, because 0 times NaN is NaN."""
+    if tile.dtype == jnp.int8:  # int8 has no NaN
         return
     positions = first_position + lax.broadcasted_iota(jnp.int32, tile.shape, 1)
     values = tpu_tiles.as_operand(tile[...], jnp.dtype(jnp.float32))

@@ -1,14 +1,15 @@
 """Attention of chunks over pages on NVIDIA GPUs: FlashAttention-2 (Dao, 2023) of ragged rows in Pallas, lowered to Triton.
 
-One program works on one kv head of one query block: each row gives one query per head of the group, and these are the rows
-of the products. Tiles that all rows see whole need no mask; tiles at an edge of what some row sees do:
+One program works on one kv head of one query block. Each batch row gives one query per head of the group, and these queries are
+the rows of the matrix products. A tile that all batch rows see as a whole needs no mask; a tile that some see in part does:
 
     rows at positions 300..331, window 150:     tile    2 masked | 3 whole  | 4 masked, 5 masked
     the first sees 151..300, the last 182..331          128..191 | 192..255 | 256..319, 320..383
 
-No bit of a row depends on which loop takes a tile: a mask that is true everywhere changes nothing, the sums run in the same
-order, and no multiplication meets an addition that only one of the loops could fuse it with. Tiles start at absolute
-multiples of their size, and one that a row does not see changes nothing of it. So neither does the rest of its block.
+The bits of a batch row do not depend on the loop that takes a tile: a mask that is True everywhere changes nothing, the sums
+run in the same order, and no multiplication meets an addition that only one of the loops could fuse it with. Tiles start at
+absolute multiples of their size, and a tile that a batch row does not see changes none of its bits. So the other batch rows
+of its block do not change them either.
 """
 
 import functools
@@ -30,7 +31,7 @@ _BLOCK_QUERIES = 128
 
 
 def block_rows(group_size: int) -> int:
-    """Rows per query block that `chunk_attention` is made for.
+    """Returns the batch rows per query block that `chunk_attention` works on.
 
     Args:
       group_size: query heads per kv head.
@@ -48,15 +49,15 @@ def chunk_attention(
     sinks: Float32[Array, " H"] | None = None,
     interpret: bool = False,
 ) -> Float32[Array, "B H D"]:
-    """`reference.paged_attention` as a kernel. Operands of products are rounded to `triton_tiles.compute_dtype`.
+    """Computes `reference.paged_attention`. Operands of products are rounded to `triton_tiles.compute_dtype`.
+
+    Numbers that are not finite reach only the batch rows that see them. The result of such a row is not finite in some or in
+    all dimensions of the head, depending on its place in its block.
 
     Args:
-      q, kv, window, softcap, sinks: as there.
-      blocks: of at most `block_rows` rows each; together they hold every row once.
-      interpret: run in Pallas' interpreter.
-
-    Numbers that are not finite stay with the rows that see them. Such a row is not finite either: in some or in all
-    dimensions of the head, depending on where it stands in its block.
+      q, kv, window, softcap, sinks: as in the reference.
+      blocks: blocks of at most `block_rows` batch rows each, which together hold every batch row once.
+      interpret: whether to run in Pallas' interpreter.
 
     Raises:
       ValueError: if the shapes or the dtype of the pages are not supported.
@@ -87,24 +88,24 @@ class _Sizes(NamedTuple):
 
 
 def _sizes(head_dim: int, dtype: jnp.dtype) -> _Sizes:
-    """With these, and 8 warps, no shape spilled registers when compiled for sm_90a."""
-    if dtype == jnp.float32:  # uses no tensor cores, and spills sooner
+    """Returns the sizes with which, and with 8 warps, no named shape spills registers on sm_90a."""
+    if dtype == jnp.float32:  # float32 uses no tensor cores and spills sooner
         return _Sizes(queries=32, tile=16, num_stages=3)
     if head_dim > 128:
         return _Sizes(queries=128, tile=32 if dtype.itemsize > 1 else 16, num_stages=2)
     return _Sizes(queries=128, tile=64, num_stages=3)
 
 
-class _Seen(NamedTuple):
-    """What the queries of a program see: positions from `oldest` to `last`, and each of them what `visible` says."""
+class _Span(NamedTuple):
+    """The positions from `oldest` to `last`, which the queries of a program see together."""
 
     oldest: Int32[Array, ""]
-    last: Int32[Array, ""]  # -1: nothing
+    last: Int32[Array, ""]  # -1: the queries see nothing
     newest_of: Int32[Array, " queries"]
     window: int | None
 
     def tile_bounds(self, first: Int32[Array, ""], tile_size: int) -> tuple[Int32[Array, ""], ...]:
-        """Tiles masked at the lower edge, whole ones, and masked ones at the upper edge: three ranges by their four bounds."""
+        """Returns four bounds of three ranges of tiles: masked ones at the lower edge, whole ones, masked ones at the upper edge."""
         size = np.int32(tile_size)
         begin, end = lax.div(self.oldest, size), lax.div(self.last + size, size)
         whole_begin = begin
@@ -113,10 +114,12 @@ class _Seen(NamedTuple):
             whole_begin = jnp.minimum(lax.div(oldest_of_last + (size - 1), size), end)
         return begin, whole_begin, jnp.maximum(lax.div(first + 1, size), whole_begin), end
 
-    def wanted(self, positions: Int32[Array, " tile"]) -> Bool[Array, " tile"]:
+    def holds(self, positions: Int32[Array, " tile"]) -> Bool[Array, " tile"]:
+        """Whether each position lies in the span."""
         return (positions >= self.oldest) & (positions <= self.last)
 
     def visible(self, positions: Int32[Array, " tile"]) -> Bool[Array, "queries tile"]:
+        """Whether each query sees each position."""
         visible = positions[None, :] <= self.newest_of[:, None]
         if self.window is not None:
             visible = visible & (positions[None, :] > (self.newest_of - self.window)[:, None])
@@ -159,12 +162,14 @@ def _kernel(
         first = jnp.where(slot < num_slots, first_position + begin_row, -1)
         last = jnp.where(slot < num_slots, first_position + end_row - 1, -1)
         oldest = jnp.int32(0) if window is None else jnp.maximum(first - (window - 1), 0)
-        seen = _Seen(oldest, last, first_position + row, window)
+        span = _Span(oldest, last, first_position + row, window)
 
         place = elements(blocks.first_row[block])
         q = plgpu.load(q_ref.at[place], mask=is_element, other=np.zeros((), q_ref.dtype))
         q = q.astype(jnp.float32) * np.float32(tiles.query_factor(softcap))
-        if kv.k_scale is not None:  # as a factor of scores, one loop could fuse it with what follows and another not
+        if (
+            kv.k_scale is not None
+        ):  # not as a factor of scores, which one loop could fuse with what follows and another not
             q = q * kv.k_scale[kv_head]
         q = q.astype(tiles.compute_dtype(kv.k.dtype))
 
@@ -176,19 +181,19 @@ def _kernel(
             page_ids, softmax = carry
             next_page_ids = page_ids_of(tile + 1)
             positions = tiles.tile_positions(tile, sizes.tile)
-            wanted = seen.wanted(positions) if masked else None
-            k = tiles.load_tile(kv.k, page_ids, kv_head, positions, wanted)
-            v = tiles.load_tile(kv.v, page_ids, kv_head, positions, wanted)
+            is_read = span.holds(positions) if masked else None
+            k = tiles.load_tile(kv.k, page_ids, kv_head, positions, is_read)
+            v = tiles.load_tile(kv.v, page_ids, kv_head, positions, is_read)
             scores = tiles.scores(q, k, None, softcap=softcap)
             if masked:
-                scores, v = _masked(scores, v, seen.visible(positions), kv.v.dtype)
+                scores, v = _masked(scores, v, span.visible(positions), kv.v.dtype)
             return next_page_ids, tiles.fold(softmax, scores, v)
 
-        begin, whole_begin, whole_end, end = seen.tile_bounds(first, sizes.tile)
+        begin, whole_begin, whole_end, end = span.tile_bounds(first, sizes.tile)
         carry = page_ids_of(begin), tiles.empty_softmax(sizes.queries, head_dim)
         if window is not None:
             carry = lax.fori_loop(begin, whole_begin, functools.partial(fold_tile, masked=True), carry)
-        # Around the loop, lest its final wait for products be reached without any: the compiler then serializes all of them.
+        # The condition keeps the loop from reaching its final wait for products without any: then the compiler serialises all.
         carry = lax.cond(
             whole_begin < whole_end,
             lambda carry: lax.fori_loop(whole_begin, whole_end, functools.partial(fold_tile, masked=False), carry),
@@ -199,7 +204,7 @@ def _kernel(
 
         sink = None if sinks_ref is None else plgpu.load(sinks_ref.at[head], mask=is_head, other=np.float32(0))
         out = tiles.finish(softmax, sink, None if kv.v_scale is None else kv.v_scale[kv_head])
-        # Read again, lest the elements' addresses stay in registers through the loops: at head_dim 256 that spills.
+        # Read again, so that the addresses do not stay in registers through the loops: at head_dim 256 that spills.
         place = elements(plgpu.load(blocks.first_row.at[block], volatile=True))
         plgpu.store(out_ref.at[place], out, mask=is_element)
 
@@ -210,10 +215,10 @@ def _masked(
     visible: Bool[Array, "queries tile"],
     pages_dtype: jnp.dtype,
 ) -> tuple[Float32[Array, "queries tile"], Float[Array, "tile padded_D"]]:
-    """Scores of -inf where not visible, and values that may be multiplied by weights of 0.
+    """Returns scores that are -inf where not visible, and values that may be multiplied by weights of 0.
 
-    0 times NaN is NaN, so a value that is not finite would reach rows that do not see it. It is taken out, and what it does to
-    the rows that do see it is left to the score.
+    0 times NaN is NaN, so a value that is not finite would reach queries that do not see it. It is replaced by 0, and the score
+    of its position becomes NaN, which shows it to the queries that do see it.
     """
     if jnp.issubdtype(pages_dtype, jnp.floating):
         not_finite = jnp.sum((v - v).astype(jnp.float32), axis=1)  # 0 or NaN

@@ -1,9 +1,9 @@
-"""Attention of single rows over pages on NVIDIA GPUs: Flash-Decoding (Dao et al., 2023) in Pallas, lowered to Triton.
+"""Attention of single batch rows over pages on NVIDIA GPUs: Flash-Decoding (Dao et al., 2023) in Pallas, lowered to Triton.
 
-One program works on one kv head of one row, and on one of the parts (splits) of the positions that the row sees; the query
-heads of the kv head are the rows of its products. A second kernel combines the parts; a single part needs none.
+One program works on one kv head of one batch row, and on one of the splits of the positions that the row sees. The query heads
+of the kv head are the rows of its matrix products. A second kernel combines the splits; a single split needs none.
 
-    a row at position 700, tiles of 64 positions, 4 splits:   |0 1 2|3 4 5|6 7 8|9 10|
+    a batch row at position 700, tiles of 64 positions, 4 splits:   |0 1 2|3 4 5|6 7 8|9 10|
 """
 
 import functools
@@ -21,11 +21,11 @@ from pallas_kernels.paged_attention import triton_tiles as tiles
 from pallas_kernels.pages import PagedKV
 
 _NUM_SMS = 132  # of an H100 or H200 (SXM)
-_PROGRAMS_PER_SM = 3  # to have loads in flight while others compute
+_PROGRAMS_PER_SM = 3  # so that some load while others compute
 _MIN_TILES_PER_SPLIT = 4  # a split's partial result costs about as much as half a tile
 _MAX_SPLITS = 128  # the combining kernel holds one row of each in registers
-_MAX_GRID = 65535  # programs along the second dimension
-COMBINED_DIMS = 64  # of the head, per combining program
+_MAX_GRID = 65535  # programs along the second dimension of a grid
+COMBINED_DIMS = 64  # dimensions of the head per program of the second kernel
 
 
 def decode_attention(
@@ -40,15 +40,15 @@ def decode_attention(
     num_splits: int | None = None,
     interpret: bool = False,
 ) -> Float32[Array, "B H D"]:
-    """`reference.paged_attention` as a kernel. Operands of products are rounded to `triton_tiles.compute_dtype`.
+    """Computes `reference.paged_attention`. Operands of products are rounded to `triton_tiles.compute_dtype`.
+
+    The bits of a batch row depend on its own sequence and position, on `num_splits` and on static shapes only, because its
+    own position decides where its splits begin.
 
     Args:
-      q, kv, slot, position, window, softcap, sinks: as there.
-      num_splits: parts that a row's positions are worked on in parallel, at most 128; None: `default_num_splits`.
-      interpret: run in Pallas' interpreter.
-
-    A row's bits depend on its own sequence and position, `num_splits` and static shapes only: where its splits begin follows
-    from its own position.
+      q, kv, slot, position, window, softcap, sinks: as in the reference.
+      num_splits: into how many parts, at most 128, the positions of a batch row are split; None: `default_num_splits`.
+      interpret: whether to run in Pallas' interpreter.
 
     Raises:
       ValueError: if the shapes, the dtype of the pages or `num_splits` are not supported.
@@ -59,17 +59,10 @@ def decode_attention(
     kv = kv._replace(k=tiles.kernel_pages(kv.k), v=tiles.kernel_pages(kv.v))
     splitting = {"window": window, "tile_size": plan.tile_size, "num_splits": num_splits}
 
-    def partial(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((num_rows, num_heads, *shape), jnp.float32)
-
     split = tiles.triton_call(
         functools.partial(_decode_kernel, heads_per_program=plan.heads_per_program, softcap=softcap, **splitting),
         grid=(plan.head_programs, num_rows, num_splits),
-        out_shape=(
-            [partial(num_splits), partial(num_splits), partial(num_splits, head_dim)]
-            if num_splits > 1
-            else [partial(head_dim)]
-        ),
+        out_shape=[plan.out_shape] if num_splits == 1 else plan.part_shapes,
         num_warps=4,
         num_stages=3,
         name="paged_decode",
@@ -81,7 +74,7 @@ def decode_attention(
     combine = tiles.triton_call(
         functools.partial(_combine_kernel, num_slots=kv.num_slots, **splitting),
         grid=(num_heads, num_rows, -(-head_dim // COMBINED_DIMS)),
-        out_shape=partial(head_dim),
+        out_shape=plan.out_shape,
         num_warps=4,
         num_stages=1,
         name="paged_decode_combine",
@@ -91,19 +84,32 @@ def decode_attention(
 
 
 class Plan(NamedTuple):
-    """How decoding is cut into programs, the same for every way to compile it."""
+    """How decoding is cut into programs. All backends that split follow the same plan."""
 
     tile_size: int  # positions
     heads_per_program: int
-    head_programs: int  # programs for all heads of a row
+    head_programs: int  # programs for all heads of a batch row
     num_splits: int
+    q_shape: tuple[int, ...]  # [B, H, D]
+
+    @property
+    def out_shape(self) -> jax.ShapeDtypeStruct:
+        """The attention output."""
+        return jax.ShapeDtypeStruct(self.q_shape, jnp.float32)
+
+    @property
+    def part_shapes(self) -> list[jax.ShapeDtypeStruct]:
+        """What the first kernel stores for the second: largest scores, sums of weights, weighted sums of values."""
+        *rows_and_heads, head_dim = self.q_shape
+        shapes = ((self.num_splits,), (self.num_splits,), (self.num_splits, head_dim))
+        return [jax.ShapeDtypeStruct((*rows_and_heads, *shape), jnp.float32) for shape in shapes]
 
 
 def plan_of(q: Float[Array, "B H D"], kv: PagedKV, *, window: int | None, num_splits: int | None) -> Plan:
-    """Checks what `decode_attention` is given, and plans it.
+    """Checks the arguments of `decode_attention` and plans its programs.
 
     Raises:
-      ValueError: as there.
+      ValueError: if the shapes, the dtype of the pages or `num_splits` are not supported.
     """
     tiles.check_supported(q, kv)
     num_rows, num_heads, head_dim = q.shape
@@ -119,26 +125,26 @@ def plan_of(q: Float[Array, "B H D"], kv: PagedKV, *, window: int | None, num_sp
     if not 1 <= num_splits <= _MAX_SPLITS:
         raise ValueError(f"num_splits {num_splits} is not in 1..{_MAX_SPLITS}: choose it there, or None")
     if num_rows > _MAX_GRID:
-        raise ValueError(f"{num_rows} rows exceed {_MAX_GRID}: use fewer rows")
-    return Plan(tile_size, heads_per_program, head_programs, num_splits)
+        raise ValueError(f"{num_rows} batch rows are more than {_MAX_GRID}: use a smaller batch")
+    return Plan(tile_size, heads_per_program, head_programs, num_splits, q.shape)
 
 
 def default_num_splits(num_programs: int, max_tiles: int) -> int:
-    """Enough splits to fill the GPU when all rows are long, and no more than the longest row can use.
+    """Returns enough splits to fill the GPU when all batch rows are long, and no more than the longest one can use.
+
+    Both arguments are static. If the splits followed from the batch rows present, the bits of one would depend on the others.
 
     Args:
-      num_programs: programs that there are without splitting.
-      max_tiles: tiles that the longest row sees.
-
-    Both are static: were splits chosen from the rows present, a row's bits would depend on the others.
+      num_programs: how many programs there are without splitting.
+      max_tiles: how many tiles the longest batch row can see.
     """
-    wanted = -(-_PROGRAMS_PER_SM * _NUM_SMS // num_programs)
+    filling = -(-_PROGRAMS_PER_SM * _NUM_SMS // num_programs)
     useful = max(max_tiles // _MIN_TILES_PER_SPLIT, 1)
-    return min(tiles.padded(wanted, 1), 1 << (useful.bit_length() - 1), _MAX_SPLITS)
+    return min(tiles.padded(filling, 1), 1 << (useful.bit_length() - 1), _MAX_SPLITS)
 
 
-# With these sizes, 4 warps and 3 stages no shape spilled registers when compiled for sm_90a and sm_80, and keys and values have
-# two buffers each, filled ahead. Products of float32 use no tensor cores, and spill sooner.
+# With these sizes, 4 warps and 3 stages, no named shape spills registers on sm_90a and sm_80, and keys and values have two
+# buffers each that are filled ahead. Products of float32 use no tensor cores and spill sooner.
 
 
 def _tile_size(head_dim: int, dtype: jnp.dtype) -> int:
@@ -152,14 +158,14 @@ def _max_heads_per_program(dtype: jnp.dtype) -> int:
 
 
 def _last_seen(slot: Int32[Array, ""], position: Int32[Array, ""], num_slots: int) -> Int32[Array, ""]:
-    """The last position that a row sees; -1 without a slot, so that it sees nothing and its page ids are not read."""
+    """Returns the last position that a batch row sees. Without a slot it is -1, so that no page id is read."""
     return jnp.where(slot < num_slots, position, -1)
 
 
 def _split_tiles(
     last: Int32[Array, ""], *, window: int | None, tile_size: int, num_splits: int
 ) -> tuple[Int32[Array, ""], Int32[Array, ""], Int32[Array, ""]]:
-    """The first tile that a row sees, the tile after its last, and tiles per split."""
+    """Returns the first tile that a batch row sees, the tile after its last one, and the tiles per split."""
     oldest = jnp.zeros_like(last) if window is None else jnp.maximum(last - (window - 1), 0)
     first = lax.div(oldest, np.int32(tile_size))
     end = lax.div(last + tile_size, np.int32(tile_size))
@@ -216,7 +222,7 @@ def _decode_kernel(
         plgpu.store(out_ref.at[row, head[:, None], dim[None, :]], out, mask=is_element)
         return
 
-    @pl.when(first < end)  # `_combine_kernel` reads no other part
+    @pl.when(first < end)  # `_combine_kernel` reads only these
     def _():
         softmax = attend()
         largest_ref, total_ref, out_ref = out_refs

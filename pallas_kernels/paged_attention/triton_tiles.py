@@ -1,8 +1,8 @@
 """What the decode and the chunk kernel share: tiles of keys and values behind a page table, and softmax folded tile by tile.
 
-These functions run inside Pallas kernels that lower to Triton, where sizes are powers of two, both operands of a product have
-at least 16 rows, and a masked load says what stands in for what it leaves out. A tile is a fixed number of positions that
-starts at an absolute multiple of it. It is part of one page or covers several:
+These functions run inside Pallas kernels that lower to Triton. There sizes are powers of two, both operands of a product have
+at least 16 rows, and a masked load names the value for what it does not read. A tile is a fixed number of positions that starts
+at an absolute multiple of that number. It is a part of one page, or it covers several pages:
 
     page size 16, tile 64:  page ids of a tile [7 7 .. 7 2 2 .. 2 9 9 .. 9 4 4 .. 4]   one per position
     page size 128, tile 64: page id of a tile  7                                       a scalar
@@ -22,13 +22,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
+from pallas_kernels.paged_attention.limits import check_shapes
 from pallas_kernels.pages import PagedKV
 
 LOG2_E = math.log2(math.e)
-MAX_HEAD_DIM = 256  # beyond it the accumulators do not fit the registers
-MIN_ROWS = 16  # of an operand of a product
-_MIN_PAGE_SIZE = 8
-_MAX_POOL_ELEMENTS = 2**31  # Pallas counts in int32, and for 1-byte arrays of 2 to 4 GiB that would overflow in silence
+MIN_ROWS = 16  # that an operand of a product must have
+_MAX_POOL_ELEMENTS = 2**31  # Pallas counts in int32, which would overflow in silence for 1-byte arrays of 2 to 4 GiB
 _COMPUTE_DTYPES = {
     "float32": jnp.float32,
     "bfloat16": jnp.bfloat16,
@@ -41,7 +40,7 @@ _COMPUTE_DTYPES = {
 
 
 def compute_dtype(pages_dtype: jnp.dtype) -> jnp.dtype:
-    """What queries, keys and weights are rounded to for their products, by what the pages hold.
+    """Returns the dtype that queries, keys and weights are rounded to for their products, given the dtype of the pages.
 
     Raises:
       ValueError: if kernels do not support pages of this dtype.
@@ -53,26 +52,13 @@ def compute_dtype(pages_dtype: jnp.dtype) -> jnp.dtype:
 
 
 def check_supported(q: Float[Array, "B H D"], kv: PagedKV) -> None:
-    """Refuses what the kernels cannot do.
+    """Refuses what the kernels for GPUs cannot do.
 
     Raises:
       ValueError: naming the value, the rule and the remedy.
     """
-    _, num_heads, head_dim = q.shape
-    _, num_kv_heads, page_size, _ = kv.k.shape
-    if kv.v.shape != kv.k.shape or kv.v.dtype != kv.k.dtype:
-        raise ValueError(
-            f"pages of keys are {kv.k.dtype}{list(kv.k.shape)}, of values {kv.v.dtype}{list(kv.v.shape)}: make them alike"
-        )
+    check_shapes(q, kv)
     compute_dtype(kv.k.dtype)
-    if head_dim != kv.k.shape[3]:
-        raise ValueError(f"head_dim of queries is {head_dim}, of pages {kv.k.shape[3]}: make them alike")
-    if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"head_dim {head_dim} is above {MAX_HEAD_DIM}: use backend 'reference'")
-    if num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} query heads are no multiple of {num_kv_heads} kv heads: repeat kv heads")
-    if page_size < _MIN_PAGE_SIZE or page_size & (page_size - 1):
-        raise ValueError(f"page size {page_size} is no power of two of at least {_MIN_PAGE_SIZE}: choose one")
     if kv.k.size > _MAX_POOL_ELEMENTS:
         raise ValueError(f"a pool array of {kv.k.size} elements exceeds {_MAX_POOL_ELEMENTS}: use fewer pages")
     if kv.k.dtype == jnp.float8_e4m3fn:
@@ -80,10 +66,10 @@ def check_supported(q: Float[Array, "B H D"], kv: PagedKV) -> None:
 
 
 def check_converts_e4m3() -> None:
-    """Refuses GPUs that cannot: Triton ends the whole process where an older one meets float8_e4m3fn.
+    """Refuses float8_e4m3fn on GPUs that cannot convert it: there Triton would end the whole process.
 
     Raises:
-      ValueError: naming the compute capability, and dtypes to use instead.
+      ValueError: naming the compute capability and the dtypes to use instead.
     """
     capability = getattr(jax.devices()[0], "compute_capability", None)
     if capability is not None and tuple(map(int, capability.split("."))) < (8, 9):
@@ -94,22 +80,22 @@ def check_converts_e4m3() -> None:
 
 
 def kernel_pages(pages: Shaped[Array, "N K T D"]) -> Shaped[Array, "N K T D"]:
-    """Pages as kernels read them: bits of bfloat16 become bfloat16."""
+    """Returns pages as kernels read them: uint16, the bits of bfloat16, becomes bfloat16."""
     return lax.bitcast_convert_type(pages, jnp.bfloat16) if pages.dtype == jnp.uint16 else pages
 
 
 def padded(size: int, at_least: int = MIN_ROWS) -> int:
-    """The power of two that a size is padded to."""
+    """Returns the power of two that a size is padded to."""
     return max(at_least, 1 << (size - 1).bit_length())
 
 
 def query_factor(softcap: float | None) -> float:
-    """What queries are multiplied by, in float32, before they are rounded: see `scores`."""
+    """Returns the factor of queries that `scores` expects. It is applied in float32, before they are rounded."""
     return LOG2_E if softcap is None else 2 * LOG2_E / softcap
 
 
 def tile_positions(tile: Int32[Array, ""], tile_size: int) -> Int32[Array, " tile"]:
-    """Positions in the sequence that a tile covers."""
+    """Returns the positions in the sequence that a tile covers."""
     return tile * tile_size + jnp.arange(tile_size, dtype=jnp.int32)
 
 
@@ -122,10 +108,10 @@ def load_page_ids(
     tile_size: int,
     page_size: int,
 ) -> Int32[Array, "*tile"]:
-    """Page of each position of a tile; a scalar if all lie in one page. 0 past position `last`, where nothing is read.
+    """Returns the page of each position of a tile, or one scalar if all lie in one page.
 
-    Load them one tile ahead and carry them through the loop: loaded where they are needed, they take the stages of the
-    pipeline, and keys and values get a single buffer.
+    Behind position `last`, where nothing is read, the page is 0. Load the ids one tile ahead and carry them through the loop.
+    If they are loaded where they are needed, they take the stages of the pipeline, and keys and values get a single buffer.
     """
     positions = tile * tile_size if page_size >= tile_size else tile_positions(tile, tile_size)
     return plgpu.load(
@@ -138,15 +124,16 @@ def load_tile(
     page_ids: Int32[Array, "*tile"],
     kv_head: Int32[Array, ""],
     positions: Int32[Array, " tile"],
-    wanted: Bool[Array, " tile"] | None,
+    is_read: Bool[Array, " tile"] | None,
 ) -> Float[Array, "tile padded_D"]:
-    """Keys or values of one head at a tile's positions, ready for a product.
+    """Returns keys or values of one head at the positions of a tile, ready for a product.
 
-    Where not wanted (None: all are) nothing is read, and the result is 0: a weight of 0 times NaN would be NaN.
+    Where `is_read` is False nothing is read and the result is 0, because a weight of 0 times NaN would be NaN. None: all
+    positions are read.
     """
     page_size, head_dim = pages_ref.shape[2:]
     dim = jnp.arange(padded(head_dim), dtype=jnp.int32)
-    mask = None if wanted is None else wanted[:, None]
+    mask = None if is_read is None else is_read[:, None]
     if padded(head_dim) != head_dim:
         inside = (dim < head_dim)[None, :]
         mask = inside if mask is None else mask & inside
@@ -166,11 +153,11 @@ def scores(
     k_scale: Float32[Array, ""] | None = None,
     softcap: float | None = None,
 ) -> Float32[Array, "rows tile"]:
-    """Scores in base 2 of queries that were multiplied by `query_factor`; -inf where not visible (None: all are)."""
+    """Returns scores in base 2 of queries that were multiplied by `query_factor`; -inf where `visible` (None: all) is False."""
     out = _product(q, k, contract=(1, 1))
     if k_scale is not None:
         out = out * k_scale
-    if softcap is not None:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), and exp(2 x) is at hand
+    if softcap is not None:  # tanh(x) = 1 - 2 / (exp(2 x) + 1); query_factor makes exp2(out) that exp(2 x)
         bound = np.float32(softcap * LOG2_E)
         out = bound - (2 * bound) / (jnp.exp2(out) + 1)
     return out if visible is None else jnp.where(visible, out, -jnp.inf)
@@ -179,19 +166,19 @@ def scores(
 class Softmax(NamedTuple):
     """A running softmax (Milakov and Gimelshein, 2018), in float32; `total` and `out` are relative to 2^largest."""
 
-    largest: Float32[Array, " rows"]  # score; -inf: none yet
+    largest: Float32[Array, " rows"]  # largest score; -inf: none yet
     total: Float32[Array, " rows"]  # sum of weights
     out: Float32[Array, "rows padded_D"]  # weighted sum of values
 
 
 def empty_softmax(rows: int, head_dim: int) -> Softmax:
-    """Of no position."""
+    """Returns the softmax of no position at all."""
     zeros = jnp.zeros(rows, jnp.float32)
     return Softmax(jnp.full(rows, -jnp.inf, jnp.float32), zeros, jnp.zeros((rows, padded(head_dim)), jnp.float32))
 
 
 def fold(softmax: Softmax, tile_scores: Float32[Array, "rows tile"], v: Float[Array, "tile padded_D"]) -> Softmax:
-    """Adds a tile. A tile of which a row sees nothing changes none of its bits: it adds 0 and corrects by 2^0 = 1."""
+    """Adds a tile. A tile that a row does not see changes none of its bits: it adds 0 and corrects by 2^0 = 1."""
     largest = jnp.maximum(softmax.largest, jnp.max(tile_scores, axis=1))
     base = finite_base(largest)
     weights = jnp.exp2(tile_scores - base[:, None])
@@ -206,7 +193,7 @@ def fold(softmax: Softmax, tile_scores: Float32[Array, "rows tile"], v: Float[Ar
 def finish(
     softmax: Softmax, sink: Float32[Array, " rows"] | None = None, v_scale: Float32[Array, ""] | None = None
 ) -> Float32[Array, "rows padded_D"]:
-    """The attention output; 0 for rows that saw nothing. A sink is in base e, as users give it."""
+    """Returns the attention output; 0 for rows that saw nothing. Sinks are in base e, as users give them."""
     total, out = softmax.total, softmax.out
     if sink is not None:
         sink = sink * LOG2_E
@@ -220,7 +207,7 @@ def finish(
 
 
 def finite_base(largest: Float32[Array, " rows"]) -> Float32[Array, " rows"]:
-    """What exponents are taken relative to. Without scores the base is 0: -inf - -inf would be NaN."""
+    """Returns what is subtracted from exponents. Without scores it is 0, because -inf - -inf would be NaN."""
     return jnp.where(largest == -jnp.inf, 0, largest)
 
 
@@ -234,10 +221,10 @@ def triton_call(
     name: str,
     interpret: bool,
 ) -> Callable[..., Any]:
-    """The one way into Pallas. Arguments reach the kernel as references to whole arrays, which on a GPU are pointers.
+    """Returns a Pallas kernel as a function. Arguments reach it as references to whole arrays, which on a GPU are pointers.
 
     The first dimension of the grid changes fastest; the others have at most 65535 programs. Compiler parameters are always
-    given: without them JAX's versions differ in what they lower to.
+    passed, because versions of JAX differ in what they lower to without them.
     """
     return pl.pallas_call(
         kernel,
@@ -250,7 +237,7 @@ def triton_call(
 
 
 def _product(a: Array, b: Array, *, contract: tuple[int, int]) -> Float32[Array, "m n"]:
-    """Accumulated in float32; float32 operands are not rounded to fewer bits."""
+    """Multiplies with a float32 accumulator; float32 operands are not rounded to fewer bits."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""From the fused projection to rotated queries, with keys and values written to their pages."""
+"""Rotary embedding of the fused projection: rotated queries, and keys and values written to their pages."""
 
 from pallas_kernels.rotary_write.api import rotary_write
 

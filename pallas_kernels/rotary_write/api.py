@@ -1,4 +1,4 @@
-"""Rotary embedding and the write of keys and values to pages: which backend runs is an argument."""
+"""Rotary embedding and the write of keys and values to pages. An argument chooses the backend."""
 
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
@@ -22,14 +22,14 @@ def rotary_write(
     backend: str | None = None,
     interpret: bool = False,
 ) -> tuple[Float32[Array, "B H D"], Shaped[Array, "N K T D"], Shaped[Array, "N K T D"]]:
-    """Queries ready for attention, and the pages with the rows' keys and values in them: one pass over the projection.
+    """Returns queries ready for attention, and the pages with the new keys and values in them.
 
     Args:
-      qkv, cos, sin, kv, slot, position, q_norm, k_norm, norm_eps: as in `reference.rotary_write`, which says what is
-        computed. The page arrays are written in place if the caller has no further use for them.
-      backend: "triton" (Pallas on NVIDIA GPUs), "native" (C++ on CPUs), "reference" (plain JAX); None: the platform's
-        default. "tpu" runs as "reference", with XLA's scatter; "jax_triton" as "triton".
-      interpret: run the kernel in Pallas' interpreter, on any device; slow.
+      qkv, cos, sin, kv, slot, position, q_norm, k_norm, norm_eps: as in `reference.rotary_write`, which specifies the
+        result. The page arrays are written in place if the caller does not use them afterwards.
+      backend: "triton" (Pallas on NVIDIA GPUs), "native" (C++ on CPUs) or "reference" (plain JAX); None: the default of the
+        platform. "tpu" runs the reference, whose scatter XLA compiles, and "jax_triton" runs "triton".
+      interpret: whether the kernel runs in Pallas' interpreter, on any device and slowly.
 
     Raises:
       ValueError: if the backend is unknown, or does not support the shapes or the dtype.

@@ -1,4 +1,4 @@
-"""Normalise, rotate, write to pages, in plain jax.numpy: the specification, and what runs on CPU."""
+"""Norm, rotary embedding and the write to pages in plain jax.numpy: the specification, and the fallback without a kernel."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -19,19 +19,19 @@ def rotary_write(
     k_norm: Float[Array, " D"] | None = None,
     norm_eps: float = 1e-6,
 ) -> tuple[Float32[Array, "B H D"], Shaped[Array, "N K T D"], Shaped[Array, "N K T D"]]:
-    """Queries ready for attention, and the pages with the rows' keys and values in them.
+    """Returns queries ready for attention, and the pages with the keys and values of all batch rows in them.
 
     Args:
-      qkv: the fused projection, grouped by kv head: for each its G query heads, its key, its value.
-      cos, sin: of each row's rotary angles, multiplied by the scaling that some kinds of rotary embedding ask for.
-      kv: where keys and values go; stored as number / scale.
-      slot: slot of each row; S = none, the row writes nothing.
-      position: position of each row; no two rows with a slot may have the same slot and position.
-      q_norm, k_norm: scale of a root mean square normalisation per head before the rotation (Qwen3); None: there is none.
-      norm_eps: added to the mean square.
+      qkv: the fused projection, grouped by kv head: for each its G query heads, its key and its value.
+      cos, sin: of the rotary angles of each batch row, times the scaling that some kinds of rotary embedding have.
+      kv: the pages to write to. A number is stored as number / scale.
+      slot: slot of each batch row; S: no slot, so that the batch row writes nothing.
+      position: position of each batch row. No two batch rows with a slot may have the same slot and position.
+      q_norm, k_norm: scale of an RMSNorm per head before the rotation (Qwen3); None: no norm.
+      norm_eps: what the RMSNorm adds to the mean square.
 
     Returns:
-      Queries, rotated and scaled by 1/sqrt(D), and the arrays of keys and values.
+      The queries, rotated and scaled by 1/sqrt(D), and the pages of keys and of values.
     """
     q, k, v = rotated_heads(qkv, cos, sin, q_norm, k_norm, norm_eps)
     page, offset = kv.page_of(slot, position), lax.rem(position, jnp.int32(kv.page_size))
@@ -46,7 +46,10 @@ def rotated_heads(
     k_norm: Float[Array, " D"] | None = None,
     norm_eps: float = 1e-6,
 ) -> tuple[Float32[Array, "B H D"], Float32[Array, "B K D"], Float32[Array, "B K D"]]:
-    """Queries (normalised, rotated, scaled by 1/sqrt(D)), keys (normalised, rotated) and values; as `rotary_write`."""
+    """Returns queries (after norm and rotation, scaled by 1/sqrt(D)), keys (after norm and rotation) and values.
+
+    The arguments are those of `rotary_write`.
+    """
     num_rows, _, _, head_dim = qkv.shape
     q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
     q, k = _normalised(q, q_norm, norm_eps), _normalised(k, k_norm, norm_eps)
@@ -61,10 +64,10 @@ def write_rows(
     page_id: Int32[Array, " B"],
     offset: Int32[Array, " B"],
 ) -> Shaped[Array, "N K T D"]:
-    """Stores each row's heads at `offset` of page `page_id`; a row whose page is "none" (N) is dropped."""
+    """Stores the heads of each batch row at `offset` of page `page_id`. A batch row whose page is "none" (N) is dropped."""
     if scale is not None:
         rows = rows / scale[None, :, None]
-    # Indexed by head too: given whole columns of heads, XLA:TPU turns the pool to another layout and back, if in a loop.
+    # The index names the head too: for whole columns of heads, XLA:TPU converts the pool to another layout and back in loops.
     head = jnp.arange(rows.shape[1], dtype=jnp.int32)[None, :]
     return pages.at[page_id[:, None], head, offset[:, None]].set(as_stored(rows, pages.dtype), mode="drop")
 
@@ -77,6 +80,6 @@ def _normalised(x: Float32[Array, "*B D"], scale: Float[Array, " D"] | None, eps
 
 
 def _rotated(x: Float32[Array, "*B D"], cos: Float32[Array, "*B D/2"], sin: Float32[Array, "*B D/2"]):
-    """Turns the pairs (x[i], x[i + D/2]), the pairing of Hugging Face checkpoints."""
+    """Rotates the pairs (x[i], x[i + D/2]), which is the pairing of Hugging Face checkpoints."""
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,7 +1,7 @@
-"""Rotary embedding and the paged write as one Pallas kernel for NVIDIA GPUs, lowered by Triton.
+"""Rotary embedding and the write to pages as one Pallas kernel for NVIDIA GPUs, lowered by Triton.
 
-A program takes a few rows of one kv head: the group's queries, the key and the value. Triton can neither slice nor join
-values, so the two halves that the rotation pairs are loaded and stored apart, padded to powers of two under a mask.
+A program works on a few batch rows and one kv head: the queries of its group, its key and its value. Triton can neither slice
+nor join values. So the two halves that the rotation pairs are loaded and stored separately, padded to powers of two with a mask.
 """
 
 import functools
@@ -20,8 +20,8 @@ from pallas_kernels.pages import PagedKV
 _STORED = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint16")
 _MAX_HEAD_DIM = 256
 _MAX_POOL_ELEMENTS = 2**31  # offsets are int32
-# Pairs of numbers that a program rotates, and a warp of it. Both set the order in which a norm's squares are added, so they
-# must not follow the number of rows: a row's bits are to be the same in every batch.
+# Pairs of numbers that a program rotates, and that one of its warps does. Both set the order in which the squares of a norm are
+# added. So they must not depend on the number of batch rows: the bits of a batch row are the same in every batch.
 _PAIRS_PER_PROGRAM = 512
 _PAIRS_PER_WARP = 256
 _MAX_WARPS = 16
@@ -56,18 +56,18 @@ def rotary_write(
     norm_eps: float = 1e-6,
     interpret: bool = False,
 ) -> tuple[Float32[Array, "B H D"], Shaped[Array, "N K T D"], Shaped[Array, "N K T D"]]:
-    """`reference.rotary_write` in one pass over the projection, the pages in place.
+    """Computes `reference.rotary_write` in one pass over the projection, and writes the pages in place.
 
-    Rows whose slot or page is "none" get their queries as all others do. A row's bits depend on no other row, nor on how
-    many there are.
+    Batch rows whose slot or page is "none" get their queries like all others. The bits of a batch row depend on no other
+    one, nor on how many there are.
 
     Args:
-      qkv, cos, sin, kv, slot, position, q_norm, k_norm, norm_eps: as there; positions are not negative.
-      interpret: run in Pallas' interpreter, on any device; slow.
+      qkv, cos, sin, kv, slot, position, q_norm, k_norm, norm_eps: as in the reference; positions are not negative.
+      interpret: whether to run in Pallas' interpreter, on any device and slowly.
 
     Raises:
-      ValueError: if the head dimension is odd or above 256, the dtype of the pages is none of those that `PagedKV` names or
-        beyond the GPU, or a page array has more than 2^31 elements.
+      ValueError: if the head dimension is odd or above 256, if the pages have a dtype that `PagedKV` does not name or the GPU
+        cannot convert, or if a page array has more than 2^31 elements.
     """
     num_rows, num_kv_heads, packed, head_dim = qkv.shape
     group_size = packed - 2
@@ -124,7 +124,7 @@ def _kernel(inputs, k_pages, v_pages, q_out, *, rows: int, norm_eps: float, inte
     has_page = (slot < num_slots) & (index < pages_per_slot)
     page = plgpu.load(inputs.page_ids.at[slot, index], mask=has_page, other=num_pages)
 
-    # Tiles are [rows, heads, half of head_dim]; of keys and values there is one head.
+    # Tiles are [rows, heads, half of head_dim]; for keys and values there is one head.
     row, in_batch, page, offset = (x[:, None, None] for x in (row, in_batch, page, offset))
     head = jnp.arange(pl.next_power_of_2(group_size), dtype=jnp.int32)[None, :, None]
     key_head = jnp.full((1, 1, 1), group_size, jnp.int32)
@@ -168,7 +168,7 @@ def _kernel(inputs, k_pages, v_pages, q_out, *, rows: int, norm_eps: float, inte
 
 
 def _divided(x: Float32[Array, "*shape"], scale: Float32[Array, ""], *, interpret: bool) -> Float32[Array, "*shape"]:
-    """x / scale, rounded to nearest: Triton's own division is two units off at times, which would show in stored numbers."""
+    """Returns x / scale, rounded to nearest. Triton's own division is off by up to two units, which would show in the pages."""
     if interpret:
         return x / scale
     (quotient,) = plgpu.elementwise_inline_asm(
@@ -182,7 +182,7 @@ def _divided(x: Float32[Array, "*shape"], scale: Float32[Array, ""], *, interpre
 
 
 def _stored(x: Float32[Array, "*shape"], dtype: jnp.dtype) -> Shaped[Array, "*shape"]:
-    """`pages.as_stored` in operations that Triton has. NaN stays NaN; its minimum and maximum would drop it."""
+    """Computes `pages.as_stored` in operations of Triton, but for its minimum and maximum, which would drop a NaN."""
     if dtype == jnp.uint16:
         return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
     if jnp.dtype(dtype).itemsize > 1:
@@ -190,6 +190,6 @@ def _stored(x: Float32[Array, "*shape"], dtype: jnp.dtype) -> Shaped[Array, "*sh
     largest = 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
     x = jnp.where(x > largest, largest, jnp.where(x < -largest, -largest, x))
     if dtype == jnp.int8:
-        # From 2^23 to 2^24 every float32 is an integer, so the sum is rounded to one, ties to even: it is the last bits.
+        # Between 2^23 and 2^24 every float32 is an integer. So the sum is rounded to one, ties to even; its last bits are x.
         return (lax.bitcast_convert_type(x + _TO_INTEGER, jnp.int32) - _TO_INTEGER_BITS).astype(jnp.int8)
     return x.astype(dtype)

@@ -221,7 +221,7 @@ def attend(shape: AttentionShape, dtype: str = "float32", num_rows: int = 1, num
         ((4, 2, 64), {"dtype": "int32"}, "pages of int32 are not supported: use one of float32, bfloat16"),
         ((4, 2, 64), {"num_splits": 0}, "num_splits 0 is not in 1..128"),
         ((4, 2, 64), {"num_splits": 129}, "num_splits 129 is not in 1..128"),
-        ((4, 2, 64), {"num_rows": 65536}, "65536 rows exceed 65535"),
+        ((4, 2, 64), {"num_rows": 65536}, "65536 batch rows are more than 65535"),
         ((4, 2, 64), {"num_pages": 2**19}, "a pool array of 4294967296 elements exceeds 2147483648"),
     ],
 )
