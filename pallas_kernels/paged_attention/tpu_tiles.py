@@ -87,7 +87,7 @@ def check_supported(q: Float[Array, "B H D"], kv: PagedKV, num_scalars: int) -> 
 
 
 def compute_dtype(kv: PagedKV) -> jnp.dtype:
-    """Returns the dtype of operands of products: float32 for float32 pages, else bfloat16, which holds 8-bit numbers exactly."""
+    """Returns the dtype of operands of products: float32 for float32 pages, else bfloat16, which holds 8-bit numbers too."""
     return jnp.dtype(jnp.float32 if kv.k.dtype == jnp.float32 else jnp.bfloat16)
 
 

@@ -105,7 +105,7 @@ class _Span(NamedTuple):
     window: int | None
 
     def tile_bounds(self, first: Int32[Array, ""], tile_size: int) -> tuple[Int32[Array, ""], ...]:
-        """Returns four bounds of three ranges of tiles: masked ones at the lower edge, whole ones, masked ones at the upper edge."""
+        """Returns four bounds of three ranges of tiles: masked at the lower edge, whole, masked at the upper edge."""
         size = np.int32(tile_size)
         begin, end = lax.div(self.oldest, size), lax.div(self.last + size, size)
         whole_begin = begin

@@ -1,7 +1,7 @@
 """Rotary embedding and the write to pages as one Pallas kernel for NVIDIA GPUs, lowered by Triton.
 
 A program works on a few batch rows and one kv head: the queries of its group, its key and its value. Triton can neither slice
-nor join values. So the two halves that the rotation pairs are loaded and stored separately, padded to powers of two with a mask.
+nor join values. So the two halves that the rotation pairs are loaded and stored separately, padded to powers of two.
 """
 
 import functools

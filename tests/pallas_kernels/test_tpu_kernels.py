@@ -1,4 +1,4 @@
-"""What is particular to the TPU kernels: copies and buffers (races), tiles and heads in many steps, lowering, refusals.
+"""What is particular to the TPU kernels: copies and buffers (races), tiles and heads in many steps, lowering.
 
 Tiles are made small here, so that little work has many of them.
 """
@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.paged_attention import PagedKV, chunk_attention, decode_attention, tpu_chunk, tpu_decode, tpu_tiles
+from pallas_kernels.paged_attention import chunk_attention, decode_attention, tpu_chunk, tpu_decode, tpu_tiles
 from pallas_kernels.paged_attention.query_blocks import query_blocks
 from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape
+from tests.pallas_kernels.attention_operations import arguments_of
 from tests.pallas_kernels.cases import NUM_SLOTS, Case, assert_close, make_case
 
 TILE_SIZE = 16
@@ -75,8 +76,17 @@ def test_many_tiles_per_row_and_grid_steps_per_block(attention, shape, small_til
     assert not out[case.slot == NUM_SLOTS].any()
 
 
-@attentions
-@pytest.mark.parametrize("dtype", ["uint16", "int8", "float8_e4m3fn"])
+# The chunk kernel takes float8_e4m3fn the way of bfloat16, which other tests show.
+@pytest.mark.parametrize(
+    ("attention", "dtype"),
+    [
+        (decode_attention, "uint16"),
+        (decode_attention, "int8"),
+        (decode_attention, "float8_e4m3fn"),
+        (chunk_attention, "uint16"),
+        (chunk_attention, "int8"),
+    ],
+)
 def test_tiles_of_every_dtype(attention, dtype, small_tiles):
     case = case_for(attention, SHAPE, dtype=dtype)
     assert_close(run(attention, case), case, "bfloat16")
@@ -166,16 +176,10 @@ def test_every_row_of_a_block_has_a_place_in_units_of_its_own(group_size):
             )
 
 
-def lowered(
-    attention, shape: AttentionShape, dtype: str, num_rows: int = 4, num_pages: int = 9, pages_per_slot: int = 2
-):
+def lowered(attention, shape: AttentionShape, dtype: str):
     """StableHLO for a TPU, made without one."""
-    int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    pages = jax.ShapeDtypeStruct((num_pages, shape.num_kv_heads, shape.page_size, shape.head_dim), dtype)
-    kv = PagedKV(pages, pages, int32((2, pages_per_slot)))
-    q = jax.ShapeDtypeStruct((num_rows, shape.num_heads, shape.head_dim), jnp.float32)
     options = {"window": shape.window, "softcap": shape.softcap, "backend": "tpu"}
-    traced = jax.jit(functools.partial(attention, **options)).trace(q, kv, int32((num_rows,)), int32((num_rows,)))
+    traced = jax.jit(functools.partial(attention, **options)).trace(*arguments_of(shape, dtype))
     return traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
@@ -199,32 +203,3 @@ def test_it_lowers_to_one_kernel_that_reads_the_pool_as_it_is(attention, name, d
     (kernel,) = (line for line in lines if "tpu_custom_call" in line)
     assert with_pool == [kernel]
     assert re.sub(r'".*"', "", kernel).count(pool) == 2
-
-
-@attentions
-@pytest.mark.parametrize(
-    ("shape", "options", "message"),
-    [
-        ((4, 2, 264), {}, "head_dim 264 is above 256: use backend 'reference'"),
-        ((4, 3, 64), {}, "4 query heads are no multiple of 3 kv heads"),
-        ((4, 2, 64, 24), {}, "page size 24 is no power of two of at least 8"),
-        ((4, 2, 64, 4), {}, "page size 4 is no power of two of at least 8"),
-        ((4, 2, 64), {"dtype": "float16"}, "pages of float16 are not supported on TPUs: use one of float32, bfloat16"),
-        ((4, 2, 64), {"dtype": "int32"}, "pages of int32 are not supported on TPUs: use one of float32, bfloat16"),
-        ((4, 2, 64), {"pages_per_slot": 2**17}, r"a page table of \[2, 131072\] and \d+ numbers .* use larger pages"),
-    ],
-)
-def test_what_the_kernels_cannot_do_is_refused(attention, shape, options, message):
-    with pytest.raises(ValueError, match=message):
-        lowered(attention, AttentionShape("", *shape), **{"dtype": "bfloat16", **options})
-
-
-@attentions
-def test_pages_that_differ_are_refused(attention):
-    q, kv, *rows = case_for(attention, SHAPE).rows
-    for pages, message in (
-        (kv._replace(v=kv.v.astype(jnp.bfloat16)), "make them alike"),
-        (kv._replace(k=kv.k[..., :4], v=kv.v[..., :4]), "head_dim of queries is 8, of pages 4"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            attention(q, pages, *rows, backend="tpu", interpret=True)
