@@ -128,11 +128,11 @@ def _measure_case(case: Case, options: Options, peaks: Peaks) -> list[Record]:
         names = tuple(name for name in names if name in SPLITTING)
     records = {name: _record(case, name, options) for name in names}
     try:
-        num_pools, wanted = case.num_pools(options.cache_bytes, free_bytes() // _MEMORY_SHARE)
+        num_pools, enough = case.num_pools(options.cache_bytes, free_bytes() // _MEMORY_SHARE)
     except ValueError as error:
         return [record | {"reason": str(error)} for record in records.values()]
-    if num_pools < wanted:
-        print(f"  {num_pools} pools of the {wanted} that exceed the cache fit {case.batch} x {case.context} tokens")
+    if num_pools < enough:
+        print(f"  {num_pools} pools of the {enough} that exceed the cache fit {case.batch} x {case.context} tokens")
     data = make_data(case, num_pools, options.seed)
     timers: dict[str, Timer] = {}
     for name, record in records.items():

@@ -1,13 +1,13 @@
-"""Compiles every kernel and the engine's step for real GPUs and TPUs, on a machine that has none, and says what came out.
+"""Compiles every kernel and the engine's step for real GPUs and TPUs on a machine that has none, and reports the results.
 
     python scripts/compile_gate.py
     python scripts/compile_gate.py --targets=h200,a100 --programs='decode/*/bfloat16' --json=gate.jsonl
     pip install --no-deps $(python scripts/compile_gate.py --requirements)
 
-Needs the compilers' packages, in an environment of their own or beside the rest; `--requirements` prints them for this one's
-JAX. Prints a table of kernels and one of programs; the exit status is 1 if a program does not compile, a kernel spills
-registers or wants too much shared memory, the pool is copied, or part of a step is outside its command buffer.
-`scripts/gate/compiler.py` says how it is found.
+It needs the packages of the compilers, in an environment of their own or beside the rest; `--requirements` prints them for the
+installed JAX. It prints a table of kernels and one of programs. The exit status is 1 if a program does not compile, a kernel
+spills registers or needs too much shared memory, the pool is copied, or a part of a step is outside of its command buffer.
+`scripts/gate/compiler.py` explains the method, `pallas_kernels/README.md` the results.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_list("targets", list(TARGETS), "What to compile for.")
 flags.DEFINE_list("programs", ["*/bfloat16", "step", "run_steps", "update"], "Names of programs, or patterns of them.")
 flags.DEFINE_string("json", None, "Write a JSON line per program to this file.")
-flags.DEFINE_bool("requirements", False, "Print the packages that are needed, and stop.")
+flags.DEFINE_bool("requirements", False, "Print the packages that the gate needs, and stop.")
 
 KERNEL_COLUMNS = (
     "registers",
@@ -51,7 +51,7 @@ LAUNCH_COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a program: a report, and what is wrong with it."""
+    """The result of a program: a report unless it did not compile, and what is wrong with it."""
 
     target: str
     program: str
@@ -64,7 +64,7 @@ class Outcome:
 
 
 def examine(program: Program, target: Target) -> Outcome:
-    """Compiles a program and judges it; that it does not compile is a fault like others."""
+    """Compiles a program and looks for faults. A program that does not compile has a fault, too."""
     try:
         report = compile_program(program, target)
     except Exception as error:
@@ -74,7 +74,7 @@ def examine(program: Program, target: Target) -> Outcome:
 
 
 def kernel_rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
-    """A row per kernel of GPU programs."""
+    """Returns a table row per kernel of GPU programs."""
 
     def row(report: Report, kernel: Kernel) -> dict[str, Any]:
         start = {"target": report.target, "program": report.program, "kernel": kernel.name}
@@ -85,7 +85,7 @@ def kernel_rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
 
 
 def program_rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
-    """A row per program."""
+    """Returns a table row per program."""
 
     def row(outcome: Outcome) -> dict[str, Any]:
         start: dict[str, Any] = {"target": outcome.target, "program": outcome.program}
@@ -100,7 +100,7 @@ def program_rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as aligned text; a missing value is a dash."""
+    """Returns table rows as aligned text. A missing value is a dash."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names] + [["-" if row.get(name) is None else str(row[name]) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -108,7 +108,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def chosen(target: Target, patterns: Sequence[str]) -> list[Program]:
-    """The programs of a target whose names match.
+    """Returns the programs of a target whose names match a pattern.
 
     Raises:
       ValueError: if a pattern matches none.

@@ -1,11 +1,11 @@
-"""Compiles a program for an accelerator that is not there, and reads what became of it: the machinery of `compile_gate`.
+"""Compiles programs for accelerators that this machine does not have, and reports on the results, for `compile_gate`.
 
 XLA's plugins for NVIDIA GPUs and TPUs compile ahead of time, from a description of the target alone. Those of GPUs are in
 `configs/targets/`; where there is one, XLA writes its own beside any dump (`--xla_dump_to`), as `*.gpu_target_config.pbtxt`.
 
-Without a GPU nothing is tuned: products become Triton fusions of a default shape. So the gate looks at the kernels of this
-repository, at copies, and at the launch list; not at the speed of the rest. Nor does a sort become a call of CUB, which no
-command buffer holds; large sorts are looked for in the HLO instead.
+Without a GPU XLA tunes nothing: products become Triton fusions of a default shape. So the gate looks at the kernels of this
+repository, at copies, and at the launch list, but not at the speed of the rest. With a GPU, XLA makes large sorts calls of CUB,
+which no command buffer can hold. Without one it does not, so the gate looks for large sorts in the HLO.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from gate.dump import Kernel, Launches, jax_triton_kernels, large_sorts, pool_co
 from jax.experimental import topologies
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs" / "targets"
-# What the gate needs beside jaxlib's version of the CUDA plugin, by JAX's version. Installed with --no-deps: no toolkit.
+# Packages that the gate needs beside the CUDA plugin of jaxlib's version, by version of JAX. --no-deps leaves the toolkit out.
 PACKAGES = {
     "0.10": ("libtpu==0.0.42.*", "jax-triton==0.3.1", "triton==3.9.*"),
     "0.11": ("libtpu==0.0.48.*", "jax-triton==0.4.1", "triton==3.7.*"),
@@ -39,7 +39,7 @@ _MODULES = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What to compile for.
+    """A device to compile for.
 
     Attributes:
       name: of `TARGETS`.
@@ -55,20 +55,20 @@ class Target:
 
     @property
     def description(self) -> str:
-        """What the compiler is told about a GPU."""
+        """The description of a GPU that the compiler reads."""
         return (CONFIGS / f"{self.name}.textproto").read_text(encoding="utf-8")
 
     @property
     def compute_capability(self) -> int:
-        """Of a GPU, times ten."""
+        """The compute capability of a GPU, times ten."""
         return int(re.sub(r"\D", "", self.architecture))
 
     @property
     def shared_memory_limit(self) -> int:
-        """Bytes that a block of a kernel on a GPU may ask for."""
-        found = re.search(r"shared_memory_per_block_optin: (\d+)", self.description)
-        assert found is not None
-        return int(found[1])
+        """The most shared memory, in bytes, that a block of a kernel on a GPU may have."""
+        limit = re.search(r"shared_memory_per_block_optin: (\d+)", self.description)
+        assert limit is not None
+        return int(limit[1])
 
 
 TARGETS = {
@@ -84,7 +84,7 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function to compile, and what is expected of it.
+    """A function to compile, and what the gate expects of it.
 
     Attributes:
       name: unique among the programs.
@@ -104,32 +104,32 @@ class Program:
 
     @property
     def pool_bytes(self) -> int:
-        """Size of one array of the pool."""
+        """The size of one array of the pool."""
         return 0 if self.pool is None else self.pool.size * self.pool.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of a program. `kernels` and `launches` are known for GPUs only."""
+    """The result of compiling a program. `kernels` and `launches` are for GPUs only."""
 
     target: str
     program: str
-    seconds: float  # that lowering and compiling took
+    seconds: float  # for lowering and compiling
     kernels: tuple[Kernel, ...]
     launches: Launches | None
-    pool_copies: tuple[str, ...]  # instructions that yield an array of the pool's shape elsewhere
-    large_sorts: tuple[str, ...]  # results of sorts that XLA leaves to CUB where there is a GPU
+    pool_copies: tuple[str, ...]  # instructions that make another array of the pool's shape
+    large_sorts: tuple[str, ...]  # results of sorts that would be calls of CUB on a GPU
     temp_bytes: int
     alias_bytes: int  # results that are arguments written in place
 
 
 def missing_packages(platform: str) -> list[str]:
-    """Packages that compiling for a platform needs and that are not installed."""
+    """Returns the packages that compiling for a platform needs and that are not installed."""
     return [package for module, package in _MODULES[platform].items() if not _is_installed(module)]
 
 
 def requirements() -> list[str]:
-    """What to install beside this interpreter's jaxlib, in pip's notation.
+    """Returns what to install beside the jaxlib of this interpreter, in the notation of pip.
 
     Raises:
       ValueError: if the gate is not known to work with this version of JAX.
@@ -180,29 +180,29 @@ def compile_program(program: Program, target: Target) -> Report:
 
 
 def faults(report: Report, program: Program, target: Target) -> list[str]:
-    """What a compiled program is not as wanted, a sentence each."""
-    found = []
+    """Returns what is wrong with a compiled program, a sentence for each fault."""
+    sentences = []
     for kernel in report.kernels:
         if kernel.spill_store_bytes or kernel.spill_load_bytes:
             spilled = f"{kernel.spill_store_bytes} bytes to local memory and loads {kernel.spill_load_bytes}"
-            found.append(f"{kernel.name} spills {spilled} per thread")
-        found += [f"{kernel.name}: {loss}" for loss in kernel.losses]
+            sentences.append(f"{kernel.name} spills {spilled} per thread")
+        sentences += [f"{kernel.name}: {loss}" for loss in kernel.losses]
         if kernel.shared_memory_bytes > target.shared_memory_limit:
-            asked = f"{kernel.shared_memory_bytes} bytes of shared memory"
-            found.append(f"{kernel.name} asks for {asked}, of {target.shared_memory_limit}")
-    found += [f"the pool is copied or worked on as a whole: {copy}" for copy in report.pool_copies]
+            size = f"{kernel.shared_memory_bytes} bytes of shared memory"
+            sentences.append(f"{kernel.name} asks for {size}, of {target.shared_memory_limit}")
+    sentences += [f"the pool is copied or worked on as a whole: {copy}" for copy in report.pool_copies]
     written = program.num_written * program.pool_bytes
     if report.alias_bytes < written:
-        found.append(f"only {report.alias_bytes} bytes are written in place, of a pool of {written}")
+        sentences.append(f"only {report.alias_bytes} bytes are written in place, of a pool of {written}")
     if program.num_written and report.temp_bytes >= program.pool_bytes:
-        found.append(f"{report.temp_bytes} bytes of temporaries have room for an array of the pool")
+        sentences.append(f"{report.temp_bytes} bytes of temporaries have room for an array of the pool")
     if program.one_command_buffer and report.launches:
-        found += _splits(report.launches, report.large_sorts)
-    return found
+        sentences += _splits(report.launches, report.large_sorts)
+    return sentences
 
 
 def _splits(launches: Launches, large_sorts: tuple[str, ...]) -> Iterator[str]:
-    """Why a program would not be one command buffer."""
+    """Yields the reasons why a program would not be one command buffer."""
     if not launches.one_command_buffer:
         outside = ", ".join(f"{number} {kind}" for kind, number in launches.outside.items()) or "nothing"
         yield f"there are {launches.num_command_buffers} command buffers, and outside of them {outside}"

@@ -1,12 +1,12 @@
-"""Reads what XLA writes about a compiled program: optimized HLO, and for GPUs the kernels' PTX and the launch list.
+"""Reads what XLA writes about a compiled program: optimized HLO, and for GPUs the PTX of kernels and the launch list.
 
-The dump of JAX 0.10 and that of 0.11 have in common:
+The dumps of JAX 0.10 and 0.11 both contain:
 
 - `*.ptx`, one file per kernel, which `ptxas -v` turns into registers and spills. Option `xla_dump_emitter_re="ptx"` asks for
   them; 0.10 dumps them anyway.
 - `*.thunk_sequence_after_thunk_passes.txt`, the launch list: kernels with grid, threads and shared memory (which Triton
   allocates at launch, so that the PTX does not tell), loops, and the command buffers (CUDA graphs) around them.
-  It is missing if these passes changed nothing; `*.thunk_sequence.txt`, the list before them, then holds.
+  It is missing if these passes changed nothing; then `*.thunk_sequence.txt`, the list before them, is the right one.
 - the optimized HLO, in which a Pallas kernel is a custom call that names its warps and stages. `Compiled.as_text` has it too.
 """
 
@@ -28,7 +28,7 @@ from jax.extend.mlir import ir
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel, or one of jax-triton, as compiled.
+    """A compiled kernel of Pallas or of jax-triton.
 
     Attributes:
       name: of its entry point.
@@ -39,7 +39,7 @@ class Kernel:
       num_stages: of its software pipeline; None: several kernels of that name and number of warps differ in it, or it is one
         of jax-triton's.
       grid: blocks.
-      losses: of speed, in the assembler's words; such as that asynchronous products had to be serialized.
+      losses: what makes it slower, in the words of the assembler; for example that asynchronous products were serialised.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Launches:
-    """What the host starts, or hands over as a command buffer.
+    """The launches of a program: what the host starts by itself, or hands over as a command buffer.
 
     Attributes:
       num_kernels, num_copies, num_loops: in all, each body of a loop counted once.
@@ -73,7 +73,7 @@ class Launches:
 
     @property
     def num_outside(self) -> int:
-        """Of `outside`."""
+        """How many things the host starts one by one."""
         return sum(self.outside.values())
 
     @property
@@ -83,7 +83,7 @@ class Launches:
 
 
 def jax_triton_kernels(lowered: ir.Module, folder: pathlib.Path, architecture: str) -> tuple[Kernel, ...]:
-    """The kernels of a program that jax-triton has compiled; `folder` takes their PTX."""
+    """Returns the kernels of a program that jax-triton has compiled, and writes their PTX to `folder`."""
     kernels = []
     for index, kernel in enumerate(compiled_kernels(lowered)):
         source = folder / f"jax_triton.{index}.ptx"
@@ -102,7 +102,7 @@ def jax_triton_kernels(lowered: ir.Module, folder: pathlib.Path, architecture: s
 
 
 def read_dump(folder: pathlib.Path, hlo: str, architecture: str) -> tuple[tuple[Kernel, ...], Launches]:
-    """The Pallas kernels of a program and its launch list.
+    """Returns the Pallas kernels of a program and its launch list.
 
     Args:
       folder: the compiler's dump.
@@ -154,7 +154,7 @@ class _Launch:
 
 
 def _declared_kernels(hlo: str) -> dict[str, dict[int, set[int]]]:
-    """Stages of the Pallas kernels in HLO, by name and number of warps. XLA adds "__1" to a name that is taken."""
+    """Returns the stages of the Pallas kernels in HLO, by name and warps. XLA adds "__1" to a name that is in use."""
     found: dict[str, dict[int, set[int]]] = {}
     for line in hlo.splitlines():
         if 'custom_call_target="__gpu$xla.gpu.triton"' in line:
@@ -165,7 +165,7 @@ def _declared_kernels(hlo: str) -> dict[str, dict[int, set[int]]]:
 
 
 def _read_launches(text: str) -> Iterator[_Launch]:
-    """The launch list, flat. What a loop or a command buffer consists of is indented below it."""
+    """Yields the launches in order. In the text, the parts of a loop or a command buffer are indented below it."""
     above: list[tuple[int, str]] = []
     for line in text.splitlines():
         found = re.match(r"( *)\d+: k(\w+) +\[.*?\] *(\S*)(.*)", line)
@@ -194,7 +194,7 @@ def _summary(launches: list[_Launch]) -> Launches:
 
 @functools.cache
 def _ptxas() -> str:
-    """The assembler that triton brings along; found without importing triton, which looks for a GPU."""
+    """Returns the path of the assembler in triton's package, without importing triton, which would look for a GPU."""
     spec = importlib.util.find_spec("triton")
     assert spec is not None and spec.origin is not None
     tools = pathlib.Path(spec.origin).parent / "backends" / "nvidia" / "bin"
@@ -202,7 +202,7 @@ def _ptxas() -> str:
 
 
 def _assemble(architecture: str, source: pathlib.Path) -> dict[str, Any]:
-    """What the assembler says about the one kernel in a PTX file."""
+    """Returns what the assembler says about the one kernel in a PTX file."""
     command = [_ptxas(), "-v", f"-arch={architecture}", str(source), "-o", str(source.with_suffix(".cubin"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -220,7 +220,7 @@ def _assemble(architecture: str, source: pathlib.Path) -> dict[str, Any]:
 
 
 def pool_copies(hlo: str, shape: tuple[int, ...]) -> Iterator[str]:
-    """Instructions of optimized HLO that put an array of a shape where none was, or change all of it.
+    """Yields the instructions of optimized HLO that make a new array of a shape, or change all of one.
 
     Buffers are passed on by name, written by a scatter or a slice update, alone or as a fusion, and by kernels that alias
     them. XLA says so where it has to copy for a write; a fusion that copies or converts has other instructions in it.
@@ -246,7 +246,7 @@ def pool_copies(hlo: str, shape: tuple[int, ...]) -> Iterator[str]:
 
 
 def large_sorts(hlo: str) -> Iterator[str]:
-    """Types of the results of sorts that CUB can do, of one array or a pair, and is given: those of many elements."""
+    """Yields the result types of sorts that would be calls of CUB: of one array or a pair, with many elements."""
     for line in hlo.splitlines():
         kind, opcode = _kind_and_opcode(line)
         shapes = re.findall(r"\w+\[([\d,]*)\]", kind)
@@ -260,7 +260,7 @@ _WRITES = {"scatter", "dynamic-update-slice"}
 
 
 def _computations(hlo: str) -> dict[str, list[str]]:
-    """Lines of each computation."""
+    """Returns the lines of each computation."""
     found: dict[str, list[str]] = {}
     body: list[str] = []
     for line in hlo.splitlines():
@@ -272,17 +272,17 @@ def _computations(hlo: str) -> dict[str, list[str]]:
 
 
 def _kind_and_opcode(line: str) -> tuple[str, str]:
-    """Type of the result (a tuple's in brackets) and opcode of an instruction."""
+    """Returns the result type (of a tuple in brackets) and the opcode of an instruction."""
     found = re.match(r" +(?:ROOT )?%?\S+ = (.*?) ([a-z-]+)\(", line)
     return (found[1], found[2]) if found else ("", "")
 
 
 def _called(line: str) -> str:
-    """The computation that a fusion is made of; empty for other instructions."""
+    """Returns the computation that a fusion calls; empty for other instructions."""
     found = re.search(r" fusion\(.*, calls=%?([^\s,]+)", line)
     return found[1] if found else ""
 
 
 def _num_aliased(line: str) -> int:
-    """How many results of a custom call are operands written in place."""
+    """Returns how many results of a custom call are operands written in place."""
     return len(re.findall(r"\{[\d, ]*\}: \(\d+, \{", line))  # output_to_operand_aliasing={{0}: (5, {}), {1}: (6, {})}

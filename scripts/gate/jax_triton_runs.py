@@ -1,5 +1,8 @@
-"""Finds the kernels of jax-triton in a lowered program. They are compiled while lowering, and their PTX is an argument of the
-custom call: a compressed protocol buffer, jaxlib's `TritonAnyKernelCall`, which no public module decodes."""
+"""Finds the kernels of jax-triton in a lowered program.
+
+jax-triton compiles them while it lowers. Their PTX is in an argument of the custom call: a compressed protocol buffer,
+`TritonAnyKernelCall` of jaxlib, which no public module decodes.
+"""
 
 import zlib
 from collections.abc import Iterator
@@ -9,7 +12,7 @@ from jax.extend.mlir import ir
 
 
 class CompiledKernel(NamedTuple):
-    """What a call of jax-triton launches."""
+    """A kernel that a call of jax-triton launches."""
 
     name: str
     ptx: str
@@ -19,7 +22,7 @@ class CompiledKernel(NamedTuple):
 
 
 def compiled_kernels(module: ir.Module) -> Iterator[CompiledKernel]:
-    """The kernels of a lowered program, in the order of their calls."""
+    """Yields the kernels of a lowered program, in the order of their calls."""
     calls = []
 
     def visit(operation: ir.Operation) -> ir.WalkResult:
@@ -45,25 +48,25 @@ def compiled_kernels(module: ir.Module) -> Iterator[CompiledKernel]:
 
 
 def _fields(message: bytes) -> dict[int, bytes | int]:
-    """The last value of each field by number, of which those read here are numbers and byte strings."""
-    found: dict[int, bytes | int] = {}
+    """Returns the last value of each field by number. The fields read here are numbers and byte strings."""
+    values: dict[int, bytes | int] = {}
     index = 0
     while index < len(message):
         tag, index = _varint(message, index)
         number, wire_type = tag >> 3, tag & 7
         if wire_type == 0:
-            found[number], index = _varint(message, index)
+            values[number], index = _varint(message, index)
         else:
             size = {1: 8, 5: 4}.get(wire_type, 0)
             if wire_type == 2:
                 size, index = _varint(message, index)
-            found[number] = message[index : index + size]
+            values[number] = message[index : index + size]
             index += size
-    return found
+    return values
 
 
 def _varint(message: bytes, index: int) -> tuple[int, int]:
-    """A number in groups of 7 bits, the lowest first, and where it ends."""
+    """Decodes a number in groups of 7 bits, the lowest group first. Returns it and the index behind it."""
     value = shift = 0
     while True:
         byte = message[index]

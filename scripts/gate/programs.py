@@ -30,14 +30,14 @@ _MODELS = pathlib.Path(__file__).resolve().parents[2] / "configs" / "models"
 
 
 def kernel_program(op: str, shape: AttentionShape, dtype: str, target: Target, **options: Any) -> Program:
-    """One call of an operation.
+    """Returns a program that is one call of an operation.
 
     Args:
       op: of `OPS`, or for GPUs of `GPU_OPS`.
       shape: heads, page size and options.
-      dtype: of the pages; 8-bit ones have scales.
+      dtype: of the pages; pages of 8 bits have scales.
       target: decides the backend.
-      **options: of the operation, beside those of the shape.
+      **options: of the operation, in addition to those of the shape.
     """
     rows, scales = _ROWS[op], None
     pool = _array(dtype, _NUM_PAGES, shape.num_kv_heads, shape.page_size, shape.head_dim)
@@ -81,13 +81,13 @@ def _write_program(name: str, shape: AttentionShape, kv: PagedKV, options: dict[
 
 
 def engine_program(name: str, target: Target, *, num_layers: int = 4, **fields: Any) -> Program:
-    """A program of an engine for the 8B shape with few layers and a smaller vocabulary.
+    """Returns a program of an engine for the shape of Llama 3 8B, with few layers and a smaller vocabulary.
 
     Args:
       name: of `ENGINE_PROGRAMS`.
       target: decides the backend.
       num_layers: L.
-      **fields: of EngineConfig, in place of those here.
+      **fields: of EngineConfig, instead of those here.
     """
     model = read_model_config(_MODELS / "llama3-8b.json")
     model = dataclasses.replace(model, num_layers=num_layers, windows=(None,) * num_layers, vocab_size=8192)
@@ -119,7 +119,7 @@ def _changes(model: ModelConfig, config: EngineConfig) -> Changes:
 
 
 def _dtypes(target: Target) -> tuple[str, ...]:
-    """Triton ends the process if asked for e4m3 below compute capability 8.9."""
+    """Returns the dtypes to compile for. Below compute capability 8.9, float8_e4m3fn makes Triton end the process."""
     has_e4m3 = target.platform == "tpu" or target.compute_capability >= 89
     return tuple(dtype for dtype in DTYPES if has_e4m3 or dtype != "float8_e4m3fn")
 
@@ -129,12 +129,12 @@ def _array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
 
 
 def named_programs(target: Target) -> dict[str, Callable[[], Program]]:
-    """All programs for a target by name, made when called."""
-    made: dict[str, Callable[[], Program]] = {}
+    """Returns functions that make the programs for a target, by name."""
+    makers: dict[str, Callable[[], Program]] = {}
     for op in GPU_OPS if target.platform == "cuda" else OPS:
         for shape in SHAPES.values():
             for dtype in _dtypes(target):
-                made[f"{op}/{shape.name}/{dtype}"] = functools.partial(kernel_program, op, shape, dtype, target)
+                makers[f"{op}/{shape.name}/{dtype}"] = functools.partial(kernel_program, op, shape, dtype, target)
     for name in ENGINE_PROGRAMS:
-        made[name] = functools.partial(engine_program, name, target)
-    return made
+        makers[name] = functools.partial(engine_program, name, target)
+    return makers

@@ -1,4 +1,4 @@
-"""Cases of the kernels' benchmark: their data, the work that they are, and whether a result is right."""
+"""Cases of the kernel benchmark: their data, how much work they are, and whether a result is right."""
 
 import dataclasses
 import functools
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def num_pages(self) -> int:
-        """Of one pool, all of them in use."""
+        """Pages of one pool, all of them in use."""
         return self.num_slots * self.pages_per_slot
 
     @property
@@ -71,7 +71,7 @@ class Case:
 
     @property
     def pool_elements(self) -> int:
-        """Of the keys, or of the values, of one pool."""
+        """Elements of the keys, or of the values, of one pool."""
         return self.num_pages * self.shape.num_kv_heads * self.shape.page_size * self.shape.head_dim
 
     @property
@@ -80,13 +80,13 @@ class Case:
 
     @property
     def num_keys(self) -> int:
-        """Positions of a sequence that are read: all that any of its rows sees."""
+        """Positions of a sequence that are read, because one of its batch rows sees them."""
         rows = self.batch if self.op == "chunk" else 1
         return self.context if self.shape.window is None else min(self.context, self.shape.window + rows - 1)
 
     @property
     def bytes_moved(self) -> int:
-        """What must be read or written once: keys and values seen, queries, results, the table."""
+        """Bytes that must be read or written once: keys and values that are seen, queries, results, the page table."""
         shape, heads = self.shape, self.batch * self.shape.num_heads * self.shape.head_dim
         if self.op == "rotary_write":
             written = 2 * self.batch * shape.num_kv_heads * shape.head_dim
@@ -96,7 +96,7 @@ class Case:
 
     @property
     def flops(self) -> int | None:
-        """Of the two products, over the positions that rows see; None where there are no products."""
+        """Operations of the two products over the positions that batch rows see; None if there are no products."""
         if self.op == "rotary_write":
             return None
         first = self.context - self.batch if self.op == "chunk" else self.context - 1
@@ -105,7 +105,7 @@ class Case:
         return int(4 * self.shape.num_heads * self.shape.head_dim * seen.sum() * self.num_slots)
 
     def num_pools(self, cache_bytes: int, budget_bytes: int) -> tuple[int, int]:
-        """Pools, at most 64, that together hold 4 times the cache, as far as memory goes; and how many it would take.
+        """Returns how many pools to use, and how many would hold 4 times the cache together: at most 64, and as memory allows.
 
         Raises:
           ValueError: if not even one pool fits.
@@ -122,12 +122,12 @@ class Case:
                 f"the pool takes {self.pool_bytes / 2**30:.1f} GiB, above the {budget_bytes / 2**30:.1f} GiB set aside "
                 "for it (a fifth of the free memory): lower --batch or --context"
             )
-        wanted = min(max(-(-_CACHES * cache_bytes // self.pool_bytes), 1), _MAX_POOLS)
-        return min(wanted, _MAX_ELEMENTS // self.pool_elements, budget_bytes // self.pool_bytes), wanted
+        enough = min(max(-(-_CACHES * cache_bytes // self.pool_bytes), 1), _MAX_POOLS)
+        return min(enough, _MAX_ELEMENTS // self.pool_elements, budget_bytes // self.pool_bytes), enough
 
 
 class Data(NamedTuple):
-    """A case's arrays. The pools, W of them, lie in one array, each in pages of its own."""
+    """The arrays of a case. W pools lie in one array, each in pages of its own."""
 
     q: Float32[Array, "B H D"]
     k: Shaped[Array, "W*N K T D"]
@@ -147,12 +147,12 @@ class Data(NamedTuple):
         return self.tables.shape[0]
 
     def kv(self, page_ids: Int32[Array, "S P"]) -> PagedKV:
-        """What attention reads through one pool's table."""
+        """Returns the pages and the page table of one pool."""
         return PagedKV(self.k, self.v, page_ids, self.k_scale, self.v_scale)
 
 
 def make_data(case: Case, num_pools: int, seed: int) -> Data:
-    """Random numbers, pages strewn over their pool; made on the device. bfloat16 is kept as bits where the engine does so."""
+    """Makes random numbers on the device, in pages strewn over their pool. bfloat16 is kept as bits where engines do."""
     shape, keys = case.shape, jax.random.split(jax.random.key(seed), 6)
     pool = (num_pools * case.num_pages, shape.num_kv_heads, shape.page_size, shape.head_dim)
     stored = "uint16" if case.dtype == "bfloat16" and stores_bits("reference") else case.dtype
@@ -187,7 +187,7 @@ def make_data(case: Case, num_pools: int, seed: int) -> Data:
 
 
 def errors(case: Case, data: Data, result: Any) -> list[tuple[float, float]]:
-    """How far a result of the last pool is from the reference, and the bound, for each part of it.
+    """Returns how far a result of the last pool is from the reference, and the bound, for each part of it.
 
     Args:
       case, data: what was computed, before anything was written to `data`'s pages.
@@ -199,7 +199,7 @@ def errors(case: Case, data: Data, result: Any) -> list[tuple[float, float]]:
         q_error = _relative_error(result[0], expected[0])
         last = slice(-case.num_pages, None)
         written = zip(result[1:], expected[1:], strict=True)
-        found = [_relative_error(as_float(pages[last]), as_float(wanted[last])) for pages, wanted in written]
+        found = [_relative_error(as_float(pages[last]), as_float(enough[last])) for pages, enough in written]
         return [(q_error, _QUERY_BOUND), *((error, _WRITE_BOUND[case.dtype]) for error in found)]
     rows = np.unique(np.linspace(0, case.batch - 1, min(case.batch, _CHECKED_ROWS)).astype(np.int32))
     attend = functools.partial(paged_attention, window=case.shape.window, softcap=case.shape.softcap, sinks=data.sinks)
@@ -216,5 +216,5 @@ def _largest_error(actual: Float[Array, "*B D"], expected: Float[Array, "*B D"])
 
 
 def _relative_error(actual: Float[Array, "*B D"], expected: Float[Array, "*B D"]) -> float:
-    """Largest, over vectors of the last axis, of the length of the difference to that of the expected one."""
+    """Returns the largest relative error in length, over vectors along the last axis."""
     return float(_largest_error(actual, expected))

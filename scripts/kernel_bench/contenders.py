@@ -1,7 +1,7 @@
 """What the benchmark times on one case: the backends of the public functions, and baselines on the same data.
 
-Each contender goes from pool to pool, so that no cache holds what it reads, and each call takes the result of the one before,
-so that none can be left out or moved.
+Each contender goes from pool to pool, so that no cache holds what it reads. Each call takes the result of the call before, so
+that the compiler can neither leave a call out nor move it.
 """
 
 import dataclasses
@@ -30,12 +30,12 @@ _TORCH_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Unavailable(Exception):
-    """A contender cannot run on a case; the message says why."""
+    """Raised if a contender cannot run on a case; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """Something to time.
+    """A function to time on one case.
 
     Attributes:
       result: computes the case on the last pool, for comparison.
@@ -49,7 +49,7 @@ class Contender:
 
 
 def make_contender(name: str, case: Case, data: Data) -> Contender:
-    """The contender of that name: a backend, "cudnn" or "torch".
+    """Returns the contender by this name: a backend, "cudnn" or "torch".
 
     Raises:
       Unavailable: if it cannot run the case here.
@@ -104,7 +104,7 @@ def _unrolled() -> int:
 
 
 def _rotary_write(case: Case, data: Data, backend: str) -> Contender:
-    """Pages of its own are written in place; the projection stays in the cache, as it does behind the product it comes from."""
+    """Makes the contender of rotary_write. It writes its own pages in place; the projection stays in the cache, as in models."""
     pages = [jnp.copy(data.k), jnp.copy(data.v)]
     data = data._replace(k=None, v=None)
 
@@ -184,7 +184,7 @@ def _cudnn_attention(
     *,
     causal: bool,
 ) -> Shaped[Array, "S H X D"]:
-    """cuDNN's paged attention; from a private module of JAX, as `jax.nn.dot_product_attention` takes no page table."""
+    """Makes cuDNN's paged attention, from a private module of JAX: `jax.nn.dot_product_attention` takes no page table."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     table = page_ids[:, None, :, None]
@@ -202,7 +202,7 @@ def _cudnn_attention(
 
 
 def _torch(case: Case, data: Data) -> Contender:
-    """PyTorch's attention over contiguous keys and values: those of the pages that are seen, gathered beforehand."""
+    """Makes PyTorch's attention over contiguous keys and values, which are gathered from the pages before it is timed."""
     shape, platform = case.shape, jax.default_backend()
     try:
         import torch
@@ -259,7 +259,7 @@ def _torch(case: Case, data: Data) -> Contender:
 def _contiguous(
     pages: Shaped[Array, "N K T D"], page_ids: Int32[Array, "S P"], *, first: int, last: int
 ) -> Shaped[Array, "S K n D"]:
-    """Positions first..last-1 of every sequence."""
+    """Returns the numbers at positions first to last - 1 of every sequence, gathered from their pages."""
     slots, (_, heads, _, head_dim) = page_ids.shape[0], pages.shape
     gathered = pages.at[page_ids].get(mode="clip").swapaxes(1, 2)
     if gathered.dtype == jnp.uint16:

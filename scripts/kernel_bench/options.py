@@ -1,4 +1,4 @@
-"""The benchmark's flags, turned at once into one record."""
+"""The flags of the kernel benchmark, and the record that is made of them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _STEP_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """All flags of the benchmark."""
+    """Defines all flags of the benchmark."""
     to: dict[str, Any] = {"flag_values": values}
     flags.DEFINE_enum("op", "all", [*OPS, "all", "step"], "What to measure; all: the three kernels.", **to)
     flags.DEFINE_list("shapes", "llama3-8b", f"Of attention: {', '.join(SHAPES)}; or all.", **to)
@@ -49,7 +49,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The flags, checked."""
+    """The checked values of the flags."""
 
     op: str
     shapes: tuple[str, ...]
@@ -73,7 +73,7 @@ class Options:
 
 
 def parse_options(values: flags.FlagValues) -> Options:
-    """Options from flags.
+    """Returns the options that the flags say.
 
     Raises:
       ValueError: if a flag's value is not valid, has no effect on what is measured, or asks for a backend that cannot run.

@@ -1,7 +1,8 @@
 """Times the engine's step on random weights: all slots decoding, and the prefill of one long prompt.
 
-Decoding starts where a long service would be: the prompts are admitted, their keys and values are random numbers in place of
-computed ones, so that filling hundreds of slots takes no time. Then every step draws one token in every slot, which is checked.
+Decoding starts in the state of a long-running service: the prompts are admitted, and their keys and values are random numbers
+instead of computed ones, so that filling hundreds of slots takes no time. Then every step draws one token in every slot, which
+is checked.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ class StepCase:
 
     @property
     def total_steps(self) -> int:
-        """All that are run, those that warm up included."""
+        """All steps that run, those that warm up included."""
         return 1 + (self.repeats + 1) * (1 + self.num_steps)
 
     @property
@@ -52,12 +53,12 @@ class StepCase:
 
     @property
     def mean_tokens(self) -> float:
-        """Positions that a row sees, on average over the timed steps."""
+        """Positions that a batch row sees, on average over the timed steps."""
         warm = 1 + (1 + self.num_steps)
         return self.prompt_length + (warm + self.total_steps - 1) / 2
 
     def config(self) -> EngineConfig:
-        """The engine's configuration.
+        """Returns the configuration of the engine.
 
         Raises:
           ValueError: if the context is too short for the steps, or too long for the model.
@@ -123,7 +124,7 @@ class StepBench:
         return times.timing()
 
     def prefill(self) -> float:
-        """Seconds from a submitted prompt of `context` tokens to its first token, the median of 3."""
+        """Returns the seconds from the submission of `context` tokens to the first new token, the median of 3."""
         seconds = []
         for _ in range(_PREFILL_REPEATS + 1):
             state = jax.block_until_ready(self._submitted(1, self.case.context, 1))
