@@ -104,7 +104,7 @@ def _unrolled() -> int:
 
 
 def _rotary_write(case: Case, data: Data, backend: str) -> Contender:
-    """Makes the contender of rotary_write. It writes its own pages in place; the projection stays in the cache, as in models."""
+    """Makes the contender of rotary_write. It writes its own pages in place; the projection stays in the cache."""
     pages = [jnp.copy(data.k), jnp.copy(data.v)]
     data = data._replace(k=None, v=None)
 
