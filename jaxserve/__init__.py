@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     )
     from jaxserve.core.step import RunResults, StepOutput, StepOutputs, run, run_steps, step
     from jaxserve.demo_model import DEMO_MODEL
-    from jaxserve.engine.async_engine import AsyncEngine, EngineClosedError, RequestFailedError, RequestHandle
+    from jaxserve.engine.async_engine import AsyncEngine
     from jaxserve.engine.beams import BeamParams, BeamSearchOutput, BeamSequence, make_beam_rules, search_beams
-    from jaxserve.engine.engine import Engine, QueueFullError
+    from jaxserve.engine.engine import Engine
     from jaxserve.engine.live_requests import Update
+    from jaxserve.engine.queue import QueueFullError
+    from jaxserve.engine.request_handle import EngineClosedError, RequestFailedError, RequestHandle
     from jaxserve.engine.stats import EngineStats, Histogram, Latencies
     from jaxserve.models import ModelConfig, Transformer
     from jaxserve.models.prepare import prepare
@@ -106,10 +108,12 @@ _NAMES_OF_MODULE = {  # the imports above, for __getattr__
     "core.programs": ("GPU_COMPILER_OPTIONS",),
     "core.step": ("RunResults", "StepOutput", "StepOutputs", "run", "run_steps", "step"),
     "demo_model": ("DEMO_MODEL",),
-    "engine.async_engine": ("AsyncEngine", "EngineClosedError", "RequestFailedError", "RequestHandle"),
+    "engine.async_engine": ("AsyncEngine",),
     "engine.beams": ("BeamParams", "BeamSearchOutput", "BeamSequence", "make_beam_rules", "search_beams"),
-    "engine.engine": ("Engine", "QueueFullError"),
+    "engine.engine": ("Engine",),
     "engine.live_requests": ("Update",),
+    "engine.queue": ("QueueFullError",),
+    "engine.request_handle": ("EngineClosedError", "RequestFailedError", "RequestHandle"),
     "engine.stats": ("EngineStats", "Histogram", "Latencies"),
     "models": ("ModelConfig", "Transformer"),
     "models.prepare": ("prepare",),

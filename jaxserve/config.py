@@ -130,12 +130,20 @@ class EngineConfig:
 
     @property
     def backend(self) -> str:
-        """The backend that `attention_backend` stands for; looks for a device if that is None.
+        """The backend that `attention_backend` stands for; None stands for the default of JAX's default device.
 
         Raises:
           ValueError: if it does not serve these keys and values, or these weights.
         """
-        backend = resolve_backend(self.attention_backend)
+        return self.backend_on(None)
+
+    def backend_on(self, platform: str | None) -> str:
+        """Returns the backend that `attention_backend` stands for on the devices of a platform; errors as for `backend`.
+
+        Args:
+          platform: as `jax.Device.platform`; None: that of JAX's default device.
+        """
+        backend = resolve_backend(self.attention_backend, platform)
         if backend == "native" and self.kv_dtype == "float16":
             if self.attention_backend is not None:
                 raise ValueError("attention_backend='native' has no kv_dtype='float16': use bfloat16, or 'reference'")

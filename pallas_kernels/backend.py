@@ -8,16 +8,20 @@ _DEFAULT_OF_PLATFORM = {"gpu": "triton", "cuda": "triton", "tpu": "tpu"}
 _PLATFORMS_OF_BACKEND = {"native": ("cpu",), "triton": ("gpu", "cuda"), "jax_triton": ("gpu", "cuda"), "tpu": ("tpu",)}
 
 
-def resolve_backend(backend: str | None) -> str:
+def resolve_backend(backend: str | None, platform: str | None = None) -> str:
     """Returns the backend by this name, or the default of the platform if it is None.
 
     The defaults are "triton" on NVIDIA GPUs, "tpu" on TPUs, "native" on CPUs if it can be built there, and else "reference".
+
+    Args:
+      backend: a name, or None to choose.
+      platform: of the device that it is to run on; None: that of JAX's default device.
 
     Raises:
       ValueError: if the name is unknown.
     """
     if backend is None:
-        platform = _platform()
+        platform = platform or _platform()
         if platform == "cpu" and _why_not_native() is None:
             return "native"
         return _DEFAULT_OF_PLATFORM.get(platform, "reference")
@@ -26,24 +30,33 @@ def resolve_backend(backend: str | None) -> str:
     return backend
 
 
-def compiles_for_cuda(backend: str) -> bool:
-    """Whether programs with this backend are compiled for an NVIDIA GPU, or interpreted as if they were."""
-    return backend in ("triton", "jax_triton") or _platform() == "gpu"
+def compiles_for_cuda(backend: str, platform: str | None = None) -> bool:
+    """Returns whether programs with this backend are compiled for an NVIDIA GPU, or interpreted as if they were.
+
+    `platform` is as in `resolve_backend`.
+    """
+    return backend in ("triton", "jax_triton") or (platform or _platform()) in ("gpu", "cuda")
 
 
-def check_runs_here(backend: str, *, interpret: bool) -> None:
-    """Checks that a backend can run on the default device.
+def check_runs_here(backend: str, *, interpret: bool, platform: str | None = None) -> None:
+    """Checks that a backend can run on a device.
+
+    Args:
+      backend: its name.
+      interpret: whether its kernels are to be interpreted, which some can be on any device.
+      platform: of the device, which holds the weights; None: that of JAX's default device.
 
     Raises:
       ValueError: if it cannot; the message names the backend, the platform, and what to use instead.
     """
     platforms = _PLATFORMS_OF_BACKEND.get(backend, ())
-    platform = _platform()
+    where = "default device is" if platform is None else "weights are on"
+    platform = platform or _platform()
     interpretable = backend in ("triton", "tpu")
     if platforms and platform not in platforms and not (interpret and interpretable):
         device = {"tpu": "a TPU", "native": "a CPU"}.get(backend, "an NVIDIA GPU")
         raise ValueError(
-            f"backend {backend!r} needs {device}, but the default device is a {platform}: use 'reference'"
+            f"backend {backend!r} needs {device}, but the {where} a {platform}: use 'reference'"
             + (", or interpret the kernels (slow)" if interpretable else "")
         )
     if backend == "native" and (reason := _why_not_native()) is not None:

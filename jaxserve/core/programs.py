@@ -21,7 +21,7 @@ from pallas_kernels.backend import compiles_for_cuda
 class Changes(Record):
     """What a host wants done to the state between two calls."""
 
-    submission: Submission
+    submission: Submission | None  # None: nothing is submitted
     collected: Bool[Array, " Q"]
     aborted: Bool[Array, " Q"]
     generation: Int32[Array, " Q"]  # of the rows collected and aborted
@@ -29,10 +29,12 @@ class Changes(Record):
 
 def update(
     state: EngineState, changes: Changes, *, model: ModelConfig, config: EngineConfig
-) -> tuple[EngineState, Handles]:
-    """Collects, aborts and submits in one call: everything that a host does to the state."""
+) -> tuple[EngineState, Handles | None]:
+    """Collects, aborts and submits in one call: everything that a host does to the state; no handles without a submission."""
     state = collect(state, changes.collected, changes.generation)
     state = abort(state, changes.aborted, changes.generation)
+    if changes.submission is None:
+        return state, None
     return submit(state, changes.submission, model=model, config=config)
 
 
@@ -43,19 +45,37 @@ GPU_COMPILER_OPTIONS: dict[str, Any] = {
 }
 
 
-def compiler_options(config: EngineConfig) -> dict[str, Any] | None:
-    """Returns the compiler options for the programs of a configuration; None: XLA's defaults."""
-    return GPU_COMPILER_OPTIONS if compiles_for_cuda(config.backend) else None
+def compiler_options(config: EngineConfig, platform: str | None = None) -> dict[str, Any] | None:
+    """Returns the compiler options for the programs of a configuration; None: XLA's defaults.
+
+    Args:
+      config: decides the backend.
+      platform: of the devices that the programs are for; None: that of JAX's default device.
+    """
+    return GPU_COMPILER_OPTIONS if compiles_for_cuda(config.backend, platform) else None
 
 
-@functools.cache
 def programs(
     model: ModelConfig, config: EngineConfig, logits_fn: LogitsFn | None = None
 ) -> dict[str, Callable[..., Any]]:
     """Returns the jitted functions of an engine by name: `step`, `run_steps` and `update`. Each donates the state.
 
+    Without a `logits_fn` calls with equal arguments return the same functions, which live as long as the process. With one
+    every call returns new functions, which live as long as the caller keeps them.
+
     On NVIDIA GPUs each is compiled with `GPU_COMPILER_OPTIONS`; a caller's own `jax.jit` of `run` should have them too.
     """
+    return _shared_programs(model, config) if logits_fn is None else _make_programs(model, config, logits_fn)
+
+
+@functools.cache
+def _shared_programs(model: ModelConfig, config: EngineConfig) -> dict[str, Callable[..., Any]]:
+    return _make_programs(model, config, None)
+
+
+def _make_programs(
+    model: ModelConfig, config: EngineConfig, logits_fn: LogitsFn | None
+) -> dict[str, Callable[..., Any]]:
     options = compiler_options(config)
     static: dict[str, Any] = {"model": model, "config": config}
     stepping = static | {"logits_fn": logits_fn}

@@ -1,4 +1,4 @@
-"""Capacities that depend on the machine: how many pages the KV pool gets."""
+"""Capacities that depend on the machine and the model: the longest sequence, the backend, how many pages the KV pool gets."""
 
 import dataclasses
 import logging
@@ -17,18 +17,20 @@ _log = logging.getLogger(__name__)
 
 _SHARE_OF_FREE_MEMORY = 0.9
 _TPU_LANES = 128
-_POOL_BYTES_UNREPORTED = 1 << 30  # pool where the platform does not report free memory, as on CPU
+_POOL_BYTES_UNREPORTED = 1 << 30  # of the pool where the platform does not report free memory, as on CPU
 
 
 def resolve_capacities(config: EngineConfig, model: ModelConfig, params: Params) -> EngineConfig:
-    """The configuration with everything chosen that was left open; logs what fits.
+    """Returns the configuration with everything chosen that was left open, and logs what fits.
 
-    `max_model_len` is lowered to what the model was made for if it was left at its default. The dtype of keys and values is
-    that of the weights as they were loaded. The pool gets 90% of the memory that the device reports as free
-    (weights are on it by then), else 1 GiB; never less than one longest sequence, nor more than all slots can use.
+    `max_model_len` becomes 2048, or what the model was made for if that is less. The backend is the default of the platform
+    that the weights are on. Keys and values get the dtype that the weights were loaded in. The pool gets 90% of the memory that
+    the weights' device reports as free, or 1 GiB if it reports none; never less than one longest sequence needs, nor more
+    than all slots can use.
 
     Raises:
-      ValueError: if `max_model_len` is longer than the model was made for, or the attention backend cannot run here.
+      ValueError: if `max_model_len` is longer than the model was made for, or the attention backend cannot run on the weights'
+        device.
     """
     given = config
     if config.max_model_len is None:
@@ -46,10 +48,10 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: Params)
     page_bytes = bytes_per_page(model, config.page_size, kv_dtype)
     num_pages = config.num_pages
     if num_pages is None:
-        useful = config.max_slots * config.pages_per_slot
-        num_pages = max(min(_pool_bytes(weight) // page_bytes, useful), config.pages_per_slot)
+        num_useful = config.max_slots * config.pages_per_slot
+        num_pages = max(min(_pool_bytes(weight) // page_bytes, num_useful), config.pages_per_slot)
     resolved = dataclasses.replace(config, num_pages=num_pages, tile_rows=config.tile_size)
-    check_runs_here(config.backend, interpret=config.interpret_kernels)
+    check_runs_here(config.backend, interpret=config.interpret_kernels, platform=platform_of(weight))
     if resolved == given:
         return resolved  # nothing was left open
     _log.info(
@@ -72,20 +74,33 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: Params)
     return resolved
 
 
-def _attention_backend(config: EngineConfig, model: ModelConfig, weight: jax.Array) -> str:
-    """The backend asked for, or the platform's where that serves; else "reference".
+def platform_of(array: jax.Array) -> str:
+    """Returns the platform of the devices that hold an array: "cpu", "gpu" or "tpu"."""
+    return next(iter(array.devices())).platform
 
-    XLA:TPU gives pools of heads that are no whole lanes another layout than kernels read, and copies a whole pool for every
-    call. Native kernels do not take everything, and cannot be parted over devices.
+
+def free_bytes(array: jax.Array) -> int | None:
+    """Returns how much memory is free on a device that holds an array; None if its platform does not report that."""
+    reported = next(iter(array.devices())).memory_stats() or {}
+    if "bytes_limit" not in reported:
+        return None
+    return reported["bytes_limit"] - reported.get("bytes_in_use", 0)
+
+
+def _attention_backend(config: EngineConfig, model: ModelConfig, weight: jax.Array) -> str:
+    """Returns the backend asked for, or the weights' platform's default where that serves the model, else "reference".
+
+    XLA:TPU lays out pools whose head dimension is not a multiple of the lanes otherwise than the kernels read them, and copies
+    a whole pool for every call. Native kernels do not take every dtype and head shape, and run on one device only.
     """
-    backend = config.backend
-    no_kernel = {
+    backend = config.backend_on(platform_of(weight))
+    has_no_kernel = {
         "tpu": model.head_dim % _TPU_LANES != 0,
         "native": not serves_heads(model.head_dim, model.group_size)
         or len(weight.sharding.device_set) > 1
         or weight.dtype == jnp.float16,
     }
-    if no_kernel.get(backend, False):
+    if has_no_kernel.get(backend, False):
         if config.attention_backend is None and config.weight_dtype is None:
             return "reference"
         if backend == "native":
@@ -98,7 +113,5 @@ def _attention_backend(config: EngineConfig, model: ModelConfig, weight: jax.Arr
 
 
 def _pool_bytes(weight: jax.Array) -> int:
-    reported = next(iter(weight.devices())).memory_stats() or {}
-    if "bytes_limit" not in reported:
-        return _POOL_BYTES_UNREPORTED
-    return int(_SHARE_OF_FREE_MEMORY * (reported["bytes_limit"] - reported.get("bytes_in_use", 0)))
+    free = free_bytes(weight)
+    return _POOL_BYTES_UNREPORTED if free is None else int(_SHARE_OF_FREE_MEMORY * free)

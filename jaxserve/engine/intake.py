@@ -96,21 +96,21 @@ class Intake:
             return params
         return dataclasses.replace(params, bad_words=spell(params.bad_words, self._tokenizer))
 
-    def submission(self, samples: Sequence[LiveSample]) -> Submission:
-        """Rows for at most `max_slots` samples, those of one request side by side; the rest is padding."""
-        rows = empty_submission(self._config.max_slots, self._model, self._config, self._aux)
-        for index, sequence in enumerate(samples):
-            group = sequence.group
+    def submission(self, samples: Sequence[LiveSample], num_rows: int) -> Submission:
+        """Returns rows for at most `num_rows` samples, those of one request side by side; the rest is padding."""
+        rows = empty_submission(num_rows, self._model, self._config, self._aux)
+        for index, sample in enumerate(samples):
+            live = sample.live
             fill_row(
                 rows,
                 index,
-                group.prompt_token_ids,
-                group.params,
-                seed=group.seed,
-                priority=group.request.priority,
+                live.prompt_token_ids,
+                live.params,
+                seed=live.seed,
+                priority=live.request.priority,
                 eos_token_ids=self.eos_token_ids,
-                sample_index=sequence.index,
-                aux=group.request.aux,
+                sample_index=sample.index,
+                aux=live.request.aux,
             )
         return rows
 

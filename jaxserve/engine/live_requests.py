@@ -1,4 +1,4 @@
-"""The host's side of a request and of its samples: what has come back from the device, as text and as a result."""
+"""A request and its samples as the host sees them: what has come back from the device, as text and as a result."""
 
 import dataclasses
 import time
@@ -29,7 +29,19 @@ class Update:
 
 
 class LiveRequest:
-    """A request on its way: its samples, and what they have in common. Made when the request is accepted."""
+    """A request on its way from acceptance to its result: its samples, and what they have in common.
+
+    Attributes:
+      request: as it was accepted.
+      prompt_token_ids: the prompt as the device gets it, truncated if the request says so.
+      params: as the device gets them: bad words are token ids.
+      seed: the request's own, or the one derived for it.
+      abort_requested: whether it is to be ended by the next step.
+      tokenizer: None if no text is wanted.
+      arrival_time: `time.monotonic` when it was accepted.
+      admitted: whether at least one sample has had a slot.
+      samples: the samples, by index.
+    """
 
     def __init__(
         self,
@@ -42,19 +54,24 @@ class LiveRequest:
     ) -> None:
         self.request = request
         self.prompt_token_ids = prompt_token_ids
-        self.params = params  # as the device has them: bad words are token ids
+        self.params = params
         self.seed = seed
         self.abort_requested = False
         self.tokenizer = tokenizer if params.detokenize else None
         self.eos_token_ids = eos_token_ids
         self.arrival_time = time.monotonic()
-        self.admitted = False  # to a slot, at least one sample, at least once
+        self.admitted = False
         self.samples = [LiveSample(self, index) for index in range(params.n)]
         self._prompt_logprobs: list[Mapping[int, TokenLogprob] | None] = [None] * len(prompt_token_ids)
 
     @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.id
+
+    @property
     def finished(self) -> bool:
-        """Whether all samples have."""
+        """Whether all samples have ended."""
         return all(sample.finished for sample in self.samples)
 
     def finish(self, status: Status) -> None:
@@ -65,29 +82,29 @@ class LiveRequest:
     def add_prompt_logprob(
         self, position: int, logprob: float, rank: int, top_ids: np.ndarray, top_logprobs: np.ndarray
     ) -> None:
-        """Takes what is known of the prompt token at `position`; the same again if its row was computed again."""
+        """Takes the log probabilities of the prompt token at `position`. After a preemption the same ones come again."""
         num_top, token = self.params.prompt_logprobs or 0, self.prompt_token_ids[position]
         self._prompt_logprobs[position] = self.places(token, logprob, rank, top_ids[:num_top], top_logprobs[:num_top])
 
     def output(self) -> RequestOutput:
-        """The result so far."""
+        """Returns the result so far."""
         params, status = self.params, [sample.status for sample in self.samples]
-        asked = params.prompt_logprobs is not None
+        has_prompt_logprobs = params.prompt_logprobs is not None
         return RequestOutput(
-            request_id=self.request.id,
+            request_id=self.id,
             prompt=self.request.prompt,
             prompt_token_ids=self.prompt_token_ids,
             outputs=tuple(sample.completion() for sample in self.samples),
             metrics=self._metrics(),
             error=_ERROR if Status.ERROR in status else None,
             seed=None if params.greedy and params.seed is None else self.seed,
-            prompt_logprobs=tuple(self._prompt_logprobs) if asked else None,
+            prompt_logprobs=tuple(self._prompt_logprobs) if has_prompt_logprobs else None,
         )
 
     def places(
         self, token: int, logprob: float, rank: int, top_ids: np.ndarray, top_logprobs: np.ndarray
     ) -> Mapping[int, TokenLogprob]:
-        """A token's place in a distribution, and those of the most likely ones."""
+        """Returns the places in a distribution of a token and of the most likely ones, by token id."""
         top = {
             int(top_id): TokenLogprob(float(value), place, self._name(int(top_id)))
             for place, (top_id, value) in enumerate(zip(top_ids, top_logprobs, strict=True), 1)
@@ -110,36 +127,47 @@ class LiveRequest:
 
 
 class LiveSample:
-    """Collects tokens of one sample of a request."""
+    """One sample of a request: collects its tokens and their text.
 
-    def __init__(self, group: LiveRequest, index: int) -> None:
-        self.group = group
-        self.index = index  # which sample
+    Attributes:
+      live: the request.
+      index: which of its samples this is.
+      token_ids: generated so far.
+      status: as of the last call read, or the end that the host has found: a stop string.
+      num_preemptions: times that it lost its slot.
+      first_token_time, last_token_time, finish_time: `time.monotonic` of the first token, of the last call that brought tokens,
+        and of the end; None until then.
+      end_reported: whether an update has told of its end.
+    """
+
+    def __init__(self, live: LiveRequest, index: int) -> None:
+        self.live = live
+        self.index = index
         self.token_ids: list[int] = []
         self.status = Status.WAITING
         self.num_preemptions = 0
         self.first_token_time: float | None = None
-        self.last_token_time: float | None = None  # when the last call that brought tokens was read
+        self.last_token_time: float | None = None
         self.finish_time: float | None = None
-        params = group.request.params
+        params = live.request.params
         self._decoder = self._make_decoder()
         self._scanner = StopScanner(params.stop_strings, include=params.include_stop_str_in_output)
         self._text: list[str] = []
-        self._num_reported = 0  # tokens that an update has had
+        self._num_reported = 0  # tokens that updates have told of
         self.end_reported = False
-        self._unreported: list[str] = []  # text that none has had
+        self._unreported: list[str] = []  # text that no update has told of
         self._logprobs: list[Mapping[int, TokenLogprob]] = []
         self._cumulative_logprob = 0.0
 
     def _make_decoder(self) -> IncrementalDecoder | None:
-        if self.group.tokenizer is None:
+        if self.live.tokenizer is None:
             return None
-        params = self.group.params
+        params = self.live.params
         return IncrementalDecoder(
-            self.group.tokenizer,
+            self.live.tokenizer,
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
-            context=self.group.prompt_token_ids,
+            context=self.live.prompt_token_ids,
         )
 
     @property
@@ -152,24 +180,24 @@ class LiveSample:
     ) -> None:
         """Takes one generated token; `status` is that of the sequence after it.
 
-        A stop string ends the sequence here, whatever the status; tokens that come after that are not taken.
+        A stop string ends the sample here, whatever the status; tokens that come after that are not taken.
         """
         if self.finished:
             return
         if self.first_token_time is None:
             self.first_token_time = time.monotonic()
         self.token_ids.append(token)
-        num_top = self.group.params.logprobs
+        num_top = self.live.params.logprobs
         if num_top is not None:
             self._cumulative_logprob += logprob
-            self._logprobs.append(self.group.places(token, logprob, rank, top_ids[:num_top], top_logprobs[:num_top]))
+            self._logprobs.append(self.live.places(token, logprob, rank, top_ids[:num_top], top_logprobs[:num_top]))
         if self._decoder is not None and not self._is_stop_token(token, status):
             self._add_text(self._decoder.push(token))
             if self._scanner.matched is not None:
                 self._end(Status.STOP)
 
     def finish(self, status: Status) -> None:
-        """Ends the sequence for the reason `status`, unless it has ended."""
+        """Ends the sample for the reason `status`, unless it has ended."""
         if self.finished:
             return
         if self._decoder is not None:
@@ -185,9 +213,9 @@ class LiveSample:
         self.finish_time = time.monotonic()
 
     def _is_stop_token(self, token: int, status: Status) -> bool:
-        """Whether the token is one that ends the sequence: then it has no text."""
-        params = self.group.params
-        ends = () if params.ignore_eos else self.group.eos_token_ids
+        """Returns whether the token is one that ends the sequence: then it has no text."""
+        params = self.live.params
+        ends = () if params.ignore_eos else self.live.eos_token_ids
         return status == Status.STOP and (token in ends or token in params.stop_token_ids)
 
     @property
@@ -196,30 +224,30 @@ class LiveSample:
         return len(self.token_ids) > self._num_reported or (self.finished and not self.end_reported)
 
     def take_update(self) -> Update | None:
-        """What has come since the last call; None if nothing."""
+        """Returns what has come since the last update was taken; None if nothing has."""
         if not self.has_news:
             return None
         new, text = tuple(self.token_ids[self._num_reported :]), "".join(self._unreported)
         self._num_reported, self._unreported, self.end_reported = len(self.token_ids), [], self.finished
-        last = all(sample.end_reported for sample in self.group.samples)
-        output = self.group.output() if last else None
-        return Update(self.group.request.id, text, new, output, self.index)
+        last = all(sample.end_reported for sample in self.live.samples)
+        output = self.live.output() if last else None
+        return Update(self.live.id, text, new, output, self.index)
 
     def completion(self) -> CompletionOutput:
-        """The result so far."""
-        asked = self.group.params.logprobs is not None
+        """Returns the result so far."""
+        has_logprobs = self.live.params.logprobs is not None
         return CompletionOutput(
             index=self.index,
             text="".join(self._text),
             token_ids=tuple(self.token_ids),
             finish_reason=self.status.finish_reason,
             stop_reason=self._stop_reason(),
-            logprobs=tuple(self._logprobs) if asked else None,
-            cumulative_logprob=self._cumulative_logprob if asked else None,
+            logprobs=tuple(self._logprobs) if has_logprobs else None,
+            cumulative_logprob=self._cumulative_logprob if has_logprobs else None,
         )
 
     def _add_text(self, text: str) -> None:
-        may_stop = len(self.token_ids) >= self.group.params.min_tokens
+        may_stop = len(self.token_ids) >= self.live.params.min_tokens
         self._add_final(self._scanner.push(text, may_stop=may_stop))
 
     def _add_final(self, text: str) -> None:
@@ -227,13 +255,13 @@ class LiveSample:
         self._unreported.append(text)
 
     def _stop_reason(self) -> int | str | tuple[int, ...] | None:
-        """The first of what ended the sequence, in the order in which the device and the host test."""
+        """Returns what ended the sequence: the first that holds in the order in which the device and the host test."""
         if self.status != Status.STOP:
             return None
         if self._scanner.matched is not None:
             return self._scanner.matched
-        last, params = self.token_ids[-1], self.group.params
-        if last in self.group.eos_token_ids and not params.ignore_eos:
+        last, params = self.token_ids[-1], self.live.params
+        if last in self.live.eos_token_ids and not params.ignore_eos:
             return None
         if last in params.stop_token_ids:
             return last

@@ -1,13 +1,12 @@
-"""The compiled programs as the Engine calls them: few arrays go in and out.
+"""What a call brings back from the device: packed there into one array, unpacked on the host, handed out to samples.
 
-An array costs the host some microseconds to pass and some ten to read, however small it is, and a module's state, walked in
-Python, as much again. So parameters are passed as the tuple of their leaves, and outputs come back as the bits of one array.
+An array costs the host some ten microseconds to read, however small it is. So the outputs of a call, some twenty arrays, come
+back as the bits of one. Log probabilities of prompt tokens, which are large, stay on the device unless a request has asked.
 """
 
-import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,49 +17,26 @@ from jaxtyping import Array, Int32
 
 from jaxserve.config import EngineConfig
 from jaxserve.core.forward import PromptLogprobs
-from jaxserve.core.logits_fn import LogitsFn
-from jaxserve.core.programs import compiler_options, programs
 from jaxserve.core.pytree import Record, record
-from jaxserve.core.scheduler.state import EngineState, init_state
-from jaxserve.core.step import StepOutputs, empty_outputs, run_steps
-from jaxserve.models import ModelConfig
+from jaxserve.core.scheduler import Status
+from jaxserve.core.step import StepOutputs, empty_outputs
+from jaxserve.engine.live_requests import LiveSample
+
+# Called as observer(outputs, samples_by_row, num_waiting) with views of one buffer on the host: copy what you keep. The samples
+# are those in queue rows, the ones that end in this call included; num_waiting is how many samples more wait on the host.
+Observer = Callable[[StepOutputs, Mapping[int, LiveSample], int], None]
 
 
 @record
 class PackedOutputs(Record):
-    """What a call of `run_steps` did, to be read by `Reader`."""
+    """What a call of `run_steps` did, to be unpacked by a `Reader`."""
 
-    packed: Int32[Array, " N"]  # all but what is known of prompt tokens
+    packed: Int32[Array, " N"]  # all outputs but those about prompt tokens
     prompt: PromptLogprobs  # of each step
 
 
-@functools.cache
-def engine_programs(
-    model: ModelConfig, config: EngineConfig, logits_fn: LogitsFn | None, structure: Any
-) -> dict[str, Callable[..., Any]]:
-    """`run_steps` of leaves, a state and a number, which returns a state and `PackedOutputs`; `update`; `init`.
-
-    `init` is `init_state` as one program: operation by operation it takes longer, and tens of MB that JAX keeps.
-
-    Args:
-      structure: `jax.tree.structure` of the parameters.
-    """
-
-    def run_leaves(
-        leaves: tuple[Array, ...], state: EngineState, num_steps: Int32[Array, ""]
-    ) -> tuple[EngineState, PackedOutputs]:
-        params = jax.tree.unflatten(structure, leaves)
-        state, outputs = run_steps(params, state, num_steps, model=model, config=config, logits_fn=logits_fn)
-        rest = outputs.replace(steps=outputs.steps.replace(prompt=None))
-        return state, PackedOutputs(packed=pack(rest), prompt=outputs.steps.prompt)
-
-    compiled = jax.jit(run_leaves, donate_argnums=1, compiler_options=compiler_options(config))
-    init = jax.jit(functools.partial(init_state, model, config))
-    return {"init": init, "update": programs(model, config, logits_fn)["update"], "run_steps": compiled}
-
-
 def pack(tree: Any) -> Int32[Array, " N"]:
-    """The bits of a tree of int32, float32 and bool arrays, one array after the other."""
+    """Returns the bits of a tree of int32, float32 and bool arrays, one array after the other."""
 
     def bits(leaf: Array) -> Int32[Array, " _"]:
         assert leaf.dtype in (jnp.int32, jnp.float32, bool), leaf.dtype
@@ -71,7 +47,7 @@ def pack(tree: Any) -> Int32[Array, " N"]:
 
 
 class Reader:
-    """Reads `PackedOutputs`, once they are on the host."""
+    """Unpacks `PackedOutputs`, once they are on the host."""
 
     def __init__(self, config: EngineConfig) -> None:
         like = jax.eval_shape(lambda: empty_outputs(config.max_steps_per_call, config))
@@ -83,7 +59,7 @@ class Reader:
         ]
 
     def unpack(self, packed: np.ndarray, prompt: PromptLogprobs | None) -> StepOutputs:
-        """The outputs as arrays of the host, which mostly share the memory of `packed`."""
+        """Returns the outputs as arrays of the host; all but the boolean ones share the memory of `packed`."""
         floats = packed.view(np.float32)
         leaves = [
             (packed[place] != 0 if kind == "b" else (floats if kind == "f" else packed)[place]).reshape(shape)
@@ -91,3 +67,35 @@ class Reader:
         ]
         outputs = jax.tree.unflatten(self._structure, leaves)
         return outputs if prompt is None else outputs.replace(steps=outputs.steps.replace(prompt=prompt))
+
+
+def take_prompt_logprobs(outputs: StepOutputs, samples_by_row: Mapping[int, LiveSample]) -> None:
+    """Hands the log probabilities of prompt tokens to the requests that asked for them."""
+    prompt: Any = outputs.steps.prompt
+    if prompt is None:
+        return
+    for index, place in np.argwhere(prompt.row_id[: int(outputs.num_steps)] < len(outputs.status)).tolist():
+        samples_by_row[int(prompt.row_id[index, place])].live.add_prompt_logprob(
+            int(prompt.position[index, place]),
+            float(prompt.logprob[index, place]),
+            int(prompt.rank[index, place]),
+            prompt.top_ids[index, place],
+            prompt.top_logprobs[index, place],
+        )
+
+
+def take_tokens(outputs: StepOutputs, samples_by_row: Mapping[int, LiveSample]) -> dict[int, LiveSample]:
+    """Hands every drawn token to its sample; returns the samples that got some, by row, in the order of their first token."""
+    steps, extended = outputs.steps, {}
+    drawn: Any = steps.drawn
+    where = np.nonzero(steps.sampled[: int(outputs.num_steps)])
+    fields: Any = (steps.row_id, drawn.token, drawn.logprob, drawn.rank, steps.status)
+    columns = (field[where].tolist() for field in fields)
+    for index, slot, row, token, logprob, rank, status in zip(*where, *columns, strict=True):
+        sample = samples_by_row[row]
+        if sample.finished:
+            continue
+        extended[row] = sample
+        top = drawn.top_ids[index, slot], drawn.top_logprobs[index, slot]
+        sample.append(token, logprob, rank, *top, Status(status))
+    return extended

@@ -144,16 +144,16 @@ class Timeline:
         self.num_steps += num_steps
 
     def _index_of(self, row: int, generation: int, sequence: "LiveSample") -> int:
-        group = sequence.group
-        key = (row, generation, group.request.id, sequence.index)
+        live = sequence.live
+        key = (row, generation, live.id, sequence.index)
         if key not in self._index:
             self._index[key] = len(self.occupants)
-            sample = sequence.index if len(group.samples) > 1 else None
-            self.occupants.append(Occupant(group.request.id, sample, len(group.prompt_token_ids)))
+            sample = sequence.index if len(live.samples) > 1 else None
+            self.occupants.append(Occupant(live.id, sample, len(live.prompt_token_ids)))
         return self._index[key]
 
     def _end(self, row: int, generation: int, sequence: "LiveSample", status: Status) -> None:
-        index = self._index.get((row, generation, sequence.group.request.id, sequence.index))
+        index = self._index.get((row, generation, sequence.live.id, sequence.index))
         if index is None:
             return  # aborted before it had a slot
         if sequence.finished:  # the host ended it, with a stop string

@@ -65,6 +65,12 @@ def submit_program(config: EngineConfig):
     return jax.jit(functools.partial(submit, model=MODEL, config=config))
 
 
+@functools.cache
+def step_program(logits_fn: Any):
+    """Programs with a function are new with every call: these are kept for all tests."""
+    return programs(MODEL, CONFIG, logits_fn)["step"]
+
+
 def submission_of(requests: Sequence[Asked], auxes: Sequence[Any]) -> Any:
     padded = [*auxes, *[PLAIN] * (CONFIG.queue_size - len(auxes))]
     aux = jax.tree.map(lambda *leaves: np.stack(leaves), *padded)
@@ -78,7 +84,7 @@ def trace(
     submission = submission_of(requests, auxes or [PLAIN] * len(requests))
     state, _ = submit_program(CONFIG)(init_state(MODEL, CONFIG, aux=PLAIN), submission)
     traced = [Traced() for _ in requests]
-    step = programs(MODEL, CONFIG, logits_fn)["step"]
+    step = step_program(logits_fn)
     while workload.has_unfinished(state):
         state, output = step(params, state)
         check_invariants(state)

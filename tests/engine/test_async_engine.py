@@ -16,8 +16,7 @@ import pytest
 from jaxserve import Engine, EngineConfig, Request, RequestOutput, SamplingParams, Update
 from jaxserve.core.compile_guard import forbid_compilation
 from jaxserve.core.scheduler import Status
-from jaxserve.engine.async_engine import AsyncEngine, EngineClosedError, RequestFailedError, RequestHandle
-from jaxserve.engine.engine import QueueFullError
+from jaxserve.engine import AsyncEngine, EngineClosedError, QueueFullError, RequestFailedError, RequestHandle
 from tests import small_model
 
 CONFIG = EngineConfig(**small_model.CAPACITIES)
@@ -51,17 +50,17 @@ def engine(warm_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Eng
     yield warm_engine
     while warm_engine.has_work:
         warm_engine.step()
-    assert num_free_pages(warm_engine) == CONFIG.num_pages and warm_engine._driver is None
+    assert num_free_pages(warm_engine) == CONFIG.num_pages and warm_engine._owner is None
 
 
 def reconfigure(engine: Engine, monkeypatch: pytest.MonkeyPatch, **fields: object) -> None:
-    """Sets options that no program is compiled for."""
-    assert set(fields) <= {"max_waiting", "debug_checks"}
-    monkeypatch.setattr(engine, "config", dataclasses.replace(engine.config, **fields))
+    """Sets options that no program is compiled for: `max_waiting` and `debug_checks`."""
+    for name, value in fields.items():
+        monkeypatch.setattr({"max_waiting": engine.queue, "debug_checks": engine._loop}[name], name, value)
 
 
 def num_free_pages(engine: Engine) -> int:
-    return int(engine._state.table.num_free)
+    return int(engine.driver.state.table.num_free)
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
@@ -134,7 +133,7 @@ def same(one: RequestOutput, other: RequestOutput) -> bool:
 
 
 def test_an_id_is_made_up_where_none_is_given_and_never_one_in_use(engine: Engine) -> None:
-    taken = f"request-{next(engine._intake.numbers) + 2}"
+    taken = f"request-{next(engine.queue.intake.numbers) + 2}"
     assert engine.add_request([1, 2], SHORT, id=taken) == taken
     names = [engine.add_request("the cat", SHORT), engine.add_request([3], SHORT)]
     assert engine.add_request(Request(id="mine", prompt_token_ids=(4,), params=SHORT)) == "mine"
@@ -246,8 +245,8 @@ def play_trace(engine: Engine, victim: str | None, abort_at: int) -> tuple[dict[
         if num_steps == abort_at:
             assert victim in results, "the step that sees the abort tells of it"
             held = {
-                engine._by_row[int(row)].group.request.id
-                for row in engine._state.slots.row_id
+                engine.driver.samples_by_row[int(row)].live.id
+                for row in engine.driver.state.slots.row_id
                 if row < CONFIG.queue_size
             }
             assert victim not in held and num_pages_of_slots(engine) == CONFIG.num_pages - num_free_pages(engine)
@@ -259,10 +258,10 @@ def play_trace(engine: Engine, victim: str | None, abort_at: int) -> tuple[dict[
 def state_of(engine: Engine, victim: str, results: dict[str, RequestOutput]) -> str:
     if victim in results:
         return "finished"
-    rows = [row for row, sequence in engine._by_row.items() if sequence.group.request.id == victim]
+    rows = [row for row, sequence in engine.driver.samples_by_row.items() if sequence.live.id == victim]
     if not rows:
         return "waiting on the host"
-    queue, slots = jax.device_get((engine._state.queue, engine._state.slots))
+    queue, slots = jax.device_get((engine.driver.state.queue, engine.driver.state.slots))
     (row,) = rows
     if queue.status[row] == Status.WAITING:
         return "preempted" if queue.num_preemptions[row] else "waiting on the device"
@@ -271,7 +270,7 @@ def state_of(engine: Engine, victim: str, results: dict[str, RequestOutput]) -> 
 
 
 def num_pages_of_slots(engine: Engine) -> int:
-    page_ids = np.asarray(engine._state.table.page_ids)
+    page_ids = np.asarray(engine.driver.state.table.page_ids)
     return len(np.unique(page_ids[page_ids < CONFIG.num_pages]))
 
 
@@ -592,10 +591,10 @@ def test_a_call_that_fails_reaches_all_its_waiters_and_the_engine_goes_on(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (expected,) = engine.generate([[1, 2]], SHORT)
-    gate, process = Gate(engine, monkeypatch), engine._process
+    gate, read = Gate(engine, monkeypatch), engine.driver.read
 
-    def failing(call: object) -> list[Update]:
-        monkeypatch.setattr(engine, "_process", process)
+    def failing(*_: object, **__: object) -> None:
+        monkeypatch.setattr(engine.driver, "read", read)
         raise OSError("the device is on fire")
 
     async def main() -> None:
@@ -607,7 +606,7 @@ def test_a_call_that_fails_reaches_all_its_waiters_and_the_engine_goes_on(
                 await asyncio.sleep(0.001)
             gate.let_through(4)
             wait_until(lambda: gate.num_steps == 4)
-            monkeypatch.setattr(engine, "_process", failing)
+            monkeypatch.setattr(engine.driver, "read", failing)
             gate.open.set()
             for lost in (*streams, together):
                 with pytest.raises(RequestFailedError, match="the device is on fire") as caught:
@@ -630,8 +629,8 @@ def test_an_engine_that_does_not_recover_is_closed_and_says_why(warm_engine: Eng
         def broken(*_: object) -> None:
             raise OSError("the device is gone")
 
-        patch.setattr(engine, "_turn", broken)
-        patch.setattr(engine, "_reset", broken)
+        patch.setattr(engine._loop, "turn", broken)
+        patch.setattr(engine._loop, "reset", broken)
         with AsyncEngine(engine) as asynchronous:
             handle = asynchronous.submit([1], SHORT)
             with pytest.raises(RequestFailedError, match="the device is gone"):
@@ -640,7 +639,7 @@ def test_an_engine_that_does_not_recover_is_closed_and_says_why(warm_engine: Eng
             with pytest.raises(EngineClosedError, match="ended with OSError: the device is gone") as caught:
                 asynchronous.submit([1], SHORT)
             assert isinstance(caught.value.__cause__, OSError)
-    engine._reset()
+    engine._loop.reset()
 
 
 def test_an_event_loop_that_is_closed_leaves_no_request_behind(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -715,8 +714,9 @@ def test_device_calls_and_host_reads_are_counted_and_few_per_token(
         return call
 
     engine.reset_stats()
-    for name, program in list(engine._programs.items()):
-        monkeypatch.setitem(engine._programs, name, counting(name, program))
+    programs = engine.driver.programs
+    counters = {name: counting(name, getattr(programs, name)) for name in ("update", "run_steps")}
+    monkeypatch.setattr(engine.driver, "programs", dataclasses.replace(programs, **counters))
     monkeypatch.setattr(jax, "device_get", counting("device_get", jax.device_get))
     monkeypatch.setattr(jax, "block_until_ready", counting("block_until_ready", jax.block_until_ready))
     params = dataclasses.replace(LONG, max_tokens=40, stop="no such text")
@@ -726,7 +726,7 @@ def test_device_calls_and_host_reads_are_counted_and_few_per_token(
     stats = engine.stats
     assert stats.num_device_calls == counted["update"] + counted["run_steps"]
     assert stats.num_host_reads == counted["device_get"] == counted["run_steps"] and not counted["block_until_ready"]
-    assert counted["update"] <= 2 and counted["step"] == 0
+    assert counted["update"] <= 2
     assert stats.num_generated_tokens == 160
     # 8 steps per call and 4 samples, prefill and the last, empty call included: 1 read for 20 tokens.
     assert stats.num_host_reads <= 8 and stats.num_device_calls <= 10
@@ -763,13 +763,13 @@ def test_tokens_that_come_together_share_the_time_since_the_last_and_the_sum_is_
 ) -> None:
     engine.reset_stats()
     times = []
-    observe = engine._observe
+    note_tokens = engine.reporter.note_tokens
 
     def noting(sequence, num_tokens: int, now: float) -> None:
         times.append(now)
-        observe(sequence, num_tokens, now)
+        note_tokens(sequence, num_tokens, now)
 
-    monkeypatch.setattr(engine, "_observe", noting)
+    monkeypatch.setattr(engine.reporter, "note_tokens", noting)
     engine.generate([[1, 2]], LONG)
     latencies = engine.stats.latencies
     assert latencies.inter_token.count == 59

@@ -68,7 +68,7 @@ def test_the_command_line_runs_the_kernels_interpreted(checkpoint):
 def test_the_command_line_refuses_a_backend_that_cannot_run(checkpoint):
     done = run(checkpoint, "--prompt", "x", "--attention_backend=triton")
     assert done.returncode == 1
-    assert "'triton' needs an NVIDIA GPU, but the default device is a cpu: use 'reference'" in done.stderr
+    assert "'triton' needs an NVIDIA GPU, but the weights are on a cpu: use 'reference'" in done.stderr
 
 
 @pytest.mark.parametrize(("backend", "device"), [("triton", "an NVIDIA GPU"), ("tpu", "a TPU")])
@@ -98,7 +98,7 @@ def test_the_default_on_cpu_is_native_code_where_it_can_be_built(caplog, monkeyp
 
 @pytest.mark.parametrize(("head_dim", "backend"), [(128, "tpu"), (256, "tpu"), (64, "reference"), (8, "reference")])
 def test_on_tpus_narrow_heads_are_left_to_the_plain_backend(monkeypatch, head_dim, backend):
-    monkeypatch.setattr("pallas_kernels.backend._platform", lambda: "tpu")
+    monkeypatch.setattr("jaxserve.engine.capacity.platform_of", lambda _: "tpu")
     model = dataclasses.replace(small_model.MODEL, head_dim=head_dim)
     assert resolve_capacities(CONFIG, model, small_model.make_params()).attention_backend == backend
 
@@ -117,7 +117,7 @@ def test_the_pool_is_kept_as_bits_only_where_the_plain_backend_writes_it_on_cpu(
             small_model.MODEL,
             dataclasses.replace(config, attention_backend=backend, interpret_kernels=True),
         )
-        stored[backend] = str(engine._state.pool.k[0].dtype)
+        stored[backend] = str(engine.driver.state.pool.k[0].dtype)
     assert stored == {"reference": "uint16", "triton": "bfloat16"}
 
 

@@ -298,11 +298,11 @@ def test_an_interrupted_engine_forgets_its_requests_and_serves_new_ones(
     params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
     (expected,) = engine.generate([[1, 2, 3]], params)
 
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(engine, "_process", interrupted)
+        patch.setattr(engine.driver, "read", interrupted)
         engine.generate(make_prompts(9), params)
     assert not engine.has_unfinished
     with forbid_compilation():

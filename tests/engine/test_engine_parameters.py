@@ -116,8 +116,8 @@ def test_a_stop_string_ends_the_text_and_the_pages_come_back(engine):
     (included,) = engine.generate(["the cat sat"], drawn(max_tokens=40, stop=stop, include_stop_str_in_output=True))
     assert included.outputs[0].text == text[: text.index(stop) + len(stop)]
     engine.generate(["a"], greedy(max_tokens=1))  # its first call tells the device of the end
-    assert not engine.has_unfinished and not np.asarray(engine._state.active).any()
-    assert int(engine._state.table.num_free) == engine.config.num_pages
+    assert not engine.has_unfinished and not np.asarray(engine.driver.state.active).any()
+    assert int(engine.driver.state.table.num_free) == engine.config.num_pages
 
 
 def test_a_stop_sequence_of_token_ids_ends_where_it_falls(engine):
@@ -186,7 +186,7 @@ def test_a_users_function_runs_with_its_own_memory_per_request():
         else:
             assert generated == plain.generate([tokens], greedy(max_tokens=20))[0].outputs[0].token_ids
     assert (
-        np.asarray(engine._state.aux["calls"])[: config.queue_size].max() == 20
+        np.asarray(engine.driver.state.aux["calls"])[: config.queue_size].max() == 20
     )  # one call per token, preempted or not
     with pytest.raises(ValueError, match=r"aux is .*'limit': 'int64\[\]'.* make them alike"):
         engine.add_request(Request("x", prompt_token_ids=(1,), aux={"limit": 5, "calls": np.int32(0)}))

@@ -83,8 +83,8 @@ def test_a_pool_takes_up_memory_as_it_is_used() -> None:
         max_slots=2, max_model_len=64, num_pages=8000, attention_backend="reference", kv_dtype="float32"
     )
     engine = Engine(small_model.make_params(), small_model.MODEL, config)
-    pools = jax.tree.leaves(engine._state.pool)
+    pools = jax.tree.leaves(engine.driver.state.pool)
     assert sum(pool.nbytes for pool in pools) > 16 << 20
     assert sum(map(resident_pages, pools)) == 0
     engine.generate([[1, 2, 3]], SamplingParams(max_tokens=3))
-    assert not np.any(jax.tree.leaves(engine._state.pool)[0][-1])  # what was never written to reads as zero
+    assert not np.any(jax.tree.leaves(engine.driver.state.pool)[0][-1])  # what was never written to reads as zero

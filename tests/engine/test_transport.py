@@ -9,7 +9,8 @@ import pytest
 from jaxserve.core.programs import programs
 from jaxserve.core.scheduler import init_state
 from jaxserve.core.step import empty_outputs
-from jaxserve.engine.transport import Reader, engine_programs, pack
+from jaxserve.engine.programs import engine_programs
+from jaxserve.engine.transport import Reader, pack
 from tests import workload
 from tests.workload import CONFIG, MODEL, make_params
 
@@ -50,18 +51,17 @@ def test_unpacked_is_what_was_packed(num_steps):
 def test_the_engine_reads_what_run_steps_returns():
     params = make_params()
     leaves, structure = jax.tree.flatten(params)
-    ours, plain = engine_programs(MODEL, CONFIG, None, structure), programs(MODEL, CONFIG)
+    ours, plain = engine_programs(MODEL, CONFIG, structure, leaves[0].sharding), programs(MODEL, CONFIG)
     requests, number = workload.crowd(0, 4), np.int32(9)
     state, outputs = plain["run_steps"](params, workload.start(requests, CONFIG), number)
-    same_state, packed = ours["run_steps"](tuple(leaves), workload.start(requests, CONFIG), number)
+    same_state, packed = ours.run_steps(tuple(leaves), workload.start(requests, CONFIG), number)
     assert int(outputs.num_steps) == 9 and np.asarray(outputs.steps.sampled).any()
     assert_same_bits(same_state, state)
     assert_same_bits(Reader(CONFIG).unpack(np.asarray(packed.packed), packed.prompt), jax.device_get(outputs))
 
 
 def test_the_engine_starts_with_the_empty_state():
-    structure = jax.tree.structure(make_params())
+    leaves, structure = jax.tree.flatten(make_params())
     aux = np.arange(3.0, dtype=np.float32)
-    assert_same_bits(
-        engine_programs(MODEL, CONFIG, None, structure)["init"](aux=aux), init_state(MODEL, CONFIG, aux=aux)
-    )
+    init = engine_programs(MODEL, CONFIG, structure, leaves[0].sharding).init
+    assert_same_bits(init(aux=aux), init_state(MODEL, CONFIG, aux=aux))

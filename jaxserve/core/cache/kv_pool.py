@@ -83,6 +83,11 @@ def bytes_per_page(model: ModelConfig, page_size: int, dtype: str) -> int:
     return 2 * model.num_layers * model.num_kv_heads * page_size * model.head_dim * itemsize
 
 
-def stores_bits(backend: str) -> bool:
-    """Returns whether a bfloat16 pool is stored as bits: on a CPU, with a backend that XLA or native code serves."""
-    return jax.default_backend() == "cpu" and backend in ("reference", "native")
+def stores_bits(backend: str, platform: str | None = None) -> bool:
+    """Returns whether a bfloat16 pool is stored as bits: on a CPU, with a backend that XLA or native code serves.
+
+    Args:
+      backend: what writes to pages.
+      platform: of the devices that hold the pool; None: that of JAX's default device.
+    """
+    return (platform or jax.default_backend()) == "cpu" and backend in ("reference", "native")

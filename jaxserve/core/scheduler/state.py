@@ -101,12 +101,16 @@ class EngineState(Record):
         return self.slots.row_id < self.queue.status.shape[0]
 
 
-def init_state(model: ModelConfig, config: EngineConfig, *, aux: Any = None) -> EngineState:
+def init_state(
+    model: ModelConfig, config: EngineConfig, *, aux: Any = None, platform: str | None = None
+) -> EngineState:
     """Returns the empty state: nothing is submitted, and all slots and pages are free.
 
     Args:
       model, config: static.
       aux: what a `LogitsFn` remembers of one sequence: a tree of arrays. The state has one such tree per queue row.
+      platform: static; that of the devices which will hold the state, and which decides how the pool is stored; None: that of
+        JAX's default device.
 
     Raises:
       ValueError: if `config.num_pages` or `config.kv_dtype` is None, which leaves the choice to the Engine.
@@ -136,7 +140,7 @@ def init_state(model: ModelConfig, config: EngineConfig, *, aux: Any = None) -> 
         slots=Slots(row_id=jnp.full((slots,), rows, jnp.int32), num_computed=_zeros(slots), num_counted=_zeros(slots)),
         table=init_page_table(slots, config.pages_per_slot, config.num_pages),
         pool=init_kv_pool(
-            model, config.num_pages, config.page_size, config.kv_dtype, as_bits=stores_bits(config.backend)
+            model, config.num_pages, config.page_size, config.kv_dtype, as_bits=stores_bits(config.backend, platform)
         ),
         seen=jnp.zeros((slots, model.vocab_size), jnp.int32) if config.penalties else None,
         aux=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *jnp.shape(leaf))), aux),
