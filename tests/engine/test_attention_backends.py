@@ -1,7 +1,6 @@
 """The Engine on every attention backend: the same tokens as with the plain one; a clear word where one cannot run."""
 
 import dataclasses
-import pathlib
 
 import jax
 import numpy as np
@@ -17,11 +16,6 @@ from tests.command_line import run
 CONFIG = EngineConfig(**{**small_model.CAPACITIES, "num_pages": 13})
 INTERPRETED = dataclasses.replace(CONFIG, interpret_kernels=True)
 TIE = 1e-5  # of the largest score, as for transformers: closer than this, rounding decides
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return small_model.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def prompts() -> list[list[int]]:

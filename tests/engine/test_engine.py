@@ -15,11 +15,6 @@ CONFIG = EngineConfig(**small_model.CAPACITIES)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return small_model.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
 def engine(checkpoint: pathlib.Path) -> Engine:
     engine = Engine.from_pretrained(str(checkpoint), dtype="float32", config=CONFIG)
     engine.warm_up()

@@ -1,0 +1,39 @@
+"""One small engine for all tests that serve with it."""
+
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+
+from jaxserve import Engine, Update
+from jaxserve.core.compile_guard import forbid_compilation
+from tests import small_model
+from tests.engine.serving import CONFIG, num_free_pages
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return small_model.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def warm_engine(checkpoint: pathlib.Path) -> Engine:
+    engine = Engine.from_pretrained(str(checkpoint), dtype="float32", config=CONFIG)
+    engine.warm_up()
+    return engine
+
+
+@pytest.fixture
+def engine(warm_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Nothing may be compiled, in whatever thread; afterwards nothing is left behind."""
+    step = warm_engine.step
+
+    def guarded(max_steps: int | None = None) -> list[Update]:
+        with forbid_compilation():
+            return step(max_steps)
+
+    monkeypatch.setattr(warm_engine, "step", guarded)
+    yield warm_engine
+    while warm_engine.has_work:
+        warm_engine.step()
+    assert num_free_pages(warm_engine) == CONFIG.num_pages and warm_engine._owner is None
