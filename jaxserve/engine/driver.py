@@ -16,8 +16,8 @@ import numpy as np
 
 from jaxserve.config import EngineConfig
 from jaxserve.core.logits_fn import LogitsFn
-from jaxserve.core.scheduler import EngineState, Handles, Status
 from jaxserve.core.programs import Changes
+from jaxserve.core.scheduler import EngineState, Handles, Status
 from jaxserve.core.step import StepOutputs
 from jaxserve.engine.intake import Intake
 from jaxserve.engine.live_requests import LiveSample

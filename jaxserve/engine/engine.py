@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
-
 from jaxserve.config import EngineConfig
 from jaxserve.core.logits_fn import LogitsFn
 from jaxserve.engine.beams import BeamParams, BeamSearchOutput, search_beams

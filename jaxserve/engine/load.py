@@ -2,7 +2,6 @@
 
 import dataclasses
 
-
 from jaxserve.config import EngineConfig
 from jaxserve.engine.capacity import resolve_capacities
 from jaxserve.models import ModelConfig
