@@ -13,7 +13,7 @@ import pytest
 
 from jaxserve import Engine, SamplingParams
 from jaxserve.core.compile_guard import forbid_compilation
-from jaxserve.core.step import programs
+from jaxserve.core.programs import programs
 from tests import small_model
 from tests.engine.serving import CONFIG, LONG, SHORT
 
