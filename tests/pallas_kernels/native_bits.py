@@ -21,13 +21,13 @@ NUM_ROWS = 37
 
 
 def digest() -> str:
-    """Of products (with numbers below the smallest normal one among them), attention over pages, blocks, and sampling."""
+    """Returns a digest of products (also of subnormal numbers), attention over pages, blocks, and sampling."""
     rng = np.random.default_rng(0)
-    found = hashlib.sha256()
+    bits = hashlib.sha256()
 
     def add(function: Callable[..., Any], *arguments: Any) -> None:
         for leaf in jax.tree.leaves(jax.jit(function)(*arguments)):
-            found.update(np.asarray(leaf).tobytes())
+            bits.update(np.asarray(leaf).tobytes())
 
     def random(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32)
@@ -70,7 +70,7 @@ def digest() -> str:
     uniforms = rng.random((NUM_ROWS, 2), np.float32)
     arguments = token, rng.random(NUM_ROWS) < 0.8, limits[0], top_k, limits[1], np.zeros(NUM_ROWS, np.float32), uniforms
     add(sample, random(NUM_ROWS, 1000) * 2, *arguments)
-    return found.hexdigest()
+    return bits.hexdigest()
 
 
 def num_threads() -> int:
