@@ -1,4 +1,4 @@
-"""Rows parted by the kernel that they need, and what that must not change: the bits of a sequence that was preempted."""
+"""Batches split by kernel, and what that must not change: the bits of a sequence that was preempted."""
 
 import dataclasses
 import functools
@@ -19,10 +19,10 @@ from tests import workload
 from tests.workload import CONFIG, MODEL, Asked, assert_same, greedy
 
 # The kernel backends' way through the step; the tests below say what stands in for the kernels.
-PARTED = dataclasses.replace(CONFIG, attention_backend="triton", kv_dtype="float32")
+SPLIT = dataclasses.replace(CONFIG, attention_backend="triton", kv_dtype="float32")
 
 
-def make_plan(rng: np.random.Generator, config=PARTED) -> tuple:
+def make_plan(rng: np.random.Generator, config=SPLIT) -> tuple:
     """A state and a plan as `transitions.plan` packs it: decode rows, then runs of prefill rows, then padding."""
     state = init_state(MODEL, config)
     slots = rng.permutation(config.max_slots)
@@ -51,8 +51,8 @@ def make_plan(rng: np.random.Generator, config=PARTED) -> tuple:
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_rows_of_chunks_come_first_and_each_part_keeps_its_order(deterministic):
-    config = dataclasses.replace(PARTED, deterministic=deterministic)
+def test_tokens_of_chunks_come_first_and_each_part_keeps_its_order(deterministic):
+    config = dataclasses.replace(SPLIT, deterministic=deterministic)
     sizes = set()
     for seed in range(20):
         state, plan, rows, prompt_length = make_plan(np.random.default_rng(seed), config)
@@ -63,18 +63,18 @@ def test_rows_of_chunks_come_first_and_each_part_keeps_its_order(deterministic):
         expected = [row for row, alone in zip(rows, single, strict=True) if not alone]
         num_chunk_rows = len(expected)
         expected += [row for row, alone in zip(rows, single, strict=True) if alone]
-        parted = split_by_kernel(state, plan, config=config)
-        actual = list(zip(parted.slot.tolist(), parted.position.tolist(), strict=True))
+        split = split_by_kernel(state, plan, config=config)
+        actual = list(zip(split.slot.tolist(), split.position.tolist(), strict=True))
         assert actual[: len(rows)] == expected
         assert set(actual[len(rows) :]) <= {(config.max_slots, 0)}
-        assert (int(parted.num_chunk_rows), int(parted.batch_size)) == (num_chunk_rows, len(rows))
+        assert (int(split.num_chunk_rows), int(split.batch_size)) == (num_chunk_rows, len(rows))
         sizes.add(num_chunk_rows)
     assert len(sizes) > 5
 
 
 @pytest.fixture
 def unlike_kernels(monkeypatch):
-    """Reference functions in place of the kernels, the decode one with an error that no test can overlook."""
+    """Puts reference functions in place of the kernels; the one for decoding has an error that no test can overlook."""
     calls = {"decode": 0, "chunk": 0}
 
     def plain(function, **fixed):
@@ -98,7 +98,7 @@ def unlike_kernels(monkeypatch):
 
 
 def preempted(config) -> list:
-    """What becomes of a request alone, and of the same one when its neighbours take its pages after some tokens."""
+    """Traces a request alone, and again with neighbours that take its pages after some tokens."""
     rng = np.random.default_rng(3)
     target = Asked(workload.make_prompt(rng, 30), greedy(), priority=1)
     neighbours = [Asked(workload.make_prompt(rng, 40), greedy(), arrival=8 + i) for i in range(3)]
@@ -110,19 +110,19 @@ def preempted(config) -> list:
 
 
 def test_generated_tokens_go_through_the_decode_kernel_again_when_a_sequence_resumes(unlike_kernels):
-    alone, seen = preempted(PARTED)
+    alone, seen = preempted(SPLIT)
     assert_same(seen, alone)
     assert unlike_kernels["decode"] and unlike_kernels["chunk"]
 
 
 def test_the_error_of_the_decode_kernel_would_show_if_they_did_not(unlike_kernels):
-    config = dataclasses.replace(PARTED, deterministic=False)
+    config = dataclasses.replace(SPLIT, deterministic=False)
     alone, seen = preempted(config)
     assert not np.array_equal(seen.logprobs, alone.logprobs)
 
 
-def test_tiles_of_both_kinds_hold_any_number_of_rows(unlike_kernels, monkeypatch):
-    """More rows of each kind than a tile has, wide tiles included: as the plain backend, but for the error put in."""
+def test_tiles_of_both_kinds_hold_any_number_of_tokens(unlike_kernels, monkeypatch):
+    """More tokens of each kind than a tile holds, wide tiles included, give what the plain backend gives."""
     paged = paged_reference.paged_attention
     same = lambda q, kv, slot, position, *, window, **_: paged(q, kv, slot, position, window=window)  # noqa: E731
     monkeypatch.setattr(attention, "decode_attention", same)
@@ -130,19 +130,19 @@ def test_tiles_of_both_kinds_hold_any_number_of_rows(unlike_kernels, monkeypatch
     requests = workload.crowd(2, 12)
     sizes = {"tile_rows": 2, "chunk_size": 30, "deterministic": False}
     params = workload.make_params()
-    for backend in ("triton", "tpu"):
-        parted = workload.trace(requests, params, dataclasses.replace(PARTED, **sizes, attention_backend=backend))
-        plain = workload.trace(requests, params, dataclasses.replace(CONFIG, **sizes))
-        for seen, expected in zip(parted, plain, strict=True):
-            assert seen.tokens == expected.tokens
-            np.testing.assert_allclose(seen.logprobs, expected.logprobs, atol=2e-5)
+    # With the kernels replaced, "tpu" and "triton" take the same way; the other tests take that of "triton".
+    split = workload.trace(requests, params, dataclasses.replace(SPLIT, **sizes, attention_backend="tpu"))
+    plain = workload.trace(requests, params, dataclasses.replace(CONFIG, **sizes))
+    for seen, expected in zip(split, plain, strict=True):
+        assert seen.tokens == expected.tokens
+        np.testing.assert_allclose(seen.logprobs, expected.logprobs, atol=2e-5)
 
 
 def test_the_block_map_of_chunks_is_made_once_for_all_layers(unlike_kernels, monkeypatch):
     made = []
     original = attention.chunk_blocks
     monkeypatch.setattr(attention, "chunk_blocks", lambda *args, **kwargs: made.append(1) or original(*args, **kwargs))
-    state = jax.eval_shape(functools.partial(init_state, MODEL, PARTED))
+    state = jax.eval_shape(functools.partial(init_state, MODEL, SPLIT))
     params = jax.eval_shape(workload.make_params)
-    programs(MODEL, PARTED)["step"].lower(params, state)
+    programs(MODEL, SPLIT)["step"].lower(params, state)
     assert len(made) == 1 and unlike_kernels["chunk"] == MODEL.num_layers
