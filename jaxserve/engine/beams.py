@@ -13,12 +13,12 @@ from jaxserve.config import EngineConfig
 from jaxserve.core.beam_search import BeamRules, Hypotheses, beam_search, longest, pages_per_request
 from jaxserve.core.cache import bytes_per_page
 from jaxserve.core.make_submission import check_prompt
-from jaxserve.core.programs import GPU_COMPILER_OPTIONS
+from jaxserve.core.programs import compiler_options
+from jaxserve.engine.capacity import platform_of
 from jaxserve.models import ModelConfig
 from jaxserve.models.prepare import Params, embedding_of, loaded_dtype
 from jaxserve.request import SamplingParams, check_ids, check_int
 from jaxserve.text.tokenizer import IncrementalDecoder, Tokenizer
-from pallas_kernels.backend import compiles_for_cuda
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ def search_beams(
 
     num_requests, capacity, max_new = _shape(encoded, beams, model=model, config=config)
     _check_memory(num_requests, capacity, max_new, beams.width, params=params, model=model, config=config)
-    search = _program(model, config, beams.width)
+    search = _program(model, config, beams.width, platform_of(embedding_of(params)))
     outputs: list[BeamSearchOutput] = []
     for first in range(0, len(encoded), num_requests):
         some = encoded[first : first + num_requests]
@@ -297,8 +297,8 @@ def _check_memory(
 
 
 @functools.cache
-def _program(model: ModelConfig, config: EngineConfig, width: int) -> Callable[..., Hypotheses]:
-    options = GPU_COMPILER_OPTIONS if compiles_for_cuda(config.backend) else None
+def _program(model: ModelConfig, config: EngineConfig, width: int, platform: str) -> Callable[..., Hypotheses]:
+    options = compiler_options(config, platform)
     search = functools.partial(beam_search, model=model, config=config, width=width)
     return jax.jit(search, compiler_options=options)
 

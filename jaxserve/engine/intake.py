@@ -15,7 +15,7 @@ from jaxserve.text.tokenizer import Tokenizer, spell
 
 
 class Intake:
-    """What an engine takes. Its methods change nothing but the running number, and may be called in any thread.
+    """Checks and tokenises what an engine is asked for. Its methods change the running number only; any thread may call them.
 
     Attributes:
       numbers: of requests accepted or refused; seeds are derived from them.
@@ -47,7 +47,7 @@ class Intake:
         *,
         in_use: Container[str],
     ) -> LiveRequest:
-        """Checks a request.
+        """Checks and tokenises a request, and returns it as one on its way.
 
         Args:
           prompt: text, token ids, or a whole request; with that, the next three must be left out.
@@ -87,7 +87,7 @@ class Intake:
         return truncated(token_ids, request.params, self._config)
 
     def _spelled(self, params: SamplingParams) -> SamplingParams:
-        """The parameters with bad words as token ids."""
+        """Returns the parameters with bad words as token ids."""
         if self._tokenizer is None:
             if params.stop_strings:
                 raise ValueError(

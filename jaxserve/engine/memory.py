@@ -1,4 +1,4 @@
-"""Memory of the process: whether what was freed goes back to the system, and what was never written to is there at all."""
+"""Process memory: keeps malloc buffers, and drops pages of zeros that were never written to."""
 
 import ctypes
 import mmap
@@ -13,9 +13,9 @@ _MADV_DONTNEED = 4  # of Linux's mman.h
 
 
 def keep_buffers() -> None:
-    """Makes glibc keep what is freed, up to 256 MB, for the next allocation; in the whole process.
+    """Makes glibc keep freed memory, up to 256 MB, for the next allocation, in the whole process.
 
-    On CPU XLA allocates a program's temporary arrays anew on each call. By itself glibc returns those of over 32 MB to the
+    On CPU XLA allocates a program's temporary arrays anew on each call. By default glibc returns those of over 32 MB to the
     system each time, which has to clear page after page when they are used again: up to a quarter of the time of a step, if
     the host reads after each one. Out of its reach are arrays of over 64 MB (vocabularies of over 50,000) in XLA's own threads.
     """
@@ -38,7 +38,7 @@ def release_zeros(arrays: Iterable[jax.Array]) -> None:
     So a KV pool takes as much memory as was ever used of it.
 
     Args:
-      arrays: of which every bit is zero. Others would lose what they hold.
+      arrays: arrays of which every bit is zero; others would lose what they hold.
     """
     c_library = _c_library()
     if c_library is None:
@@ -55,7 +55,7 @@ def release_zeros(arrays: Iterable[jax.Array]) -> None:
 
 
 def _c_library() -> ctypes.CDLL | None:
-    """None where it is not Linux's."""
+    """Returns the C library; None if the system is not Linux."""
     try:
         return ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     except OSError:

@@ -58,7 +58,7 @@ class Histogram:
         return BUCKETS[-1]
 
     def copy(self) -> Self:
-        """The same counts, on their own."""
+        """Returns an independent copy."""
         return dataclasses.replace(self, counts=list(self.counts))
 
 
@@ -74,7 +74,7 @@ class Latencies:
     end_to_end: Histogram = dataclasses.field(default_factory=Histogram)  # arrival to the end of all samples
 
     def copy(self) -> Self:
-        """The same histograms, on their own."""
+        """Returns an independent copy."""
         return type(self)(*(getattr(self, field.name).copy() for field in dataclasses.fields(self)))
 
 
@@ -117,7 +117,7 @@ class EngineStats:
         self.num_used_pages = self.num_pages - int(done.num_free_pages)
 
     def snapshot(self) -> Self:
-        """A copy, which stays as it is; `dataclasses.asdict` makes plain numbers of it."""
+        """Returns a copy that does not change; `dataclasses.asdict` makes plain numbers of it."""
         return dataclasses.replace(self, latencies=self.latencies.copy())
 
     @property
@@ -131,7 +131,7 @@ class EngineStats:
         return self.num_slot_steps / (self.num_steps * self.max_slots) if self.num_steps else 0.0
 
     def summary(self) -> str:
-        """One line for people."""
+        """Returns the totals as one line of text."""
         return (
             f"{self.num_requests} requests, {self.num_prompt_tokens} prompt + {self.num_generated_tokens} generated "
             f"tokens, {self.tokens_per_second:.1f} tokens/s, mean slot occupancy {self.mean_occupancy:.0%} of "
