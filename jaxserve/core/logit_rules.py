@@ -4,12 +4,11 @@ The order is vLLM's: allowed ids, bad words, minimum length, bias, repetition, f
 sequence has is skipped at run time, and the logits of a sequence depend on that sequence alone.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jaxserve.config import EngineConfig
+from jaxserve.core.columns import axis_sizes, column, off_rows
 from jaxserve.core.optional import if_any
 from jaxserve.core.pytree import Record, record
 
@@ -20,15 +19,15 @@ BITS = 32  # ids per word of `LogitRules.allowed`
 class LogitRules(Record):
     """One row per sequence; meanings and ranges as in `jaxserve.SamplingParams`."""
 
-    presence_penalty: Float32[Array, " Q"]  # 0: off
-    frequency_penalty: Float32[Array, " Q"]  # 0: off
-    repetition_penalty: Float32[Array, " Q"]  # 1: off
-    bias_ids: Int32[Array, "Q NB"]  # distinct token ids; -1: unused entry
+    presence_penalty: Float32[Array, " Q"] = column(off=0, parameter=True)
+    frequency_penalty: Float32[Array, " Q"] = column(off=0, parameter=True)
+    repetition_penalty: Float32[Array, " Q"] = column(off=1, parameter=True)
+    bias_ids: Int32[Array, "Q NB"] = column(off=-1)  # distinct token ids; -1: unused entry
     bias: Float32[Array, "Q NB"]  # added to the logits of bias_ids
     restricted: Bool[Array, " Q"]  # whether only allowed ids may be drawn
     allowed: UInt32[Array, "Q V/32"]  # bit i of word w: id 32 w + i may be drawn
-    bad_words: Int32[Array, "Q NW LW"]  # token sequences never to be completed, aligned at their end; -1: before it
-    min_tokens: Int32[Array, " Q"]  # tokens to generate before a stop token may be drawn; 0: off
+    bad_words: Int32[Array, "Q NW LW"] = column(off=-1)  # token ids, aligned at their end, -1 before it
+    min_tokens: Int32[Array, " Q"] = column(off=0, parameter=True)
 
 
 @record
@@ -49,22 +48,8 @@ class Context(Record):
 
 
 def plain_rules(num_rows: int, vocab_size: int, config: EngineConfig) -> LogitRules:
-    """Rules that change nothing."""
-
-    def off(*shape: int, value: int = 0, dtype: Any = jnp.int32) -> Array:
-        return jnp.full((num_rows, *shape), value, dtype)
-
-    return LogitRules(
-        presence_penalty=off(dtype=jnp.float32),
-        frequency_penalty=off(dtype=jnp.float32),
-        repetition_penalty=off(value=1, dtype=jnp.float32),
-        bias_ids=off(config.max_logit_bias, value=-1),
-        bias=off(config.max_logit_bias, dtype=jnp.float32),
-        restricted=off(dtype=bool),
-        allowed=off(-(-vocab_size // BITS), dtype=jnp.uint32),
-        bad_words=off(config.max_bad_words, config.max_bad_word_len, value=-1),
-        min_tokens=off(),
-    )
+    """Returns rules that change nothing."""
+    return off_rows(LogitRules, num_rows, axis_sizes(vocab_size, config))
 
 
 def penalised(rules: LogitRules) -> Bool[Array, " R"]:

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from jaxserve.config import EngineConfig
-from jaxserve.core.logit_rules import BITS, LogitRules
-from jaxserve.core.sampling import SamplingArrays
+from jaxserve.core.columns import axis_sizes, fill_parameters, off_rows
+from jaxserve.core.logit_rules import BITS
 from jaxserve.core.scheduler.submission import Submission
 from jaxserve.models import ModelConfig
 from jaxserve.request import MAX_INT32, SamplingParams, check_ids, check_int
@@ -207,41 +207,8 @@ def key_data(seed: int) -> np.ndarray:
 
 def empty_submission(num_rows: int, model: ModelConfig, config: EngineConfig, aux: Any = None) -> Submission:
     """A submission of nothing: host arrays, to be filled by `fill_row`; `aux` as in `init_state`."""
-    sampling = SamplingArrays(
-        temperature=_rows((num_rows,), 0, np.float32),
-        top_k=_rows((num_rows,), 0),
-        top_p=_rows((num_rows,), 1, np.float32),
-        min_p=_rows((num_rows,), 0, np.float32),
-        key_data=_rows((num_rows, 2), 0, np.uint32),
-        sample_index=_rows((num_rows,), 0),
-        num_logprobs=_rows((num_rows,), -1),
-        processed=_rows((num_rows,), False, bool),
-    )
-    rules = LogitRules(
-        presence_penalty=_rows((num_rows,), 0, np.float32),
-        frequency_penalty=_rows((num_rows,), 0, np.float32),
-        repetition_penalty=_rows((num_rows,), 1, np.float32),
-        bias_ids=_rows((num_rows, config.max_logit_bias), -1),
-        bias=_rows((num_rows, config.max_logit_bias), 0, np.float32),
-        restricted=_rows((num_rows,), False, bool),
-        allowed=_rows((num_rows, -(-model.vocab_size // BITS)), 0, np.uint32),
-        bad_words=_rows((num_rows, config.max_bad_words, config.max_bad_word_len), -1),
-        min_tokens=_rows((num_rows,), 0),
-    )
-    return Submission(
-        tokens=_rows((num_rows, config.max_sequence_len), 0),
-        prompt_length=_rows((num_rows,), 0),
-        max_tokens=_rows((num_rows,), 0),
-        stop_token_ids=_rows((num_rows, config.max_stop_token_ids), -1),
-        stop_sequences=_rows((num_rows, config.max_stop_sequences, config.max_stop_sequence_len), -1),
-        sampling=sampling,
-        rules=rules,
-        num_prompt_logprobs=_rows((num_rows,), -1),
-        priority=_rows((num_rows,), 0),
-        follows=_rows((num_rows,), False, bool),
-        valid=_rows((num_rows,), False, bool),
-        aux=jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], num_rows, axis=0), aux),
-    )
+    initial_aux = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], num_rows, axis=0), aux)
+    return off_rows(Submission, num_rows, axis_sizes(model.vocab_size, config), np.full, aux=initial_aux)
 
 
 def fill_row(
@@ -265,10 +232,7 @@ def fill_row(
     rows.priority[index] = priority
     rows.valid[index] = True
     sampling = rows.sampling
-    sampling.temperature[index] = params.temperature
-    sampling.top_k[index] = params.top_k
-    sampling.top_p[index] = params.top_p
-    sampling.min_p[index] = params.min_p
+    fill_parameters(sampling, index, params)
     sampling.key_data[index] = key_data(seed)
     sampling.sample_index[index] = sample_index
     rows.follows[index] = sample_index > 0
@@ -300,9 +264,7 @@ def _set_leaf(index: int, leaf: Any, value: Any) -> None:
 
 
 def _fill_rules(rules: Any, index: int, params: SamplingParams) -> None:
-    rules.presence_penalty[index] = params.presence_penalty
-    rules.frequency_penalty[index] = params.frequency_penalty
-    rules.repetition_penalty[index] = params.repetition_penalty
+    fill_parameters(rules, index, params)
     for place, (token, bias) in enumerate(_bias(params)):
         rules.bias_ids[index, place], rules.bias[index, place] = token, bias
     if params.allowed_token_ids is not None:
@@ -310,16 +272,11 @@ def _fill_rules(rules: Any, index: int, params: SamplingParams) -> None:
         ids = np.array(params.allowed_token_ids)
         np.bitwise_or.at(rules.allowed[index], ids // BITS, np.uint32(1) << (ids % BITS).astype(np.uint32))
     _fill_aligned(rules.bad_words[index], _bad_words(params))
-    rules.min_tokens[index] = params.min_tokens
 
 
 def _fill_aligned(target: Any, sequences: Sequence[Sequence[int]]) -> None:
     for place, sequence in enumerate(sequences):
         target[place, -len(sequence) :] = sequence
-
-
-def _rows(shape: tuple[int, ...], value: float, dtype: Any = np.int32) -> Any:
-    return np.full(shape, value, dtype)
 
 
 def _stops(params: SamplingParams, eos_token_ids: Sequence[int]) -> list[int]:

@@ -5,6 +5,8 @@ from typing import Any, Self, TypeVar, dataclass_transform
 
 import jax
 
+from jaxserve.core.columns import column
+
 T = TypeVar("T")
 
 
@@ -16,7 +18,7 @@ class Record:
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
 
-@dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True, field_specifiers=(column,))
 def record(cls: type[T]) -> type[T]:
     """Makes a class a frozen dataclass whose fields are all pytree children. A class decorator."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))

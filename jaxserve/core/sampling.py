@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jaxserve.core import logit_rules
+from jaxserve.core.columns import column, off_rows
 from jaxserve.core.logit_rules import Context, LogitRules
 from jaxserve.core.optional import if_any
 from jaxserve.core.pytree import Record, record
@@ -35,13 +36,13 @@ _ANY_SIZE = 1 << 30
 class SamplingArrays(Record):
     """Sampling parameters, one row per sequence; meanings and ranges as in `jaxserve.SamplingParams`."""
 
-    temperature: Float32[Array, " Q"]  # below 1e-5: greedy
-    top_k: Int32[Array, " Q"]  # 0: off
-    top_p: Float32[Array, " Q"]  # 1: off
-    min_p: Float32[Array, " Q"]  # 0: off
+    temperature: Float32[Array, " Q"] = column(off=0, parameter=True)  # below 1e-5: greedy
+    top_k: Int32[Array, " Q"] = column(off=0, parameter=True)
+    top_p: Float32[Array, " Q"] = column(off=1, parameter=True)
+    min_p: Float32[Array, " Q"] = column(off=0, parameter=True)
     key_data: UInt32[Array, "Q 2"]  # threefry key made from the seed
     sample_index: Int32[Array, " Q"]  # which of a request's samples this is; folded into the key
-    num_logprobs: Int32[Array, " Q"]  # most likely tokens reported beside the sampled one; -1: no ranks either
+    num_logprobs: Int32[Array, " Q"] = column(off=-1)  # most likely tokens to report; -1: no ranks either
     processed: Bool[Array, " Q"]  # whether logprobs are of the distribution that is drawn from; else of the raw one
 
     @property
@@ -63,17 +64,8 @@ class Sampled(Record):
 
 
 def greedy_arrays(num_rows: int) -> SamplingArrays:
-    """Greedy rows that ask for no logprobs."""
-    return SamplingArrays(
-        temperature=jnp.zeros((num_rows,), jnp.float32),
-        top_k=jnp.zeros((num_rows,), jnp.int32),
-        top_p=jnp.ones((num_rows,), jnp.float32),
-        min_p=jnp.zeros((num_rows,), jnp.float32),
-        key_data=jnp.zeros((num_rows, 2), jnp.uint32),
-        sample_index=jnp.zeros((num_rows,), jnp.int32),
-        num_logprobs=jnp.full((num_rows,), -1, jnp.int32),
-        processed=jnp.zeros((num_rows,), bool),
-    )
+    """Returns the parameters of greedy sequences that want no logprobs."""
+    return off_rows(SamplingArrays, num_rows, {})
 
 
 def sample(

@@ -14,6 +14,7 @@ from jaxserve.request.parameter import (
 from jaxserve.request.request import Request
 from jaxserve.request.results import CompletionOutput, FinishReason, RequestMetrics, RequestOutput, TokenLogprob
 from jaxserve.request.rules import (
+    MAX_BIAS,
     MAX_INT32,
     Biases,
     Choice,
@@ -32,6 +33,7 @@ __all__ = [
     "DRAW",
     "GREEDY_BELOW",
     "LOGITS",
+    "MAX_BIAS",
     "MAX_INT32",
     "PROMPT",
     "REPORT",

@@ -16,9 +16,10 @@ command lines and the table in the documentation. To a type checker the fields a
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from jaxserve.request.rules import Rule
@@ -47,7 +48,8 @@ def parameter(default: Any, rule: Rule, group: str, meaning: str) -> Any:
     return dataclasses.field(default=default, metadata={"rule": rule, "group": group, "meaning": meaning})
 
 
-def parameters_of(record: type) -> dict[str, Parameter]:
+@functools.cache
+def parameters_of(record: type) -> Mapping[str, Parameter]:
     """Returns the declarations of a dataclass's fields by name, in their order. Every field must have been declared."""
     return {
         field.name: Parameter(name=field.name, default=field.default, **field.metadata)

@@ -13,7 +13,7 @@ import numpy as np
 
 MAX_INT32 = 2**31 - 1
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
-_MAX_BIAS = 100.0
+MAX_BIAS = 100.0
 T = TypeVar("T")
 
 
@@ -157,7 +157,7 @@ class Biases:
             token = check_int(f"{name} key", int(key) if isinstance(key, str) and key.isdecimal() else key, 0)
             if token in biases:
                 raise ValueError(f"{name} has token id {token} twice")
-            biases[token] = min(max(Number(-_MAX_FLOAT32)(f"{name}[{token}]", bias), -_MAX_BIAS), _MAX_BIAS)
+            biases[token] = min(max(Number(-_MAX_FLOAT32)(f"{name}[{token}]", bias), -MAX_BIAS), MAX_BIAS)
         return tuple(sorted(biases.items()))
 
 

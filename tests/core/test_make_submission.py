@@ -11,6 +11,8 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from jaxserve import EngineConfig, ModelConfig, SamplingParams
+from jaxserve.core.columns import parameter_rules
+from jaxserve.core.logit_rules import LogitRules
 from jaxserve.core.make_submission import (
     check_prompt,
     derived_seed,
@@ -19,7 +21,9 @@ from jaxserve.core.make_submission import (
     make_submission,
     truncated,
 )
+from jaxserve.core.sampling import SamplingArrays
 from jaxserve.core.scheduler import Status, Submission, init_state, submit
+from jaxserve.request import parameters_of
 from jaxserve.text.tokenizer import Tokenizer, spell
 
 MODEL = ModelConfig("llama", 70, 2, 2, 1, 1, 1, 2)  # three words of allowed ids, the last not full
@@ -74,6 +78,46 @@ def test_rows_hold_what_the_parameters_say():
     assert submission.stop_token_ids[1].tolist() == [3, 4, 9]
     assert submission.sampling.num_logprobs.tolist() == [2] * 3 and submission.sampling.processed.all()
     assert submission.num_prompt_logprobs.tolist() == [1] * 3
+
+
+# A value for each parameter that the device needs, other than the default.
+CHANGES: dict[str, Any] = {
+    "allowed_token_ids": [1],
+    "bad_words": [[1]],
+    "min_tokens": 1,
+    "logit_bias": {1: 1},
+    "repetition_penalty": 2,
+    "frequency_penalty": 1,
+    "presence_penalty": 1,
+    "temperature": 0.5,
+    "min_p": 0.5,
+    "top_k": 1,
+    "top_p": 0.5,
+    "seed": 1,
+    "n": 2,
+    "ignore_eos": True,
+    "stop_token_ids": [1],
+    "stop": [[1]],
+    "max_tokens": 1,
+    "logprobs": 1,
+    "logprobs_mode": "processed",
+    "prompt_logprobs": 1,
+    "truncate_prompt_tokens": 1,
+}
+ONLY_FOR_THE_HOST = {
+    "include_stop_str_in_output",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+}
+
+
+def test_every_parameter_that_is_not_the_hosts_alone_changes_the_rows():
+    assert CHANGES.keys() | ONLY_FOR_THE_HOST == SamplingParams.__dataclass_fields__.keys()
+    plain = jax.tree.leaves(filled())
+    for name, value in CHANGES.items():
+        changed = jax.tree.leaves(filled(**{name: value}))
+        assert not all(np.array_equal(*pair) for pair in zip(plain, changed, strict=True)), name
 
 
 def test_defaults_change_nothing():
@@ -269,6 +313,30 @@ def test_a_rule_out_of_range_ends_its_row_with_error_and_no_other(field, value):
     submission = filled(**EVERYTHING)
     getattr(submission.rules, field)[1] = value
     assert submitted(submission).tolist() == [Status.WAITING, Status.ERROR, Status.WAITING, Status.FREE]
+
+
+COLUMNS = [
+    (record, name)
+    for record, kind in (("sampling", SamplingArrays), ("rules", LogitRules))
+    for name in parameter_rules(kind)
+]
+
+
+@pytest.mark.parametrize(("record", "name"), COLUMNS)
+def test_every_number_is_taken_within_the_range_of_its_parameter_and_refused_beyond(record, name):
+    rule = parameters_of(SamplingParams)[name].rule
+    column = getattr(getattr(filled(), record), name)
+    if column.dtype == np.float32:
+        inside, outside = [rule.low, rule.high], [rule.low - 1e-3, -np.inf, np.inf, np.nan]
+        inside, outside = (inside[1:], [*outside, rule.low]) if rule.above else (inside, outside)
+        outside += [rule.high + 1e-3] if rule.high < 1e3 else []
+    else:
+        inside, outside = [rule.low, rule.high], [rule.low - 1]
+    for values, status in ((inside, Status.WAITING), (outside, Status.ERROR)):
+        for value in values:
+            submission = filled()
+            getattr(getattr(submission, record), name)[1] = value
+            assert submitted(submission).tolist() == [Status.WAITING, status, Status.WAITING, Status.FREE], value
 
 
 @pytest.mark.parametrize("count", [-2, 4])

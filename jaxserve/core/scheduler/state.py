@@ -17,9 +17,10 @@ from jaxtyping import Array, Bool, Int32
 from jaxserve.config import EngineConfig
 from jaxserve.core.cache import KVPool, PageTable, init_kv_pool, init_page_table
 from jaxserve.core.cache.kv_pool import stores_bits
-from jaxserve.core.logit_rules import LogitRules, plain_rules
+from jaxserve.core.columns import axis_sizes, column, off_rows
+from jaxserve.core.logit_rules import LogitRules
 from jaxserve.core.pytree import Record, record
-from jaxserve.core.sampling import SamplingArrays, greedy_arrays
+from jaxserve.core.sampling import SamplingArrays
 from jaxserve.models import ModelConfig
 from jaxserve.request import FinishReason
 
@@ -57,13 +58,11 @@ class Queue(Record):
     prompt_length: Int32[Array, " Q"]  # tokens
     num_tokens: Int32[Array, " Q"]  # prompt + generated
     max_length: Int32[Array, " Q"]  # num_tokens at which the sequence ends
-    stop_token_ids: Int32[Array, "Q Z"]  # generating one of these ends the sequence; -1: unused entry
-    stop_sequences: Int32[Array, "Q NS LS"]  # generating one of these does too; aligned at their end, -1 before it
+    stop_token_ids: Int32[Array, "Q Z"] = column(off=-1)  # generating one of these ends the sequence; -1: unused entry
+    stop_sequences: Int32[Array, "Q NS LS"] = column(off=-1)  # so does one of these; aligned at their end, -1 before it
     sampling: SamplingArrays
     rules: LogitRules
-    num_prompt_logprobs: Int32[
-        Array, " Q"
-    ]  # most likely tokens to report per prompt token; -1: no prompt logprobs at all
+    num_prompt_logprobs: Int32[Array, " Q"] = column(off=-1)  # most likely tokens to report per prompt token; -1: none
     priority: Int32[Array, " Q"]  # lower goes first
     arrival: Int32[Array, " Q"]  # running number; breaks ties of priority
     group: Int32[Array, " Q"]  # arrival of the request's first sequence: the same for all samples of a request
@@ -117,26 +116,9 @@ def init_state(
     """
     if config.num_pages is None or config.kv_dtype is None:
         raise ValueError("num_pages and kv_dtype must be set: give them in EngineConfig, or let the Engine choose them")
-    rows, slots, stops = config.queue_size, config.max_slots, config.max_stop_token_ids
+    rows, slots = config.queue_size, config.max_slots
     return EngineState(
-        queue=Queue(
-            tokens=jnp.zeros((rows, config.max_sequence_len), jnp.int32),
-            prompt_length=_zeros(rows),
-            num_tokens=_zeros(rows),
-            max_length=_zeros(rows),
-            stop_token_ids=jnp.full((rows, stops), -1, jnp.int32),
-            stop_sequences=jnp.full((rows, config.max_stop_sequences, config.max_stop_sequence_len), -1, jnp.int32),
-            sampling=greedy_arrays(rows),
-            rules=plain_rules(rows, model.vocab_size, config),
-            num_prompt_logprobs=jnp.full((rows,), -1, jnp.int32),
-            priority=_zeros(rows),
-            arrival=_zeros(rows),
-            group=_zeros(rows),
-            status=_zeros(rows),
-            abort_requested=jnp.zeros((rows,), bool),
-            num_preemptions=_zeros(rows),
-            generation=_zeros(rows),
-        ),
+        queue=off_rows(Queue, rows, axis_sizes(model.vocab_size, config)),
         slots=Slots(row_id=jnp.full((slots,), rows, jnp.int32), num_computed=_zeros(slots), num_counted=_zeros(slots)),
         table=init_page_table(slots, config.pages_per_slot, config.num_pages),
         pool=init_kv_pool(

@@ -9,13 +9,16 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Int32
 
 from jaxserve.config import EngineConfig
+from jaxserve.core.columns import column, in_range
 from jaxserve.core.logit_rules import LogitRules, penalised
 from jaxserve.core.pytree import Record, record
-from jaxserve.core.scheduler.state import EngineState, SamplingArrays, Status
+from jaxserve.core.sampling import SamplingArrays
+from jaxserve.core.scheduler.state import EngineState, Queue, Status
 from jaxserve.models import ModelConfig
+from jaxserve.request import MAX_BIAS
 
 T = TypeVar("T")
 
@@ -27,15 +30,19 @@ class Submission(Record):
     tokens: Int32[Array, "W M"]  # prompts, padded at the end
     prompt_length: Int32[Array, " W"]  # tokens, at least 1 and at most M - 1
     max_tokens: Int32[Array, " W"]  # tokens to generate at most; clipped to what M leaves
-    stop_token_ids: Int32[Array, "W Z"]  # end-of-sequence ids among them; -1: unused entry
-    stop_sequences: Int32[Array, "W NS LS"]  # token ids, aligned at their end, -1 before it
+    stop_token_ids: Int32[Array, "W Z"] = column(off=-1)  # end-of-sequence ids among them; -1: unused entry
+    stop_sequences: Int32[Array, "W NS LS"] = column(off=-1)  # token ids, aligned at their end, -1 before it
     sampling: SamplingArrays  # W entries
     rules: LogitRules  # W entries
-    num_prompt_logprobs: Int32[Array, " W"]  # as in `Queue`
+    num_prompt_logprobs: Int32[Array, " W"] = column(off=-1)  # as in `Queue`
     priority: Int32[Array, " W"]  # lower goes first
     follows: Bool[Array, " W"]  # whether this is one more sample of the request before it, whose prompt it repeats
     valid: Bool[Array, " W"]
     aux: Any = None  # what a `LogitsFn` starts with: a tree like `EngineState.aux`, [W, ...]
+
+
+# The fields that a row of the queue takes over as they are.
+_COPIED = tuple(name for name in Queue.__dataclass_fields__ if name in Submission.__dataclass_fields__)
 
 
 @record
@@ -82,16 +89,9 @@ def submit(
         submission.max_tokens, queue.tokens.shape[1] - submission.prompt_length
     )
     queue = queue.replace(
-        tokens=queue.tokens.at[row].set(submission.tokens, mode="drop"),
-        prompt_length=queue.prompt_length.at[row].set(submission.prompt_length, mode="drop"),
+        **{name: _set_rows(getattr(queue, name), row, getattr(submission, name)) for name in _COPIED},
         num_tokens=queue.num_tokens.at[row].set(submission.prompt_length, mode="drop"),
         max_length=queue.max_length.at[row].set(max_length, mode="drop"),
-        stop_token_ids=queue.stop_token_ids.at[row].set(submission.stop_token_ids, mode="drop"),
-        stop_sequences=queue.stop_sequences.at[row].set(submission.stop_sequences, mode="drop"),
-        sampling=_set_rows(queue.sampling, row, submission.sampling),
-        rules=_set_rows(queue.rules, row, submission.rules),
-        num_prompt_logprobs=queue.num_prompt_logprobs.at[row].set(submission.num_prompt_logprobs, mode="drop"),
-        priority=queue.priority.at[row].set(submission.priority, mode="drop"),
         arrival=queue.arrival.at[row].set(state.next_arrival + order, mode="drop"),
         group=queue.group.at[row].set(state.next_arrival + order[first], mode="drop"),
         status=queue.status.at[row].set(
@@ -149,31 +149,17 @@ def _acceptable(
         & (length < submission.tokens.shape[1])
         & jnp.all(in_vocab | ~in_prompt, axis=1)
         & (submission.max_tokens >= 1)
-        & (sampling.temperature >= 0)
-        & (sampling.temperature <= 2)
-        & (sampling.top_k >= 0)
-        & (sampling.top_p > 0)
-        & (sampling.top_p <= 1)
-        & (sampling.min_p >= 0)
-        & (sampling.min_p <= 1)
+        & in_range(sampling)
+        & in_range(rules)
         & (sampling.num_logprobs >= -1)
         & (sampling.num_logprobs <= config.max_logprobs)
         & (submission.num_prompt_logprobs >= -1)
         & (submission.num_prompt_logprobs <= config.max_logprobs)
-        & _within(rules.presence_penalty, 2)
-        & _within(rules.frequency_penalty, 2)
-        & (rules.repetition_penalty > 0)
-        & jnp.isfinite(rules.repetition_penalty)
         & (config.penalties | ~penalised(rules))
-        & jnp.all(_within(rules.bias, 100), axis=1)
+        & jnp.all(jnp.abs(rules.bias) <= MAX_BIAS, axis=1)
         & jnp.all((rules.bias_ids >= -1) & (rules.bias_ids < model.vocab_size), axis=1)
         & jnp.all(rules.bad_words < model.vocab_size, axis=(1, 2))
-        & (rules.min_tokens >= 0)
     )
-
-
-def _within(values: Float32[Array, "*W"], bound: float) -> Bool[Array, "*W"]:
-    return jnp.abs(values) <= bound
 
 
 def _set_rows(rows: T, row: Int32[Array, " W"], new: T) -> T:
