@@ -17,7 +17,7 @@ from jaxserve.config import ENGINE, EngineConfig, read_json_object
 from jaxserve.request import (
     DRAW,
     LOGITS,
-    PROMPT,
+    PROMPTS,
     REPORT,
     STOP,
     Biases,
@@ -32,7 +32,6 @@ from jaxserve.request import (
 )
 
 DTYPES = ("bfloat16", "float32", "float16")
-PROMPTS = PROMPT
 MODEL = "Model"
 
 GROUPS = (PROMPTS, MODEL, LOGITS, DRAW, STOP, REPORT, ENGINE)  # as --help has them

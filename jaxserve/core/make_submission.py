@@ -1,4 +1,4 @@
-"""Requests made into rows of the queue: everything a request asks for is checked here, before any device work."""
+"""Makes requests into rows of the queue. Everything that a request asks for is checked here, before any device work."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -23,11 +23,11 @@ def check_prompt(
     config: EngineConfig,
     eos_token_ids: Sequence[int] = (),
 ) -> None:
-    """Refuses what this engine cannot do.
+    """Refuses a request that this engine cannot serve.
 
     Raises:
-      ValueError: naming the value, the rule and the remedy, if the prompt is empty, too long or has ids outside the
-        vocabulary, if there are more stop tokens or logprobs than the engine has room for.
+      ValueError: naming the value, the rule and the remedy, if the prompt is empty or too long, a token id is not in the
+        vocabulary, or a parameter is above a capacity of `config`.
     """
     num_tokens, vocab_size = len(prompt_token_ids), model.vocab_size
     if not num_tokens:
@@ -90,7 +90,7 @@ def _bad_words(params: SamplingParams) -> tuple[tuple[int, ...], ...]:
 
 
 def _token_ids(prompt_token_ids: Sequence[int], params: SamplingParams) -> Iterator[tuple[str, Sequence[int]]]:
-    """Everything that names tokens, by its name."""
+    """Yields every list of token ids in a request with the name of its field."""
     yield "prompt_token_ids", prompt_token_ids
     yield "stop_token_ids", params.stop_token_ids
     yield "allowed_token_ids", params.allowed_token_ids or ()
@@ -106,7 +106,7 @@ def one_per_prompt(
     params: SamplingParams | Sequence[SamplingParams] | None,
     priorities: Sequence[int] | None,
 ) -> list[tuple[SamplingParams, int]]:
-    """Parameters and priority of each prompt, from one for all or one per prompt.
+    """Returns parameters and priority for each prompt, from one for all or one per prompt.
 
     Raises:
       ValueError: if there are more or fewer of them than prompts.
@@ -134,51 +134,51 @@ def make_submission(
     num_rows: int | None = None,
     aux: Any = None,
 ) -> Submission:
-    """Rows for `jaxserve.submit`, as host arrays: per prompt, in their order, one for each of its `n` samples.
+    """Returns rows for `jaxserve.submit` as host arrays: for each prompt in turn, a row for each of its `n` samples.
 
     Args:
       prompts: token ids.
       params: for all prompts, or one per prompt; None: the defaults. Without a seed of its own, request i gets
         `derived_seed(seed, i)`.
-      model: gives the vocabulary.
-      config: gives the capacities.
-      eos_token_ids: end the sequences of requests that do not set `ignore_eos`.
+      model: has the size of the vocabulary.
+      config: has the capacities.
+      eos_token_ids: the ids that end the sequences of requests without `ignore_eos`.
       priorities: one per prompt; None: all 0.
-      seed: of the requests without one.
+      seed: the number in [0, 2^64) that the seeds of requests without one are derived from.
       num_rows: rows of the submission, padding included, so that submissions of all sizes share one program;
         None: one per sample.
-      aux: what a `LogitsFn` starts with, as in `init_state`.
+      aux: what a `LogitsFn` starts with, as for `init_state`.
 
     Raises:
-      ValueError: as `check_prompt`, naming the prompt by its index; or if there are more samples than `num_rows`.
+      ValueError: as `check_prompt` does, naming the prompt by its index; or if there are more samples than `num_rows`.
     """
     each = one_per_prompt(len(prompts), params, priorities)
     prompts = [check_ids(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
-    each = [(wanted, check_int("priority", priority, -MAX_INT32)) for wanted, priority in each]
+    each = [(own, check_int("priority", priority, -MAX_INT32)) for own, priority in each]
     check_int("seed", seed, 0, 2**64 - 1)
-    num_samples = sum(wanted.n for wanted, _ in each)
+    num_samples = sum(own.n for own, _ in each)
     width = num_samples if num_rows is None else num_rows
     if num_samples > width:
         raise ValueError(f"{num_samples} samples do not fit num_rows={width}: submit them in several parts")
     row = 0
     rows = empty_submission(width, model, config, aux)
-    for index, (prompt, (wanted, priority)) in enumerate(zip(prompts, each, strict=True)):
+    for index, (prompt, (own, priority)) in enumerate(zip(prompts, each, strict=True)):
         try:
-            if wanted.stop_strings:
+            if own.stop_strings:
                 raise ValueError(
-                    f"stop has the text {wanted.stop_strings[0]!r}, which needs a host: give lists of token ids"
+                    f"stop has the text {own.stop_strings[0]!r}, which needs a host: give lists of token ids"
                 )
-            prompt = truncated(prompt, wanted, config)
-            check_prompt(prompt, wanted, model=model, config=config, eos_token_ids=eos_token_ids)
+            prompt = truncated(prompt, own, config)
+            check_prompt(prompt, own, model=model, config=config, eos_token_ids=eos_token_ids)
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
-        own_seed = derived_seed(seed, index) if wanted.seed is None else wanted.seed
-        for sample_index in range(wanted.n):
+        own_seed = derived_seed(seed, index) if own.seed is None else own.seed
+        for sample_index in range(own.n):
             fill_row(
                 rows,
                 row,
                 prompt,
-                wanted,
+                own,
                 seed=own_seed,
                 priority=priority,
                 eos_token_ids=eos_token_ids,
@@ -189,24 +189,24 @@ def make_submission(
 
 
 def truncated(prompt_token_ids: Sequence[int], params: SamplingParams, config: EngineConfig) -> tuple[int, ...]:
-    """The prompt's last tokens, as many as `truncate_prompt_tokens` asks for."""
+    """Returns the last tokens of a prompt, as many as `truncate_prompt_tokens` says."""
     limit = params.truncate_prompt_tokens
     limit = config.max_sequence_len - 1 if limit == -1 else limit
     return tuple(prompt_token_ids if limit is None else prompt_token_ids[-limit:])
 
 
 def derived_seed(seed: int, number: int) -> int:
-    """The seed of a request that has none: a hash of the engine's seed and the request's running number."""
+    """Returns the seed of a request that has none: a hash of the engine's seed and the request's running number."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
 
 
 def key_data(seed: int) -> np.ndarray:
-    """The threefry key of a seed in [0, 2^64), uint32[2]."""
+    """Returns the threefry key of a seed in [0, 2^64), uint32[2]."""
     return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
 
 
 def empty_submission(num_rows: int, model: ModelConfig, config: EngineConfig, aux: Any = None) -> Submission:
-    """A submission of nothing: host arrays, to be filled by `fill_row`; `aux` as in `init_state`."""
+    """Returns a submission without sequences: host arrays for `fill_row` to write into; `aux` is as for `init_state`."""
     initial_aux = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], num_rows, axis=0), aux)
     return off_rows(Submission, num_rows, axis_sizes(model.vocab_size, config), np.full, aux=initial_aux)
 
@@ -223,7 +223,7 @@ def fill_row(
     sample_index: int = 0,
     aux: Any = None,
 ) -> None:
-    """Writes one sample of a checked request into row `index` of an `empty_submission`; `aux` None: as that was given."""
+    """Writes one sample of a checked request into row `index` of an `empty_submission`; `aux` None leaves what is there."""
     stops = _stops(params, eos_token_ids)
     rows.tokens[index, : len(prompt_token_ids)] = prompt_token_ids
     rows.prompt_length[index] = len(prompt_token_ids)
@@ -247,10 +247,10 @@ def fill_row(
 
 
 def check_aux(aux: Any, initial: Any) -> None:
-    """Refuses an `aux` that is not like the engine's.
+    """Refuses a request's `aux` that differs from the engine's in structure, shapes or dtypes.
 
     Raises:
-      ValueError: naming both, if structure, shapes or dtypes differ.
+      ValueError: naming both.
     """
     kinds = [
         jax.tree.map(lambda leaf: f"{np.asarray(leaf).dtype}{list(np.shape(leaf))}", tree) for tree in (aux, initial)
@@ -275,9 +275,11 @@ def _fill_rules(rules: Any, index: int, params: SamplingParams) -> None:
 
 
 def _fill_aligned(target: Any, sequences: Sequence[Sequence[int]]) -> None:
+    """Writes token sequences into the rows of an array, aligned at their end."""
     for place, sequence in enumerate(sequences):
         target[place, -len(sequence) :] = sequence
 
 
 def _stops(params: SamplingParams, eos_token_ids: Sequence[int]) -> list[int]:
+    """Returns the token ids that end the sequence, once each."""
     return list(dict.fromkeys([*([] if params.ignore_eos else eos_token_ids), *params.stop_token_ids]))

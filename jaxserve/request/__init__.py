@@ -27,7 +27,7 @@ from jaxserve.request.rules import (
     check_ids,
     check_int,
 )
-from jaxserve.request.sampling_params import DRAW, GREEDY_BELOW, LOGITS, PROMPT, REPORT, STOP, SamplingParams
+from jaxserve.request.sampling_params import DRAW, GREEDY_BELOW, LOGITS, PROMPTS, REPORT, STOP, SamplingParams
 
 __all__ = [
     "DRAW",
@@ -35,7 +35,7 @@ __all__ = [
     "LOGITS",
     "MAX_BIAS",
     "MAX_INT32",
-    "PROMPT",
+    "PROMPTS",
     "REPORT",
     "STOP",
     "Biases",

@@ -23,7 +23,7 @@ LOGITS = "What changes the logits"
 DRAW = "How a token is drawn"
 STOP = "When it stops"
 REPORT = "What is reported"
-PROMPT = "Prompts and output"
+PROMPTS = "Prompts and output"
 
 
 @documented
@@ -146,7 +146,7 @@ class SamplingParams:
     truncate_prompt_tokens: int | None = parameter(
         None,
         Integer(1, optional=True, also=(-1,)),
-        PROMPT,
+        PROMPTS,
         "Use only this many last tokens of the prompt; -1: as many as leave room for one token; by default all.",
     )
 
