@@ -72,15 +72,17 @@ def parameter_rules(record: type) -> Mapping[str, Number | Integer]:
     """Returns the fields of a record that hold a sampling parameter, with the rule of each.
 
     Raises:
-      TypeError: if there is no number of that name in `SamplingParams`.
+      TypeError: if there is no number of that name in `SamplingParams`, or it may be None.
     """
     rules: dict[str, Number | Integer] = {}
     for field in dataclasses.fields(record):
         if not field.metadata.get("parameter"):
             continue
         declared = parameters_of(SamplingParams).get(field.name)
-        if declared is None or not isinstance(declared.rule, Number | Integer):
-            raise TypeError(f"{record.__name__}.{field.name} must have the name of a number in SamplingParams")
+        if declared is None or declared.default is None or not isinstance(declared.rule, Number | Integer):
+            raise TypeError(
+                f"{record.__name__}.{field.name} must have the name of a number in SamplingParams, never None"
+            )
         rules[field.name] = declared.rule
     return rules
 

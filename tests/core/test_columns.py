@@ -50,7 +50,11 @@ def test_a_column_without_a_number_of_its_name_in_the_sampling_parameters_is_ref
     class NoNumber(Record):
         stop: Int32[Array, " Q"] = column(off=0, parameter=True)
 
+    @record
+    class MayBeNone(Record):
+        logprobs: Int32[Array, " Q"] = column(off=-1, parameter=True)
+
     assert list(parameter_rules(Inner)) == ["top_p"]
-    for kind, name in ((Misspelled, "temprature"), (NoNumber, "stop")):
+    for kind, name in ((Misspelled, "temprature"), (NoNumber, "stop"), (MayBeNone, "logprobs")):
         with pytest.raises(TypeError, match=f"{kind.__name__}.{name} must have the name of a number in SamplingParams"):
             parameter_rules(kind)
