@@ -21,12 +21,14 @@ jaxserve.commands
 jaxserve.timeline
 jaxserve.engine
 jaxserve.grammar
-jaxserve.core jaxserve.core.step jaxserve.core.beam_search
-jaxserve.core.forward
+jaxserve.core jaxserve.core.programs jaxserve.core.beam_search
+jaxserve.core.step
+jaxserve.core.forward jaxserve.core.draw
+jaxserve.core.run_model
 jaxserve.core.make_submission
 jaxserve.core.scheduler
 jaxserve.core.cache
-jaxserve.core.sampling
+jaxserve.core.sampling jaxserve.core.vocab_search
 jaxserve.core.logits_fn
 jaxserve.core.logit_rules
 jaxserve.core.optional jaxserve.core.pytree jaxserve.core.compile_guard
@@ -34,7 +36,9 @@ jaxserve.text jaxserve.demo_model
 jaxserve.models
 jaxserve.models.checkpoint
 jaxserve.models.families
-jaxserve.models.prepare jaxserve.models.native jaxserve.models.dense
+jaxserve.models.bind jaxserve.models.dense
+jaxserve.models.prepare
+jaxserve.models.native
 jaxserve.models.params
 jaxserve.models.transformer
 jaxserve.models.layers jaxserve.models.rope
