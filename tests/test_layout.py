@@ -32,6 +32,7 @@ jaxserve.core.sampling jaxserve.core.vocab_search
 jaxserve.core.logits_fn
 jaxserve.core.logit_rules
 jaxserve.core.optional jaxserve.core.pytree jaxserve.core.compile_guard
+jaxserve.core.columns
 jaxserve.text jaxserve.demo_model
 jaxserve.models
 jaxserve.models.checkpoint
