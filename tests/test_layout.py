@@ -52,7 +52,7 @@ pallas_kernels.paged_attention
 pallas_kernels.native
 pallas_kernels.backend
 pallas_kernels.native.library pallas_kernels.pages
-""".split("\n")
+""".splitlines()
 
 
 def _modules(folder: str) -> dict[str, pathlib.Path]:
