@@ -7,8 +7,8 @@
 
 The backends that run here and the baselines (plain JAX, cuDNN, PyTorch) take turns on the same data; what cannot run is named
 with the reason. Before it is timed, a result is compared with the reference; one that is wrong is reported as failed, not
-timed, and the exit status is 1. Times leave dispatch out (`kernel_timing.py`), the data is more than caches hold
-(`--cache_mb`), and what the device can do is measured in the same run. How the step is timed: `step_timing.py`.
+timed, and the exit status is 1. Times leave dispatch out (`lib/timing.py`), the data is more than caches hold
+(`--cache_mb`), and what the device can do is measured in the same run. How the step is timed: `kernel_bench/step_timing.py`.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ from jaxserve.models.checkpoint.hugging_face import load_hugging_face
 from jaxserve.models.families.hugging_face import read_model_config
 from tests.models import zoo
 
-TOLERANCE = 1e-4  # of the largest logit of a row; design.md, P5
+TOLERANCE = 1e-4  # of the largest logit at a position: promise P5
 TIE = 1e-5  # of the same: below it, which of two tokens is the largest is rounding
 NUM_NEW = 12
 LENGTHS = (1, 3, 17, 40, 5, 26, 33)
