@@ -23,12 +23,15 @@ def loaded(*names):
 light, command_line, package = sys.argv[1:]
 importlib.import_module(light)
 report = {"after the package": loaded("jax", "flax", "numpy", "absl")}
+import absl.app, absl.logging
+from absl import flags
+names = set(flags.FLAGS)
 for module in command_line.split(","):
     importlib.import_module(module)
 report["after the command line"] = loaded("jax", "flax", "transformers", "tokenizers")
+own = set(flags.FLAGS) - names
 
-import absl.app, absl.logging, flax.nnx, jax
-from absl import flags
+import flax.nnx, jax
 from jax._src import xla_bridge
 options, names = dict(jax.config.values), set(flags.FLAGS)
 parent = importlib.import_module(package)
@@ -36,7 +39,7 @@ for module in pkgutil.walk_packages(parent.__path__, f"{package}."):
     importlib.import_module(module.name)
 report["after all modules"] = loaded("orbax", "transformers", "tokenizers", "torch", "matplotlib")
 report["options"] = sorted(name for name, value in jax.config.values.items() if options.get(name, ...) != value)
-report["flags"] = sorted(set(flags.FLAGS) - names)
+report["flags"] = sorted(own | (set(flags.FLAGS) - names))
 report["starts a backend"] = xla_bridge.backends_are_initialized()
 print(json.dumps(report))
 """
@@ -70,7 +73,7 @@ def test_importing_loads_nothing_heavy_defines_no_flag_sets_no_option_and_starts
 def test_each_of_these_faults_would_be_reported(tmp_path: pathlib.Path) -> None:
     faults = {
         "heavy/__init__.py": "import numpy",
-        "heavy/command.py": "import jax",
+        "heavy/command.py": "import jax; from absl import flags; flags.DEFINE_integer('early', 1, '', module_name='Group')",
         "faults/__init__.py": "import tokenizers",
         "faults/config.py": "import jax; jax.config.update('jax_numpy_rank_promotion', 'raise')",
         "faults/flags.py": "from absl import flags; flags.DEFINE_integer('own', 1, '', module_name='Group')",
@@ -84,7 +87,7 @@ def test_each_of_these_faults_would_be_reported(tmp_path: pathlib.Path) -> None:
         "after the command line": ["jax"],
         "after all modules": ["tokenizers"],
         "options": ["jax_numpy_rank_promotion"],
-        "flags": ["own"],
+        "flags": ["early", "own"],
         "starts a backend": True,
     }
 

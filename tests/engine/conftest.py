@@ -1,4 +1,4 @@
-"""One small engine for all tests that serve with it."""
+"""One small engine for all tests of a module that serve with it."""
 
 import pathlib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return small_model.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its programs are shared, but may be forgotten between modules
 def warm_engine(checkpoint: pathlib.Path) -> Engine:
     engine = Engine.from_pretrained(str(checkpoint), dtype="float32", config=CONFIG)
     engine.warm_up()

@@ -35,32 +35,36 @@ def failing(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("moment", ["while a call is read", "in the midst of a call that took the state"])
+@pytest.mark.parametrize(
+    "moment", ["while a call is read", "before a call takes the state", "when a call took the state"]
+)
 def test_after_an_interrupt_the_old_state_is_let_go_before_a_new_one_is_made(engine, monkeypatch, moment) -> None:
     """With a pool of most of the device's memory there is no room for two."""
     (expected,) = engine.generate([[1, 2]], SHORT)
-    states, alive = [], []
+    programs, states, alive = engine.driver.programs, [], []
+
+    def init(**kwargs: Any) -> Any:
+        alive.extend(not leaf.is_deleted() for leaf in jax.tree.leaves(states))
+        return programs.init(**kwargs)
+
+    def run_steps(leaves: Any, state: Any, num_steps: Any) -> Any:
+        states.append(state)
+        if moment == "before a call takes the state":
+            raise KeyboardInterrupt
+        result = programs.run_steps(leaves, state, num_steps)
+        if moment == "when a call took the state":
+            raise KeyboardInterrupt
+        states.append(result[0])
+        return result
+
     with monkeypatch.context() as patch:
-        watch(engine, patch, "run_steps", lambda _, state, __: states.append(state))
-        watch(
-            engine, patch, "init", lambda **_: alive.extend(not leaf.is_deleted() for leaf in jax.tree.leaves(states))
-        )
+        patch.setattr(engine.driver, "programs", dataclasses.replace(programs, init=init, run_steps=run_steps))
         if moment == "while a call is read":
             patch.setattr(engine.driver, "read", failing)
-        else:
-            run_steps = engine.driver.programs.run_steps
-
-            def interrupted(*args: Any) -> None:
-                run_steps(*args)
-                raise KeyboardInterrupt
-
-            patch.setattr(engine.driver, "programs", dataclasses.replace(engine.driver.programs, run_steps=interrupted))
         engine.add_request([1, 2], LONG)
-        states.append(engine.driver.state)
         with pytest.raises(KeyboardInterrupt):
             for _ in range(3):
                 engine.step(1)
-                states.append(engine.driver.state)
     assert alive and not any(alive)
     assert not engine.has_work
     assert engine.generate([[1, 2]], SHORT)[0].outputs == expected.outputs
