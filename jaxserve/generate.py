@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read stdout has gone, so nobody is left to tell
+        sys.stderr.close()  # the reader of stdout has gone, so there is no one to report to
         return 1
     except (OSError, MemoryError, OverflowError, RuntimeError) as error:
         sentence = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,4 +1,4 @@
-"""The backends of the operations: their names, the default of a platform, and which can run here.
+"""The backends of the operations: their names, the default for each platform, and whether one can run here.
 
 JAX is imported only where a device is looked at, so that command lines can read the names without it.
 """
@@ -15,7 +15,7 @@ def resolve_backend(backend: str | None, platform: str | None = None) -> str:
 
     Args:
       backend: a name, or None to choose.
-      platform: of the device that it is to run on; None: that of JAX's default device.
+      platform: platform of the device for the backend; None: that of JAX's default device.
 
     Raises:
       ValueError: if the name is unknown.
@@ -42,9 +42,9 @@ def check_runs_here(backend: str, *, interpret: bool, platform: str | None = Non
     """Checks that a backend can run on a device.
 
     Args:
-      backend: its name.
-      interpret: whether its kernels are to be interpreted, which some can be on any device.
-      platform: of the device, which holds the weights; None: that of JAX's default device.
+      backend: the name of the backend.
+      interpret: whether its kernels run in Pallas' interpreter; the kernels of some backends can, on any device.
+      platform: platform of the device that holds the weights; None: that of JAX's default device.
 
     Raises:
       ValueError: if it cannot; the message names the backend, the platform, and what to use instead.

@@ -1,4 +1,4 @@
-"""The pages of one layer, the page table that says whose they are, and how numbers are stored in them."""
+"""The pages of one layer, the page table that assigns them to slots, and the formats of the numbers in them."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Everything that one command line serves: its --prompt flags, then the lines of its prompts file."""
+"""The prompts that one command line serves: those of its --prompt flags, then the lines of its prompts file."""
 
 from jaxserve.commands.options import Options
 from jaxserve.commands.prompts import ChatRequest, Entry, free_id, read_prompts

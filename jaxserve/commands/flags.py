@@ -34,7 +34,7 @@ from jaxserve.request import (
 DTYPES = ("bfloat16", "float32", "float16")
 MODEL = "Model"
 
-GROUPS = (PROMPTS, MODEL, LOGITS, DRAW, STOP, REPORT, ENGINE)  # as --help has them
+GROUPS = (PROMPTS, MODEL, LOGITS, DRAW, STOP, REPORT, ENGINE)  # in the order of --help
 
 _METAVARS = {
     "prompts_file": "FILE",
@@ -56,7 +56,7 @@ _TEXT_COLUMN = 36
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """The flags that describe an engine."""
+    """The values of the flags that describe an engine."""
 
     model: str | None  # a directory or a hub id; None: the demo model
     load_format: str
@@ -71,7 +71,7 @@ def define_engine_flags(values: flags.FlagValues, **defaults: Any) -> None:
 
     Args:
       values: receives the flags.
-      defaults: the defaults that the help shows for some fields, where the command line has others than the record.
+      defaults: defaults by field that the help shows in place of the record's own.
     """
     to: dict[str, Any] = {"flag_values": values, "module_name": MODEL}
     flags.DEFINE_string(
@@ -134,7 +134,7 @@ def _define_fields(record: type, defaults: Mapping[str, Any], values: flags.Flag
 
 
 def sampling_params(values: flags.FlagValues, **defaults: Any) -> SamplingParams:
-    """Returns the sampling parameters that the flags set; `defaults` replace those of the record for flags that are not given.
+    """Returns the sampling parameters that the flags set; `defaults` replace the record's defaults for flags that are not set.
 
     Raises:
       ValueError: if a value is not valid.
@@ -207,7 +207,7 @@ def _describe(flag: flags.Flag) -> str:
     value = f"={_METAVARS.get(flag.name) or _METAVARS.get(kind, '')}"
     if isinstance(flag, flags.EnumFlag):
         value = f"={'|'.join(flag.parser.enum_values)}"
-        text = text.removeprefix(f"<{value[1:]}>: ")  # absl put the values there
+        text = text.removeprefix(f"<{value[1:]}>: ")  # absl puts the accepted values there
     elif kind.startswith("multi"):
         text = text.partition(";\n")[0] + " Repeatable."  # in place of absl's sentence
     name = f"  --[no]{flag.name}" if kind == "bool" else f"  --{flag.name}{value}"

@@ -1,4 +1,4 @@
-"""Does what `python -m jaxserve.generate` was asked to do: serves all prompts, or holds a conversation in the terminal."""
+"""The work of `python -m jaxserve.generate`: it serves all prompts, or holds a conversation in the terminal."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ _STREAM_STEPS = 1  # steps per call while text is streamed
 
 
 def run(options: Options, make_engine: Callable[[EngineOptions], Engine] = make_engine) -> int:
-    """Does what the options say; returns the exit status.
+    """Carries out the options; returns the exit status.
 
     Raises:
       ValueError: if a file or the model is missing or not valid.

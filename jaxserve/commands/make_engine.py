@@ -1,4 +1,4 @@
-"""From the flags that describe an engine to the engine."""
+"""Makes the engine that the flags of a command line describe."""
 
 import logging
 import pathlib

@@ -17,7 +17,7 @@ from jaxserve.commands.flags import (
 )
 from jaxserve.request import SamplingParams
 
-INTERRUPTED = 130  # the exit status after Ctrl-C, as shells have it
+INTERRUPTED = 130  # the exit status after Ctrl-C, as in shells
 _MAX_TOKENS = 128
 _MAX_TOKENS_CHAT = 1024
 _USAGE = """\
@@ -33,7 +33,7 @@ A line of a prompts file may set parameters of its own: {"prompt": "Once upon", 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the flags say, checked."""
+    """The values of all flags, checked."""
 
     prompts: tuple[str, ...]
     prompts_file: str | None
@@ -77,7 +77,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def help_text(values: flags.FlagValues) -> str:
-    """Returns what --help prints."""
+    """Returns the text that --help prints."""
     return f"{_USAGE}\n\n{describe_flags(values)}"
 
 

@@ -79,7 +79,7 @@ class StreamPrinter(Sink):
         self._prompts = {entry.id: _shown_prompt(entry) for entry in entries}
         self._num_samples = {entry.id: _num_samples(entry) for entry in entries}
         self._alone = list(self._num_samples.values()) == [1]
-        self._lines: dict[tuple[str, int], str] = {}  # of each sample, what of its last line has come
+        self._lines: dict[tuple[str, int], str] = {}  # the part of each sample's last line that has come so far
         self._at_line_start = True
 
     def take(self, update: Update) -> None:

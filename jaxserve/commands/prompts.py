@@ -86,7 +86,7 @@ def read_prompts(
     Args:
       path: the file.
       defaults: the sampling parameters that a line does not set.
-      file_format: None stands for the format that the file's name tells.
+      file_format: "text" or "jsonl"; None: the file's name decides.
 
     Raises:
       ValueError: if the file cannot be read.
@@ -104,12 +104,12 @@ def read_prompts(
 def parse_prompts(lines: Iterable[bytes], name: str, defaults: SamplingParams, file_format: Format) -> Iterator[Entry]:
     """Yields an entry for each line that is not blank, in order; no two have the same id.
 
-    An id that valid lines give goes to the first of them, and the others become errors. Only then are ids made up, `line-N` for
-    line N, for lines without a usable one; where a line gives that very id, `line-N-2` and so on.
+    If several valid lines give the same id, the first of them gets it, and the others become errors. After that, lines without
+    a usable id get one: `line-N` for line N or, where another line gives that id, `line-N-2` and so on.
 
     Args:
-      lines: UTF-8, with or without their line breaks. All are read before the first entry comes, because the last one may give
-        an id that must not be made up for the first one.
+      lines: UTF-8, with or without their line breaks. All are read before the first entry comes, because the last line may
+        give an id that the first line must not get.
       name: the name of the file in error messages.
       defaults: the sampling parameters that a line does not set.
       file_format: "text" or "jsonl".

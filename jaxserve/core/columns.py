@@ -1,4 +1,4 @@
-"""Columns: fields of records whose arrays have one row per sequence, declared with what they hold where nothing is set.
+"""Columns: fields of records whose arrays have one row per sequence, declared with the value that means "not set".
 
     top_p: Float32[Array, " Q"] = column(off=1, parameter=True)
 
@@ -50,8 +50,8 @@ def off_rows(
       record: its fields are arrays, or records of arrays.
       num_rows: the size of the first axis of every array.
       sizes: the sizes of the other axes by their names; axes may also be numbers.
-      full: makes an array of a shape, a value and a dtype: `jnp.full` or `np.full`.
-      others: the values of fields that are something else.
+      full: function that makes an array of a shape, a value and a dtype: `jnp.full` or `np.full`.
+      others: the values of fields that are neither arrays nor records of arrays.
     """
     values = dict(others)
     for field in dataclasses.fields(record):  # pyright: ignore[reportArgumentType]

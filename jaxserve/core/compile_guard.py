@@ -23,7 +23,7 @@ class UnexpectedCompilation(RuntimeError):
 
 @contextlib.contextmanager
 def forbid_compilation() -> Iterator[None]:
-    """A context in which a call that makes XLA compile anything raises. It affects this thread only, and may be nested.
+    """Makes a context in which a call that makes XLA compile anything raises. It affects this thread only, and may be nested.
 
     Everything counts, even the small programs that `jax.numpy` makes of single operations on new shapes. The listener is
     registered on first use and stays; after `jax.monitoring.clear_event_listeners` the guard has no effect any more.

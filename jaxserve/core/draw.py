@@ -1,4 +1,4 @@
-"""The end of a step's computation: from hidden states to logits, and from those to one token per slot that samples."""
+"""The end of a step's computation: from hidden states to logits, and from logits to one token per slot that samples."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def draw_tokens(
       config: static.
 
     Returns:
-      The new `aux` of the state, and what was drawn; entries of other slots are those of `nothing_drawn`.
+      The new `aux` of the state, and the drawn tokens; other slots have the entries of `nothing_drawn`.
     """
     num_slots, tile_size, queue = hidden.shape[0], config.tile_size, state.queue
     (order,) = jnp.nonzero(sampled, size=-(-num_slots // tile_size) * tile_size, fill_value=num_slots)

@@ -1,7 +1,7 @@
-"""The model on the batch of a plan: the cost follows the batch rows in use, and one program serves any number of them.
+"""Runs the model on the batch of a plan: the cost depends on the batch rows in use, and one program serves any number of them.
 
 Native kernels take the number of batch rows at run time and compute each in the same way whatever is beside it, so the whole
-batch goes through the model at once. The other backends go through tiles of a fixed size. The plain backend attends for each
+batch goes through the model at once. The other backends use tiles of a fixed size. The plain backend attends for each
 batch row on its own, so a tile may hold any of them. The kernels for accelerators serve either chunks or single tokens, and
 round differently, so the batch is split by kernel, chunks first: single tokens may need their pages.
 
@@ -70,8 +70,8 @@ class PromptLogprobs(Record):
     """Raw log probabilities of prompt tokens, one entry per batch row of the forward pass."""
 
     row_id: Int32[Array, " B"]  # queue row; Q = none: the entry is empty
-    position: Int32[Array, " B"]  # of the token in its prompt, from 1 on
-    logprob: Float32[Array, " B"]  # of the token, given those before it
+    position: Int32[Array, " B"]  # position of the token in its prompt, from 1 on
+    logprob: Float32[Array, " B"]  # log probability of the token, given the tokens before it
     rank: Int32[Array, " B"]  # of the token, 1 = most likely
     top_ids: Int32[Array, "B K"]  # most likely tokens, most likely first; -1: none
     top_logprobs: Float32[Array, "B K"]
@@ -79,7 +79,7 @@ class PromptLogprobs(Record):
 
 @record
 class ForwardOutput(Record):
-    """What a step needs of the forward pass, besides the pages."""
+    """The results of the forward pass that a step needs, besides the pages."""
 
     hidden: Float32[Array, "S E"]  # final hidden state of each slot's latest token, if that is in the batch; else 0
     prompt: PromptLogprobs
@@ -112,7 +112,7 @@ class _Part(NamedTuple):
 def forward_batch(
     params: Params, state: EngineState, plan: Plan, *, model: ModelConfig, config: EngineConfig
 ) -> tuple[KVPool, ForwardOutput]:
-    """Runs the model on the batch of the plan. Returns the new pool, and what the step needs of the results.
+    """Runs the model on the batch of the plan. Returns the new pool, and the results that the step needs.
 
     Args:
       params: as in `step`, prepared.
@@ -203,7 +203,7 @@ def _tokens_of(state: EngineState, slot: Int32[Array, " B"], position: Int32[Arr
 
 
 def _rows_of(state: EngineState, slot: Int32[Array, " B"]) -> Int32[Array, " B"]:
-    """The queue row in each batch row's slot; Q = none."""
+    """Returns the queue row in each batch row's slot; Q = none."""
     return state.slots.row_id.at[slot].get(mode="fill", fill_value=state.queue.status.shape[0])
 
 
@@ -216,7 +216,7 @@ def _add_prompt_logprobs(
     state: EngineState,
     config: EngineConfig,
 ) -> PromptLogprobs:
-    """Adds what a tile says about prompt tokens at `index` of all batch rows; only this tile's logits are alive.
+    """Adds the log probabilities of prompt tokens at batch rows `index`, one tile; only this tile's logits are alive.
 
     Each batch row gives the distribution of the token after its own.
     """

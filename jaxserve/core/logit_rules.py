@@ -1,4 +1,4 @@
-"""What a request changes about its logits before a token is chosen: allowed ids, bad words, minimum length, bias, penalties.
+"""The rules that change a request's logits before a token is chosen: allowed ids, bad words, minimum length, bias, penalties.
 
 The order is vLLM's: allowed ids, bad words, minimum length, bias, repetition, frequency, presence. A kind of rule that no
 sequence has is skipped at run time, and the logits of a sequence depend on that sequence alone.
@@ -93,7 +93,7 @@ def apply(
 
 
 def _ban(logits: Float32[Array, "R V"], ids: Int32[Array, "R X"], banned: Bool[Array, "R X"]) -> Float32[Array, "R V"]:
-    """Gives the logit -inf to those of the ids that are banned."""
+    """Gives the logit -inf to the ids that are banned."""
     row = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     return logits.at[row, jnp.where(banned, ids, logits.shape[1])].set(-jnp.inf, mode="drop")
 

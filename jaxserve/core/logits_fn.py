@@ -16,12 +16,12 @@ class LogitsFn(Protocol):
     """
 
     def __call__(self, aux: Any, logits: Float32[Array, "R V"], context: Context) -> tuple[Any, Float32[Array, "R V"]]:
-        """Returns new logits, and what to remember.
+        """Returns the new `aux` and new logits.
 
         Args:
-          aux: what the function remembers of each sequence, a tree of arrays [R, ...] that starts as the submission says. It
-            belongs to the sequence, not to its slot: it survives preemption.
-          logits: as the rules leave them, -inf for what may not be drawn. If all are -inf, the sequence ends with "error".
+          aux: the data that the function remembers of each sequence, a tree of arrays [R, ...]; the submission has its initial
+            value. It belongs to the sequence, not to its slot: it survives preemption.
+          logits: logits after the rules, -inf for forbidden tokens. If all are -inf, the sequence ends with "error".
           context: the sequences' tokens and lengths. The token drawn from these logits is the last one of the next call.
 
         Returns:

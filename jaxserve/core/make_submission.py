@@ -140,14 +140,14 @@ def make_submission(
       prompts: token ids.
       params: for all prompts, or one per prompt; None: the defaults. Without a seed of its own, request i gets
         `derived_seed(seed, i)`.
-      model: has the size of the vocabulary.
-      config: has the capacities.
+      model: gives the size of the vocabulary.
+      config: gives the capacities.
       eos_token_ids: the ids that end the sequences of requests without `ignore_eos`.
       priorities: one per prompt; None: all 0.
       seed: the number in [0, 2^64) that the seeds of requests without one are derived from.
       num_rows: rows of the submission, padding included, so that submissions of all sizes share one program;
         None: one per sample.
-      aux: what a `LogitsFn` starts with, as for `init_state`.
+      aux: initial value of what a `LogitsFn` remembers, as for `init_state`.
 
     Raises:
       ValueError: as `check_prompt` does, naming the prompt by its index; or if there are more samples than `num_rows`.

@@ -1,4 +1,4 @@
-"""The step and what a host does around it as jitted functions that donate the state."""
+"""The step, and the changes that a host makes between steps, as jitted functions that donate the state."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from pallas_kernels.backend import compiles_for_cuda
 
 @record
 class Changes(Record):
-    """What a host wants done to the state between two calls."""
+    """The changes that a host makes to the state between two calls."""
 
     submission: Submission | None  # None: nothing is submitted
     collected: Bool[Array, " Q"]
@@ -30,7 +30,7 @@ class Changes(Record):
 def update(
     state: EngineState, changes: Changes, *, model: ModelConfig, config: EngineConfig
 ) -> tuple[EngineState, Handles | None]:
-    """Collects, aborts and submits in one call: everything that a host does to the state; no handles without a submission."""
+    """Collects, aborts and submits in one call. Returns the state, and the handles; None without a submission."""
     state = collect(state, changes.collected, changes.generation)
     state = abort(state, changes.aborted, changes.generation)
     if changes.submission is None:
@@ -39,7 +39,7 @@ def update(
 
 
 # Puts loops into CUDA graphs: without WHILE the host drives every loop of a step and reads each condition back. The list
-# replaces XLA's own, so it repeats what that has. XLA leaves loops out where the driver is older than CUDA 12.3.
+# replaces XLA's own list, so it repeats the entries there. XLA leaves loops out where the driver is older than CUDA 12.3.
 GPU_COMPILER_OPTIONS: dict[str, Any] = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
 }
@@ -50,7 +50,7 @@ def compiler_options(config: EngineConfig, platform: str | None = None) -> dict[
 
     Args:
       config: decides the backend.
-      platform: of the devices that the programs are for; None: that of JAX's default device.
+      platform: platform of the devices that the programs are for; None: that of JAX's default device.
     """
     return GPU_COMPILER_OPTIONS if compiles_for_cuda(config.backend, platform) else None
 

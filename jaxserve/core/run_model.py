@@ -46,12 +46,12 @@ def run_model(
       batch: the tokens.
       cache: the page table and the pool.
       hidden: the hidden state that each slot keeps.
-      layout: what the batch is made of.
+      layout: the make-up of the batch.
       model, config: static.
       batch_size: as in `paged_attend`.
 
     Returns:
-      The final hidden state of each token, the new pool, and `hidden` with those of the tokens that are their slot's last.
+      The final hidden state of each token, the new pool, and `hidden` with the states of the last tokens of their slots.
     """
     table, pool = cache
     attend = paged_attend(

@@ -3,8 +3,8 @@
 The order of operations is vLLM's: the rules of `logit_rules`, a user's function, temperature, then min-p, then top-k, then
 top-p on the renormalised rest. Nothing sorts the vocabulary. The thresholds of top-k and top-p are found bit by bit: an
 order-preserving map takes a float32 to a uint32, and each of 32 passes counts (top-k) or adds up (top-p) what lies below a
-candidate. A draw takes two uniforms: one picks a block of the vocabulary, the other a token within it. What no sequence
-asks for is skipped at run time.
+candidate. A draw takes two uniforms: one picks a block of the vocabulary, the other a token within it. Work that no
+sequence asks for is skipped at run time.
 
 A sequence's result depends on that sequence alone. Randomness is counter-based: the key of a draw is made of the request's
 seed, the sample's index and the token's position, so nothing that happened before matters.
@@ -47,7 +47,7 @@ class SamplingArrays(Record):
 
     @property
     def random(self) -> Bool[Array, " Q"]:
-        """Rows that draw at random."""
+        """Whether each row draws at random."""
         return self.temperature >= GREEDY_BELOW
 
 
@@ -60,7 +60,7 @@ class Sampled(Record):
     rank: Int32[Array, " R"]  # of the token, 1 = most likely; 0 if the request wants no logprobs
     top_ids: Int32[Array, "R K"]  # most likely tokens, most likely first; -1: none, or the request wants no logprobs
     top_logprobs: Float32[Array, "R K"]  # of top_ids; 0 where there is none
-    failed: Bool[Array, " R"]  # there is no distribution to draw from: logits not finite, or every token ruled out
+    failed: Bool[Array, " R"]  # whether there is no distribution: logits are not finite, or every token is ruled out
 
 
 def greedy_arrays(num_rows: int) -> SamplingArrays:
@@ -145,7 +145,7 @@ def _one_by_one(
     context: Context,
     *more: Any,
 ) -> tuple[Array, ...]:
-    """Does the work of `if_any` for one sequence at a time: only those that need it cost, and temporary arrays are small."""
+    """Does the work of `if_any` for one sequence at a time: only sequences that need it cost time, and arrays stay small."""
     (order,) = jnp.nonzero(needed, size=needed.shape[0], fill_value=0)
     operands = (logits, rules, context.replace(seen=None), *more)
 
@@ -271,7 +271,7 @@ def token_logprobs(
 
 
 def _weights(logits: Float32[Array, "R V"], rows: SamplingArrays, random: Bool[Array, " R"]) -> Float32[Array, "R V"]:
-    """Returns what random sequences draw in proportion to: 0 for dropped tokens, 1 for the most likely one."""
+    """Returns the weights that random sequences draw in proportion to: 0 for dropped tokens, 1 for the most likely one."""
     temperature = jnp.where(random, rows.temperature, 1.0)
     scaled = logits / temperature[:, None]
     scaled = jnp.where(scaled == 0, 0, scaled)  # -0.0 and 0.0 must compare equal; adding 0.0 is optimised away
@@ -303,7 +303,7 @@ def _weights(logits: Float32[Array, "R V"], rows: SamplingArrays, random: Bool[A
 def _processed_logprobs(
     logits: Float32[Array, "R V"], rows: SamplingArrays, active: Bool[Array, " R"]
 ) -> Float32[Array, "R V"]:
-    """Returns the log probabilities that tokens are drawn with; for greedy sequences those at temperature 1."""
+    """Returns the log probabilities that tokens are drawn with; greedy sequences get those at temperature 1."""
     random = active & rows.random
 
     def of_random(weights: Float32[Array, "R V"], logits: Float32[Array, "R V"]) -> Float32[Array, "R V"]:

@@ -31,7 +31,7 @@ from jaxserve.models.prepare import Params, prepare
 
 @record
 class StepOutput(Record):
-    """What one step did. Of a slot that did not sample, only `row_id`, `num_new` and `status` mean anything."""
+    """The output of one step. For a slot that did not sample, only `row_id`, `num_new` and `status` mean anything."""
 
     row_id: Int32[Array, " S"]  # queue row in each slot; Q = none
     num_new: Int32[Array, " S"]  # tokens whose keys and values were computed
@@ -46,7 +46,7 @@ class StepOutput(Record):
 
 @record
 class StepOutputs(Record):
-    """What one call of `run_steps` did."""
+    """The outputs of one call of `run_steps`."""
 
     steps: StepOutput  # each field stacked, [n, ...]; entries from num_steps on are stale
     num_steps: Int32[Array, ""]
@@ -58,7 +58,7 @@ class StepOutputs(Record):
 
 @record
 class RunResults(Record):
-    """What `run` generated, one row per queue row; entries beyond `num_generated` are stale."""
+    """The tokens that `run` generated, one entry per queue row; tokens beyond `num_generated` are stale."""
 
     token_ids: Int32[Array, "Q max_new"]
     logprobs: Float32[Array, "Q max_new"]  # of token_ids, under the raw distribution
@@ -85,13 +85,13 @@ def step(
     Args:
       params: `nnx.split(Transformer(model))[1]`; each call may bring new ones. Call `prepare` before a loop of your own,
         or every step does it again.
-      state: what the previous step returned; may be donated.
+      state: the state that the previous step returned; may be donated.
       model: static.
       config: static.
       logits_fn: static; changes the logits that tokens are drawn from.
 
     Returns:
-      The new state, and what the step did.
+      The new state, and the output of the step.
 
     Raises:
       ValueError: while tracing, if the state was made with another configuration.
@@ -140,7 +140,7 @@ def run_steps(
       num_steps: traced; the largest number that counts is `config.max_steps_per_call`.
 
     Returns:
-      The new state, and what the steps did.
+      The new state, and the outputs of the steps.
     """
     params = prepare(params, model, config.backend, config.weight_dtype)
     capacity = config.max_steps_per_call
@@ -193,7 +193,7 @@ def run(
       prompt_logprobs: whether the results have room for those of prompts; filled for rows that ask for them.
 
     Returns:
-      The new state, and what was generated.
+      The new state, and the generated tokens.
 
     Raises:
       ValueError: if `num_top_logprobs` is above `config.max_logprobs`, or `max_new_tokens` below 1.

@@ -17,11 +17,11 @@ _BLOCK = 128  # tokens per block of the two-level draw
 def top(k: int, piece: int) -> Callable[[Float32[Array, "R V"]], tuple[Float32[Array, "R K"], Int32[Array, "R K"]]]:
     """Returns a function that finds the k largest logits and their ids, like `lax.top_k`, at most `piece` per search.
 
-    Each search takes out what it has found before the next one starts.
+    Each search removes its results before the next one starts.
     """
 
     def search(logits: Float32[Array, "R V"]) -> tuple[Float32[Array, "R K"], Int32[Array, "R K"]]:
-        left = jnp.maximum(logits, jnp.finfo(jnp.float32).min)  # -inf marks what was taken out
+        left = jnp.maximum(logits, jnp.finfo(jnp.float32).min)  # -inf marks logits that were removed
         left = jnp.where(left == 0, 0, left)  # `lax.top_k` puts 0.0 before -0.0, whichever has the lower id
         rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
         pieces: list[Array] = []
@@ -41,7 +41,7 @@ def drop_ties(
     """Drops the first of equal tokens at the top-p threshold while they fit into the excess mass, as a stable sort would.
 
     Args:
-      weights: what tokens are drawn in proportion to.
+      weights: the weights that tokens are drawn in proportion to.
       tied: the tokens whose weight is that of the threshold.
       excess: mass that top-p may still drop.
     """

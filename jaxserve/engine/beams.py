@@ -1,4 +1,4 @@
-"""Beam search for users: texts or tokens in, texts and scores out, around the pure `jaxserve.core.beam_search.beam_search`."""
+"""Beam search for users: checks and tokenises prompts, calls the pure `jaxserve.core.beam_search`, and decodes the results."""
 
 import dataclasses
 import functools
@@ -23,19 +23,19 @@ from jaxserve.text.tokenizer import IncrementalDecoder, Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class BeamParams:
-    """How to search. Fields mean what they mean in transformers' `generate`; checked at construction.
+    """The parameters of a beam search, with the meanings of transformers' `generate`; they are checked at construction.
 
     Attributes:
       width: beams per prompt (`num_beams`); 1 is greedy search.
-      max_tokens: to generate at most (`max_new_tokens`); clipped to what the longest sequence leaves.
-      length_penalty: a hypothesis scores its log probability divided by its length to this power, end of sequence counted:
-        above 0 favours long ones.
-      early_stopping: True: `width` finished hypotheses end the search. False: so does the worst of them being no worse
-        than the best running beam as it is. "never": as False, but as the beam may become: of length `max_tokens` if
-        length_penalty > 0.
-      num_return: best hypotheses returned per prompt (`num_return_sequences`), at most `width`.
-      eos_token_ids: what ends a hypothesis; None: the model's own; (): nothing.
-      skip_special_tokens: whether texts are without them.
+      max_tokens: most tokens to generate (`max_new_tokens`); the longest sequence that fits lowers it.
+      length_penalty: exponent of the length in a score: log probability / number of tokens ** length_penalty, where the
+        end-of-sequence token counts. Values above 0 favour long hypotheses.
+      early_stopping: when a search ends that has `width` finished hypotheses. True: at once. False: when no running beam has
+        a better score now than the worst of them. "never": when no running beam can reach a better score; if
+        length_penalty > 0, the length that counts for this is `max_tokens`.
+      num_return: number of hypotheses returned per prompt (`num_return_sequences`), the best ones; at most `width`.
+      eos_token_ids: ids that end a hypothesis. None: the model's own; (): no id ends one.
+      skip_special_tokens: whether special tokens are left out of the texts.
 
     Raises:
       ValueError: if a value has the wrong type or is out of range.
@@ -64,11 +64,11 @@ class BeamParams:
 
 @dataclasses.dataclass(frozen=True)
 class BeamSequence:
-    """One hypothesis."""
+    """One hypothesis: a generated sequence and its score."""
 
-    index: int  # 0: the best
-    text: str  # without the token that ended it; empty if there is no tokenizer
-    token_ids: tuple[int, ...]  # generated, the token that ended it included
+    index: int  # place among the prompt's hypotheses; 0 is the best
+    text: str  # without the end-of-sequence token; empty if there is no tokenizer
+    token_ids: tuple[int, ...]  # generated tokens, including the end-of-sequence token
     finish_reason: Literal["stop", "length"]
     cumulative_logprob: float  # sum over the tokens
     score: float  # cumulative_logprob / number of tokens ** length_penalty
@@ -76,9 +76,9 @@ class BeamSequence:
 
 @dataclasses.dataclass(frozen=True)
 class BeamSearchOutput:
-    """The result of one prompt."""
+    """The hypotheses of one prompt."""
 
-    prompt: str | None  # None: it came as tokens
+    prompt: str | None  # None if the prompt was given as tokens
     prompt_token_ids: tuple[int, ...]
     sequences: tuple[BeamSequence, ...]  # best first; empty if there is an error
     error: str | None = None
@@ -97,20 +97,20 @@ def search_beams(
     tokenizer: Tokenizer | None = None,
     eos_token_ids: Sequence[int] = (),
 ) -> list[BeamSearchOutput]:
-    """The best continuations of prompts, in the order of the prompts.
+    """Returns the best continuations of each prompt, in the order of the prompts.
 
-    As many prompts are searched at once as `config.max_slots` beams and, if it is set, `config.num_pages` allow. The KV pool is
-    made for the call, beside that of an engine, and no larger than the beams can need. Programs are compiled for the
-    longest prompt, `max_tokens` and the number of prompts, each rounded up to a power of two, and for the width; other
+    One pass searches as many prompts as `config.max_slots` beams and, if it is set, `config.num_pages` allow. The call makes a
+    KV pool of its own, in addition to an engine's, no larger than the beams can need. A program is compiled for each width and
+    each combination of longest prompt, `max_tokens` and number of prompts, all three rounded up to powers of two; other
     parameters compile nothing.
 
     Args:
       prompts: texts, or lists of token ids; a single text is one prompt.
-      beams: for all prompts; None: the defaults.
+      beams: parameters for all prompts; None: the defaults.
       params: weights, as from `nnx.split(Transformer(model))`.
       model: hyperparameters.
       config: capacities, page size and backend.
-      tokenizer: for text prompts and text results.
+      tokenizer: encodes text prompts and decodes the results; None: prompts must be token ids, and texts are empty.
       eos_token_ids: the model's own end-of-sequence ids.
 
     Raises:
@@ -140,10 +140,10 @@ def search_beams(
         for row, prompt in enumerate(some):
             rows[row, : len(prompt)], lengths[row] = prompt, len(prompt)
         rules = make_beam_rules(beams, lengths, eos, max_new=max_new, model=model, config=config)
-        found = jax.device_get(search(params, rows, lengths, rules))
+        results = jax.device_get(search(params, rows, lengths, rules))
         for row, prompt in enumerate(some):
             text = texts[first + row]
-            hypotheses = jax.tree.map(lambda leaf, row=row: leaf[row, : beams.num_return], found)
+            hypotheses = jax.tree.map(lambda leaf, row=row: leaf[row, : beams.num_return], results)
             sequences = _sequences(hypotheses, prompt, eos, tokenizer, beams.skip_special_tokens)
             error = None if sequences else _ERROR
             outputs.append(BeamSearchOutput(text if isinstance(text, str) else None, prompt, sequences, error))
@@ -159,18 +159,19 @@ def make_beam_rules(
     model: ModelConfig,
     config: EngineConfig,
 ) -> BeamRules:
-    """Rules for `beam_search`, one row per prompt, as host arrays.
+    """Returns rules for `beam_search` as host arrays, one entry per prompt.
 
     Args:
-      beams: for all prompts.
-      prompt_lengths: of each; decides how many tokens the longest sequence leaves. 0: there is no prompt.
-      eos_token_ids: used if `beams` names none.
-      max_new: columns for tokens, at least as many as any prompt may get; None: `beams.max_tokens`.
+      beams: parameters for all prompts.
+      prompt_lengths: tokens of each prompt, which decide how many tokens may follow; 0: the entry has no prompt.
+      eos_token_ids: end-of-sequence ids to use if `beams.eos_token_ids` is None.
+      max_new: number of columns for new tokens, at least as many as any prompt may get; None: `beams.max_tokens`.
       model: bounds the longest sequence.
-      config: likewise, and `max_stop_token_ids` is the number of columns for end-of-sequence ids.
+      config: bounds the longest sequence too; `max_stop_token_ids` is the number of columns for end-of-sequence ids.
 
     Raises:
-      ValueError: if end-of-sequence ids of `beams` are outside the vocabulary or more than columns, or `max_new` is too small.
+      ValueError: if `beams` has end-of-sequence ids outside the vocabulary or more of them than there are columns, or if
+        `max_new` is too small.
     """
     max_new = beams.max_tokens if max_new is None else max_new
     eos = tuple(dict.fromkeys(eos_token_ids if beams.eos_token_ids is None else beams.eos_token_ids))
@@ -192,8 +193,8 @@ def make_beam_rules(
             f"max_new={max_new} is less than the {np.max(max_tokens)} tokens that a prompt may get: raise it"
         )
     divisor = np.ones((len(max_tokens), max_new + 1), np.float32)
-    known = _divisors(beams.length_penalty, min(beams.max_tokens, max_new))
-    divisor[:, : len(known)] = known
+    reachable = _divisors(beams.length_penalty, min(beams.max_tokens, max_new))
+    divisor[:, : len(reachable)] = reachable
     attainable = divisor
     if beams.early_stopping == "never" and beams.length_penalty > 0:
         attainable = np.repeat(np.take_along_axis(divisor, max_tokens[:, None], axis=1), max_new + 1, axis=1)
@@ -208,7 +209,7 @@ def make_beam_rules(
 
 
 def _divisors(length_penalty: Any, max_new: int) -> np.ndarray:
-    """length ** length_penalty for lengths 0 .. max_new, rounded to float32 once, as transformers does; [0] has no meaning."""
+    """Returns length ** length_penalty for lengths 0 .. max_new, rounded to float32 once as in transformers; [0] is unused."""
     rule = "must be a finite number"
     if (
         isinstance(length_penalty, bool)
@@ -243,7 +244,10 @@ def _encode(
 def _shape(
     prompts: Sequence[Sequence[int]], beams: BeamParams, *, model: ModelConfig, config: EngineConfig
 ) -> tuple[int, int, int]:
-    """Prompts at once, and room for the tokens of each and for new ones: powers of two, or exact if that makes them fit."""
+    """Returns the number of prompts per pass, and the most prompt tokens and new tokens of one.
+
+    All are powers of two; the numbers of tokens are exact where powers of two need too many pages.
+    """
     max_len, num_requests = longest(model, config), max(config.max_slots // beams.width, 1)
     longest_prompt = max(map(len, prompts))
     max_tokens = min(beams.max_tokens, max_len - min(map(len, prompts)))
@@ -261,7 +265,7 @@ def _shape(
 
 
 def _power_of_two(number: int) -> int:
-    """The least one that is not below."""
+    """Returns the smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 

@@ -1,4 +1,4 @@
-"""Capacities that depend on the machine and the model: the longest sequence, the backend, how many pages the KV pool gets."""
+"""Capacities that depend on the machine and the model: the longest sequence, the backend, the number of pages."""
 
 import dataclasses
 import logging
@@ -17,11 +17,11 @@ _log = logging.getLogger(__name__)
 
 _SHARE_OF_FREE_MEMORY = 0.9
 _TPU_LANES = 128
-_POOL_BYTES_UNREPORTED = 1 << 30  # of the pool where the platform does not report free memory, as on CPU
+_POOL_BYTES_UNREPORTED = 1 << 30  # size of the pool where the platform does not report free memory, as on CPU
 
 
 def resolve_capacities(config: EngineConfig, model: ModelConfig, params: Params) -> EngineConfig:
-    """Returns the configuration with everything chosen that was left open, and logs what fits.
+    """Returns the configuration with a value for every capacity that was left open, and logs what fits.
 
     `max_model_len` becomes 2048, or what the model was made for if that is less. The backend is the default of the platform
     that the weights are on. Keys and values get the dtype that the weights were loaded in. The pool gets 90% of the memory that
@@ -32,7 +32,7 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: Params)
       ValueError: if `max_model_len` is longer than the model was made for, or the attention backend cannot run on the weights'
         device.
     """
-    given = config
+    original = config
     if config.max_model_len is None:
         max_model_len = min(config.max_sequence_len, model.max_position)
         config = dataclasses.replace(config, max_model_len=max_model_len)
@@ -52,7 +52,7 @@ def resolve_capacities(config: EngineConfig, model: ModelConfig, params: Params)
         num_pages = max(min(_pool_bytes(weight) // page_bytes, num_useful), config.pages_per_slot)
     resolved = dataclasses.replace(config, num_pages=num_pages, tile_rows=config.tile_size)
     check_runs_here(config.backend, interpret=config.interpret_kernels, platform=platform_of(weight))
-    if resolved == given:
+    if resolved == original:
         return resolved  # nothing was left open
     _log.info(
         "KV pool: %d pages of %d tokens in %s hold %d tokens, %.1f MB; %d slots, %d queue rows, sequences of at most "
@@ -90,8 +90,8 @@ def free_bytes(array: jax.Array) -> int | None:
 def _attention_backend(config: EngineConfig, model: ModelConfig, weight: jax.Array) -> str:
     """Returns the backend asked for, or the weights' platform's default where that serves the model, else "reference".
 
-    XLA:TPU lays out pools whose head dimension is not a multiple of the lanes otherwise than the kernels read them, and copies
-    a whole pool for every call. Native kernels do not take every dtype and head shape, and run on one device only.
+    The TPU kernels need a head dimension that is a multiple of the lanes: XLA:TPU lays out other pools differently, and would
+    copy a whole pool for every call. Native kernels do not take every dtype and head shape, and run on one device only.
     """
     backend = config.backend_on(platform_of(weight))
     has_no_kernel = {

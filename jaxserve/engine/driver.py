@@ -1,8 +1,8 @@
 """The device's side of an engine: weights, state, compiled programs, and the calls in flight.
 
-A call is one `run_steps` of up to n steps; before it goes one `update` if anything was submitted, collected or aborted since
-the call before. What an `update` carries follows what changed: a submission is 4 rows wide, or as wide as there are slots if
-more samples are submitted, and there is none if rows were only collected or aborted.
+A call is one `run_steps` of up to n steps. One `update` precedes it if anything was submitted, collected or aborted since the
+call before. The size of an `update` depends on what changed: its submission has 4 rows, or as many as there are slots if more
+samples are submitted, and it has no submission if rows were only collected or aborted.
 """
 
 import collections
@@ -33,11 +33,11 @@ _NARROW_SUBMISSION = 4  # rows
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A call that has been dispatched and is yet to be read."""
+    """A call that has been dispatched and not read yet."""
 
     dispatch_time: float
     submitted: list[LiveSample]
-    handles: Handles | None  # of `submitted`; None if nothing was
+    handles: Handles | None  # handles of `submitted`; None if nothing was submitted
     outputs: PackedOutputs
 
 
@@ -45,10 +45,10 @@ class Driver:
     """Runs an engine's programs over its state, and knows which sample is in which queue row.
 
     Attributes:
-      weights: those that the next call uses.
+      weights: the weights that the next call uses.
       programs: the compiled programs.
       samples_by_row: samples in queue rows that have not ended there, as of the last call read.
-      calls: in flight, the oldest first.
+      calls: the calls in flight, the oldest first.
     """
 
     def __init__(
@@ -76,32 +76,32 @@ class Driver:
 
     @property
     def state(self) -> EngineState:
-        """What is on the device; donated with the next call."""
+        """The state on the device; the next call donates it."""
         if self._state is None:
             raise RuntimeError("the engine has no state, because making it failed: make another engine")
         return self._state
 
     @property
     def has_work(self) -> bool:
-        """Whether there is a row that the device is yet to end, or a call to be read."""
+        """Whether a row has not ended on the device yet, or a call has not been read yet."""
         return bool(self.samples_by_row or self.calls)
 
     @property
     def num_in_flight(self) -> int:
-        """Samples submitted with calls that have not been read."""
+        """The number of samples submitted with calls that have not been read."""
         return sum(len(call.submitted) for call in self.calls)
 
     @property
     def num_places(self) -> int:
-        """Samples that the next call may submit."""
+        """The number of samples that the next call may submit."""
         num_free = self._config.queue_size - self._num_on_device + len(self._to_collect)
         return min(num_free, self._config.max_slots)
 
     def reset(self) -> None:
         """Forgets everything on the device but the weights.
 
-        The old arrays are let go before new ones are made: pools of both would not fit where one takes most of the memory. Some
-        have been let go already if a call failed that they were donated to.
+        The old arrays are released before new ones are made, because two pools do not fit where one takes most of the memory.
+        Arrays that were donated to a call that failed have been released already.
         """
         for leaf in jax.tree.leaves((self._state, [(call.handles, call.outputs) for call in self.calls])):
             if not leaf.is_deleted():
@@ -109,18 +109,20 @@ class Driver:
         self._state = None
         self.calls.clear()
         self.samples_by_row: dict[int, LiveSample] = {}
-        self._generation: Any = np.zeros(self._config.queue_size, np.int32)  # of rows on the device
+        self._generation: Any = np.zeros(
+            self._config.queue_size, np.int32
+        )  # of each queue row, as of the last submission
         self._to_collect: list[int] = []  # rows that have ended
         self._num_on_device = 0  # rows that are not free
         state = self._state = self.programs.init(aux=self._aux)
         release_zeros(jax.tree.leaves((state.pool, state.seen)))
 
     def warm_up(self) -> float:
-        """Compiles all programs, unless that was done; returns how many seconds it took, 0 if it was done."""
+        """Compiles all programs, and returns how many seconds that took; 0 if they were compiled already."""
         if self._warm:
             return 0.0
         start = time.monotonic()
-        # Twice, because where weights are sharded the state that comes back may lie otherwise than the first one.
+        # Two rounds, because with sharded weights the state that comes back may have another sharding than the first one.
         for width in (0, *self._widths) * 2:
             self._state, _ = self.programs.update(self.state, self._changes([], [], width))
             self._state, outputs = self.programs.run_steps(self.weights.leaves, self._state, np.int32(0))
@@ -134,11 +136,11 @@ class Driver:
     def dispatch(self, submitted: list[LiveSample], max_steps: int) -> int:
         """Dispatches a call of up to `max_steps` steps that begins with these samples, at most `num_places`.
 
-        It collects the rows that have ended, and aborts those whose requests are to be, or whose samples have ended with a stop
-        string, which the host alone knows of.
+        The call collects the rows that have ended. It aborts the rows of aborted requests, and of samples that have ended with
+        a stop string, because only the host looks for those.
 
         Returns:
-          How many programs were called.
+          The number of compiled programs that were called.
         """
         aborted = [row for row, sample in self.samples_by_row.items() if sample.live.abort_requested or sample.finished]
         has_changes, handles = bool(submitted or aborted or self._to_collect), None
@@ -153,11 +155,11 @@ class Driver:
         return 1 + has_changes
 
     def read(self, call: Call, *, prompt_logprobs: bool) -> StepOutputs:
-        """Waits for a call that was taken out of `calls`, and returns what it did.
+        """Waits for a call that was taken out of `calls`, and returns its outputs.
 
         Args:
-          call: the oldest.
-          prompt_logprobs: whether what is about prompt tokens is read too.
+          call: the oldest call.
+          prompt_logprobs: whether to read the log probabilities of prompt tokens too.
         """
         prompt = call.outputs.prompt if prompt_logprobs else None
         handles, packed, prompt = jax.device_get((call.handles, call.outputs.packed, prompt))
@@ -179,7 +181,7 @@ class Driver:
                 sample.finish(status)
 
     def _changes(self, submitted: list[LiveSample], aborted: list[int], width: int) -> Changes:
-        """Makes what `update` takes; `width` 0: there is no submission."""
+        """Makes the argument of `update`; with `width` 0 it has no submission."""
         return Changes(
             submission=self._intake.submission(submitted, width) if width else None,
             collected=self._mask(self._to_collect),

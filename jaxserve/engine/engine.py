@@ -1,12 +1,12 @@
-"""The Engine: requests in, results out. Users talk to it; the work is done by what it puts together.
+"""The Engine: it takes requests and returns results. Users call it; its parts do the work.
 
     queue      requests that wait or are unfinished
     driver     the device: weights, state, programs, calls in flight
-    loop       one turn: what waits goes to the driver, what comes back becomes updates
+    loop       one turn: gives waiting samples to the driver, and makes updates of what comes back
     reporter   totals, load, latencies
-    mailboxes  updates on their way to whoever asked for them
+    mailboxes  updates on their way to the callers that asked for them
 
-How calls follow one another, and what they cost, is said in `jaxserve.engine.loop`.
+`jaxserve.engine.loop` says how calls follow one another and what they cost.
 """
 
 import collections
@@ -42,7 +42,8 @@ class Engine:
       model: the model's hyperparameters.
       config: the configuration, with all capacities chosen.
       tokenizer: None if the engine serves token ids only.
-      observer: is called with what each call did, as `jaxserve.timeline.record.Timeline.observe` wants it; None: nobody is.
+      observer: a function that gets the outputs of each call, such as `jaxserve.timeline.record.Timeline.observe`; None: there
+        is no observer.
       queue: the requests that wait or are unfinished.
       driver: the device's side.
       reporter: keeps `stats`.
@@ -60,18 +61,18 @@ class Engine:
         logits_fn: LogitsFn | None = None,
         aux: Any = None,
     ) -> None:
-        """Allocates the KV pool, which on a CPU takes up memory as it is used.
+        """Allocates the KV pool; on a CPU it takes memory only as it is used.
 
         Args:
           params: weights, as from `nnx.split(Transformer(model))`, on the device that is to serve them. May be replaced by
             `set_params`.
           model: hyperparameters.
           config: capacities; those left at None are chosen here.
-          tokenizer: for text prompts and text results.
+          tokenizer: encodes text prompts and decodes results; None: the engine serves token ids only.
           eos_token_ids: end-of-sequence ids.
           seed: seeds of requests without one are derived from it.
           logits_fn: changes the logits that tokens are drawn from; compiled into a program of this engine.
-          aux: what `logits_fn` starts with for each sequence, a tree of arrays; a request may have its own.
+          aux: the initial value of what `logits_fn` remembers of each sequence, a tree of arrays; a request may have its own.
 
         Raises:
           ValueError: if the longest sequence is longer than the model was made for, or the pool too large.
@@ -88,7 +89,9 @@ class Engine:
         self.reporter = Reporter(self.config)
         self._loop = Loop(self.queue, self.driver, self.reporter, debug_checks=self.config.debug_checks)
         self._mailboxes = Mailboxes()
-        self._owner: threading.Thread | None = None  # alone may add requests and step; None: any thread
+        self._owner: threading.Thread | None = (
+            None  # the only thread that may add requests and step; None: any thread may
+        )
 
     @classmethod
     def from_pretrained(
@@ -114,7 +117,7 @@ class Engine:
           logits_fn, aux: as in the constructor.
 
         Raises:
-          ValueError: if the checkpoint is not there, malformed, or of an architecture that is not supported.
+          ValueError: if the checkpoint is missing or malformed, or its architecture is not supported.
         """
         loaded = load(
             path_or_id, config or EngineConfig(), dtype=dtype or "bfloat16", load_format=load_format, seed=seed
@@ -157,9 +160,9 @@ class Engine:
         prompts: Sequence[str] | Sequence[Sequence[int]],
         completions: Sequence[str] | Sequence[Sequence[int]],
     ) -> list[tuple[float, ...]]:
-        """Returns log probabilities of given completions, token by token, of the model's own distribution.
+        """Returns the log probability of every token of given completions, under the model's own distribution.
 
-        They come from the programs that generate, in one batch with whatever else is being served.
+        The same programs compute them that generate, in one batch with all other requests.
 
         Args:
           prompts: texts, or lists of token ids, at least one each.
@@ -185,17 +188,17 @@ class Engine:
     def beam_search(
         self, prompts: Sequence[str] | Sequence[Sequence[int]], params: BeamParams | None = None
     ) -> list[BeamSearchOutput]:
-        """Returns the best continuations that a search over beams finds, as transformers finds them.
+        """Returns the best continuations that beam search finds, with the rules of transformers' beam search.
 
-        It is a program of its own with a pool of its own, beside the requests being served, and compiled on first use for
-        its width and, in powers of two, the lengths.
+        The search has a program and a KV pool of its own, separate from the requests that are being served. The program is
+        compiled on first use for each width and, in powers of two, for the lengths and the number of prompts.
 
         Args:
           prompts: texts, or lists of token ids.
-          params: for all prompts; None: the defaults.
+          params: parameters for all prompts; None: the defaults.
 
         Raises:
-          ValueError: if a prompt is not valid, or the beams do not fit; the message has the prompt's index.
+          ValueError: if a prompt is not valid (the message has its index), or the beams do not fit.
         """
         return search_beams(
             prompts,
@@ -208,14 +211,14 @@ class Engine:
         )
 
     def serve(self, requests: Iterable[Request], *, steps_per_call: int | None = None) -> Iterator[Update]:
-        """Adds requests and yields what becomes of them as it comes.
+        """Adds requests and yields their updates as they come.
 
-        Other requests go on beside them; their updates are kept for whoever asks for them. Closing the iterator early
-        aborts what is unfinished.
+        Other requests go on at the same time; their updates are kept for their own callers. Closing the iterator early aborts
+        the requests that are unfinished.
 
         Args:
-          requests: checked all before any is added.
-          steps_per_call: as `step`'s `max_steps`.
+          requests: the requests; all are checked before any is added.
+          steps_per_call: `max_steps` of each `step`.
 
         Raises:
           ValueError: on the first `next`, if a request is not valid; none is added then.
@@ -236,16 +239,16 @@ class Engine:
         priority: int = 0,
         steps_per_call: int | None = None,
     ) -> Iterator[Update]:
-        """Adds one request and yields what becomes of it: texts to be put together, and in the last update the result.
+        """Adds one request and yields its updates: pieces of text in order, and in the last update the result.
 
-        Other requests go on beside it, as in `serve`; closing the iterator early aborts the request.
+        Other requests go on at the same time, as in `serve`; closing the iterator early aborts the request.
 
         Args:
           prompt, params, id, priority: as in `add_request`.
-          steps_per_call: as `step`'s `max_steps`.
+          steps_per_call: `max_steps` of each `step`.
 
         Raises:
-          ValueError, QueueFullError: on the first `next`, as `add_request`.
+          ValueError, QueueFullError: as for `add_request`, on the first `next`.
         """
         self.queue.check_room()
         yield from self._serve([self.queue.accept(prompt, params, id, priority)], steps_per_call)
@@ -258,21 +261,21 @@ class Engine:
         id: str | None = None,
         priority: int = 0,
     ) -> str:
-        """Accepts a request; `step` works on it.
+        """Adds a request, which the following calls of `step` serve.
 
         Args:
-          prompt: text, token ids, or a whole request; with that, leave the others out.
-          params: None: the defaults.
-          id: names the result; None: one is made up.
-          priority: lower goes first.
+          prompt: text, token ids, or a `Request`; leave the other arguments out with a `Request`.
+          params: sampling parameters; None: the defaults.
+          id: the name of the result; None: the engine chooses one.
+          priority: requests with lower numbers go first.
 
         Returns:
           The request's id.
 
         Raises:
-          ValueError: if it is not valid, or its id is that of an unfinished request.
-          QueueFullError: if `max_waiting` requests wait already. The prompts of `generate` and `serve`, which their caller
-            holds anyway, are taken all the same.
+          ValueError: if the request is not valid, or an unfinished request has the same id.
+          QueueFullError: if `max_waiting` requests wait already. This bound does not hold for `generate` and `serve`, whose
+            callers keep all their prompts in memory anyway.
         """
         self._check_owner()
         self.queue.check_room()
@@ -281,12 +284,12 @@ class Engine:
         return live.id
 
     def abort(self, request_id: str) -> None:
-        """Ends a request with reason "abort" and what it has generated by then. Finished and unknown ones: no effect."""
+        """Ends a request with reason "abort" and the tokens generated so far. Finished and unknown ids have no effect."""
         self.queue.abort(request_id)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """What ends a sequence unless a request sets `ignore_eos`."""
+        """The ids that end a sequence unless its request sets `ignore_eos`."""
         return self.queue.intake.eos_token_ids
 
     @property
@@ -301,8 +304,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do: requests, rows that the device is yet to end, a call in flight, or updates that
-        nobody has taken."""
+        """Whether `step` has anything to do: unfinished requests, rows that have not ended on the device, a call in flight, or
+        updates that have not been taken."""
         return self.has_unfinished or self.driver.has_work or self._mailboxes.has_updates
 
     def set_params(self, params: Params) -> None:
@@ -323,7 +326,7 @@ class Engine:
         """Makes a thread the only one that may add requests and step, until `release`.
 
         Raises:
-          ValueError: if there are requests, or updates that nobody has taken, or another thread has claimed the engine.
+          ValueError: if there are requests, or updates that have not been taken, or another thread has claimed the engine.
         """
         if self.has_unfinished or self._mailboxes.has_updates or self._owner is not None:
             raise ValueError(
@@ -336,10 +339,10 @@ class Engine:
         self._owner = None
 
     def check_max_steps(self, max_steps: int | None) -> int:
-        """Returns the number of steps that `step` would run at most.
+        """Returns the most steps that `step(max_steps)` runs.
 
         Raises:
-          ValueError: if it is out of range.
+          ValueError: if `max_steps` is out of range.
         """
         limit = self.config.max_steps_per_call if max_steps is None else max_steps
         if not 1 <= limit <= self.config.max_steps_per_call:
@@ -349,10 +352,10 @@ class Engine:
         return limit
 
     def step(self, max_steps: int | None = None) -> list[Update]:
-        """Dispatches one call of up to `max_steps` steps, and returns what the call before it did.
+        """Dispatches one call of up to `max_steps` steps, and returns the updates of the call before it.
 
         Args:
-          max_steps: at least 1, at most `max_steps_per_call` (also the default). Fewer give updates sooner.
+          max_steps: from 1 to `max_steps_per_call`, which is also the default. With fewer steps updates come sooner.
 
         Raises:
           ValueError: if `max_steps` is out of range. After any other exception, an interrupt included, all unfinished
@@ -363,7 +366,7 @@ class Engine:
         return self._mailboxes.take_all() + updates
 
     def warm_up(self) -> None:
-        """Compiles all programs, unless that was done: nothing is compiled afterwards, whatever the requests."""
+        """Compiles all programs that are not compiled yet. No request makes the engine compile anything afterwards."""
         self.stats.compile_seconds += self.driver.warm_up()
 
     def _encode(self, text: str | Sequence[int], *, special: bool) -> list[int]:
@@ -405,7 +408,7 @@ class Engine:
             raise RuntimeError("this engine works for an AsyncEngine: ask that one, or close it first")
 
     def _step(self, max_steps: int | None) -> list[Update]:
-        """Dispatches one call; returns what is new since the one before, and nothing that was left in a mailbox."""
+        """Dispatches one call and returns the updates of the one before; updates in mailboxes are not among them."""
         self._check_owner()
         limit = self.check_max_steps(max_steps)
         try:

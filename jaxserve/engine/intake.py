@@ -1,4 +1,4 @@
-"""Requests on their way in: checked, numbered, tokenised, and made into rows for the device."""
+"""The first stage of a request: it is checked, numbered and tokenised, and its samples become rows for the device."""
 
 import dataclasses
 import itertools
@@ -15,11 +15,11 @@ from jaxserve.text.tokenizer import Tokenizer, spell
 
 
 class Intake:
-    """Checks and tokenises what an engine is asked for. Its methods change the running number only; any thread may call them.
+    """Checks and tokenises requests. Its methods change only the running number, so any thread may call them.
 
     Attributes:
-      numbers: of requests accepted or refused; seeds are derived from them.
-      eos_token_ids: what ends a sequence unless a request sets `ignore_eos`.
+      numbers: the running numbers of requests, refused ones included; seeds are derived from them.
+      eos_token_ids: ids that end a sequence unless its request sets `ignore_eos`.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Intake:
         seed: int,
         aux: Any,
     ) -> None:
-        """Arguments as for the Engine; capacities must have been chosen."""
+        """Takes arguments of the Engine's constructor; all capacities of `config` must be set."""
         self.numbers = itertools.count()
         self._model, self._config = model, config
         self._tokenizer, self.eos_token_ids = tokenizer, eos_token_ids
@@ -47,15 +47,15 @@ class Intake:
         *,
         in_use: Container[str],
     ) -> LiveRequest:
-        """Checks and tokenises a request, and returns it as one on its way.
+        """Checks and tokenises a request, and returns a `LiveRequest`.
 
         Args:
-          prompt: text, token ids, or a whole request; with that, the next three must be left out.
-          params, id, priority: of the request.
-          in_use: ids that it must not have.
+          prompt: text, token ids, or a `Request`; with a `Request` the next three must be left out.
+          params, id, priority: the other fields of the request.
+          in_use: ids that the request must not have.
 
         Raises:
-          ValueError: naming the value, the rule and the remedy.
+          ValueError: if the request is not valid; the message has the value, the rule and the remedy.
         """
         number = next(self.numbers)
         if not isinstance(prompt, Request):
@@ -97,7 +97,7 @@ class Intake:
         return dataclasses.replace(params, bad_words=spell(params.bad_words, self._tokenizer))
 
     def submission(self, samples: Sequence[LiveSample], num_rows: int) -> Submission:
-        """Returns rows for at most `num_rows` samples, those of one request side by side; the rest is padding."""
+        """Returns a submission of `num_rows` rows: the samples, which must have those of a request adjacent, then padding."""
         rows = empty_submission(num_rows, self._model, self._config, self._aux)
         for index, sample in enumerate(samples):
             live = sample.live

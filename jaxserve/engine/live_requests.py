@@ -19,26 +19,26 @@ _ERROR = (
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What is new about one sample of a request."""
+    """The news of one sample of a request."""
 
     request_id: str
-    text: str  # to be appended to the sample's text so far; final, never taken back
-    token_ids: tuple[int, ...]  # generated since the last update
-    output: RequestOutput | None = None  # the whole result; in the request's last update, and in no other
-    index: int = 0  # which sample
+    text: str  # text to append to the sample's text so far; it is final
+    token_ids: tuple[int, ...]  # tokens generated since the last update
+    output: RequestOutput | None = None  # the whole result, in the request's last update only
+    index: int = 0  # index of the sample in its request
 
 
 class LiveRequest:
     """A request on its way from acceptance to its result: its samples, and what they have in common.
 
     Attributes:
-      request: as it was accepted.
+      request: the request as it was accepted.
       prompt_token_ids: the prompt as the device gets it, truncated if the request says so.
-      params: as the device gets them: bad words are token ids.
+      params: the parameters as the device gets them, with bad words as token ids.
       seed: the request's own, or the one derived for it.
-      abort_requested: whether it is to be ended by the next step.
-      tokenizer: None if no text is wanted.
-      arrival_time: `time.monotonic` when it was accepted.
+      abort_requested: whether the next step must end it.
+      tokenizer: decodes the samples; None: the results have no text.
+      arrival_time: `time.monotonic` when the request was accepted.
       admitted: whether at least one sample has had a slot.
       samples: the samples, by index.
     """
@@ -82,7 +82,7 @@ class LiveRequest:
     def add_prompt_logprob(
         self, position: int, logprob: float, rank: int, top_ids: np.ndarray, top_logprobs: np.ndarray
     ) -> None:
-        """Takes the log probabilities of the prompt token at `position`. After a preemption the same ones come again."""
+        """Stores the log probabilities of the prompt token at `position`. After a preemption the same ones come again."""
         num_top, token = self.params.prompt_logprobs or 0, self.prompt_token_ids[position]
         self._prompt_logprobs[position] = self.places(token, logprob, rank, top_ids[:num_top], top_logprobs[:num_top])
 
@@ -104,7 +104,7 @@ class LiveRequest:
     def places(
         self, token: int, logprob: float, rank: int, top_ids: np.ndarray, top_logprobs: np.ndarray
     ) -> Mapping[int, TokenLogprob]:
-        """Returns the places in a distribution of a token and of the most likely ones, by token id."""
+        """Returns the rank and log probability of a token and of the most likely ones, by token id."""
         top = {
             int(top_id): TokenLogprob(float(value), place, self._name(int(top_id)))
             for place, (top_id, value) in enumerate(zip(top_ids, top_logprobs, strict=True), 1)
@@ -131,13 +131,13 @@ class LiveSample:
 
     Attributes:
       live: the request.
-      index: which of its samples this is.
-      token_ids: generated so far.
-      status: as of the last call read, or the end that the host has found: a stop string.
-      num_preemptions: times that it lost its slot.
+      index: index of the sample in its request.
+      token_ids: tokens generated so far.
+      status: the status as of the last call read, or STOP if the host has found a stop string since.
+      num_preemptions: number of times that the sample lost its slot.
       first_token_time, last_token_time, finish_time: `time.monotonic` of the first token, of the last call that brought tokens,
         and of the end; None until then.
-      end_reported: whether an update has told of its end.
+      end_reported: whether an update has reported the end.
     """
 
     def __init__(self, live: LiveRequest, index: int) -> None:
@@ -153,9 +153,9 @@ class LiveSample:
         self._decoder = self._make_decoder()
         self._scanner = StopScanner(params.stop_strings, include=params.include_stop_str_in_output)
         self._text: list[str] = []
-        self._num_reported = 0  # tokens that updates have told of
+        self._num_reported = 0  # tokens that updates have reported
         self.end_reported = False
-        self._unreported: list[str] = []  # text that no update has told of
+        self._unreported: list[str] = []  # text that no update has reported
         self._logprobs: list[Mapping[int, TokenLogprob]] = []
         self._cumulative_logprob = 0.0
 
@@ -178,9 +178,9 @@ class LiveSample:
     def append(
         self, token: int, logprob: float, rank: int, top_ids: np.ndarray, top_logprobs: np.ndarray, status: Status
     ) -> None:
-        """Takes one generated token; `status` is that of the sequence after it.
+        """Adds one generated token; `status` is the status of the queue row after it.
 
-        A stop string ends the sample here, whatever the status; tokens that come after that are not taken.
+        A stop string ends the sample here, whatever the status; tokens that come after that are ignored.
         """
         if self.finished:
             return
@@ -213,18 +213,18 @@ class LiveSample:
         self.finish_time = time.monotonic()
 
     def _is_stop_token(self, token: int, status: Status) -> bool:
-        """Returns whether the token is one that ends the sequence: then it has no text."""
+        """Returns whether the token is one that ends the sequence; such a token has no text."""
         params = self.live.params
         ends = () if params.ignore_eos else self.live.eos_token_ids
         return status == Status.STOP and (token in ends or token in params.stop_token_ids)
 
     @property
     def has_news(self) -> bool:
-        """Whether there are tokens, or an end, that no update has told of."""
+        """Whether there are tokens, or an end, that no update has reported."""
         return len(self.token_ids) > self._num_reported or (self.finished and not self.end_reported)
 
     def take_update(self) -> Update | None:
-        """Returns what has come since the last update was taken; None if nothing has."""
+        """Returns an update with everything since the last one; None if there is no news."""
         if not self.has_news:
             return None
         new, text = tuple(self.token_ids[self._num_reported :]), "".join(self._unreported)
@@ -255,7 +255,10 @@ class LiveSample:
         self._unreported.append(text)
 
     def _stop_reason(self) -> int | str | tuple[int, ...] | None:
-        """Returns what ended the sequence: the first that holds in the order in which the device and the host test."""
+        """Returns the token, string or sequence that ended the sample.
+
+        If several would, it is the first in the order in which the device and the host test them.
+        """
         if self.status != Status.STOP:
             return None
         if self._scanner.matched is not None:

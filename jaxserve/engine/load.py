@@ -1,4 +1,4 @@
-"""What an engine is made of, read from a checkpoint."""
+"""Reads everything that an engine needs from a checkpoint."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from jaxserve.text.tokenizer import Tokenizer, load_eos_token_ids, load_tokenize
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What a checkpoint gives: parameters prepared for the backend, and the configuration with all capacities chosen."""
+    """The contents of a checkpoint: parameters prepared for the backend, and the configuration with all capacities chosen."""
 
     params: Params
     model: ModelConfig

@@ -1,4 +1,4 @@
-"""The loop of an engine: each turn dispatches one call and hands out what the call before it did.
+"""The loop of an engine: each turn dispatches one call and hands out the outputs of the call before it.
 
     queue ------- update ---------> queue rows --- run_steps ---> outputs ------> updates, results
     (host)  (collect, abort, submit)             (up to n steps)         (text, stop reasons)
@@ -6,10 +6,10 @@
 One call is kept in flight: while the device works on a call, the host reads the output of the one before. A row that
 finishes is collected with the next `update`, so Q, the queue rows, is a multiple of the slots: waiting rows fill the slots.
 
-What the host asks of the device, per call of `Engine.step`: one `run_steps`, before it one `update` if anything was submitted,
-collected or aborted, and one read, of all that the call before has put out. So with n steps per call (`max_steps_per_call`) and
-s decoding samples it is at most 2 / (n s) device calls and 1 / (n s) reads per generated token; `EngineStats` counts both.
-A call is cut short, and costs that much more per token, when a sample finishes and none waits for its slot.
+Per call of `Engine.step` the host dispatches one `run_steps`, before it one `update` if anything was submitted, collected or
+aborted, and reads once, all outputs of the call before. With n steps per call (`max_steps_per_call`) and s decoding samples,
+one generated token costs at most 2 / (n s) device calls and 1 / (n s) reads; `EngineStats` counts both. A call ends early when
+a sample finishes and none waits for its slot; its cost per token is then higher.
 """
 
 from jaxserve.core.scheduler import Status, check_invariants
@@ -41,8 +41,8 @@ class Loop:
         """Dispatches a call of up to `limit` steps, and returns the updates that the call before it brought.
 
         Args:
-          limit: steps.
-          observer: is called with what was read.
+          limit: most steps of the call.
+          observer: a function that gets the outputs that were read; None: there is no observer.
         """
         updates = self._end_aborted()
         depth = 0  # calls in flight when this returns
@@ -59,7 +59,7 @@ class Loop:
         return updates
 
     def _end_aborted(self) -> list[Update]:
-        """Ends aborted requests that the device has not seen."""
+        """Ends aborted requests that were never submitted to the device."""
         aborted = self._queue.pop_aborted()
         for live in aborted:
             live.finish(Status.ABORT)
@@ -68,7 +68,7 @@ class Loop:
         return [update for update in updates if update is not None]
 
     def _process(self, call: Call, observer: Observer | None) -> list[Update]:
-        """Reads a call, and hands what it did to the samples."""
+        """Reads a call, and hands its outputs to the samples."""
         outputs = self._driver.read(call, prompt_logprobs=self._queue.wants_prompt_logprobs)
         start = self._reporter.note_read(call.dispatch_time)
         samples = self._driver.samples_by_row

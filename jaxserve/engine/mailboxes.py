@@ -1,4 +1,4 @@
-"""Updates on their way to whoever asked for them: each caller of `Engine.serve` has a mailbox, all other updates share one."""
+"""Updates on their way to their callers: each caller of `Engine.serve` has a mailbox, and all other updates share one."""
 
 from collections.abc import Iterable
 
@@ -6,16 +6,16 @@ from jaxserve.engine.live_requests import Update
 
 
 class Mailboxes:
-    """Sorts updates by who waits for them, so that what one caller leaves behind costs the others nothing."""
+    """Sorts updates by the caller that waits for them, so that updates left by one caller cost the others nothing."""
 
     def __init__(self) -> None:
         self._shared: list[Update] = []
         self._open: list[list[Update]] = []
-        self._by_request: dict[str, list[Update]] = {}  # until the last update of the request is in
+        self._by_request: dict[str, list[Update]] = {}  # by request id, until the request's last update has come
 
     @property
     def has_updates(self) -> bool:
-        """Whether there is an update that nobody has taken."""
+        """Whether there is an update that has not been taken."""
         return bool(self._shared) or any(self._open)
 
     def open(self, request_ids: Iterable[str]) -> list[Update]:
@@ -26,7 +26,7 @@ class Mailboxes:
         return mailbox
 
     def close(self, mailbox: list[Update], request_ids: Iterable[str]) -> None:
-        """Ends a mailbox: what is in it, or comes later for the requests, goes to the shared one."""
+        """Ends a mailbox: updates that are in it, or come later for the requests, go to the shared one."""
         self._open = [other for other in self._open if other is not mailbox]
         self._shared += mailbox
         for request_id in request_ids:
@@ -34,7 +34,7 @@ class Mailboxes:
                 del self._by_request[request_id]
 
     def put(self, updates: Iterable[Update]) -> None:
-        """Puts updates where they belong."""
+        """Puts each update into the mailbox of its request, or into the shared one."""
         for update in updates:
             find = self._by_request.get if update.output is None else self._by_request.pop
             find(update.request_id, self._shared).append(update)
@@ -47,6 +47,6 @@ class Mailboxes:
         return updates
 
     def clear(self) -> None:
-        """Forgets all updates and which requests they were awaited for."""
+        """Forgets all updates, and which request belongs to which mailbox."""
         self.take_all()
         self._by_request.clear()

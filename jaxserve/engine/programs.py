@@ -1,7 +1,7 @@
-"""The compiled programs as an engine calls them: few arrays go in and out.
+"""The compiled programs as an engine calls them, with few arrays as arguments and results.
 
-An array costs the host some microseconds to pass, and walking a module's state in Python as much again. So parameters are
-passed as the tuple of their leaves, and outputs come back packed (`jaxserve.engine.transport`).
+Each array that the host passes costs it some microseconds, and walking a module's state in Python costs as much again. So
+parameters are passed as the tuple of their leaves, and outputs come back packed (`jaxserve.engine.transport`).
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ from jaxserve.models import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The programs of one engine; `update` and `run_steps` donate the state that they are given.
+    """The programs of one engine; `update` and `run_steps` donate the state.
 
     Attributes:
-      init: `init(aux=...)` returns the empty state. It is one program, because operation by operation it takes longer and
-        leaves tens of MB with JAX.
+      init: `init(aux=...)` returns the empty state. It is one program, because single operations take longer and leave tens
+        of MB of memory with JAX.
       update: `update(state, changes)` is `jaxserve.core.programs.update`: one program per width of the submission, and one for
         changes without a submission.
       run_steps: `run_steps(leaves, state, num_steps)` takes the leaves of the parameters and returns a state and
@@ -48,13 +48,13 @@ def engine_programs(
 ) -> Programs:
     """Returns the programs of an engine.
 
-    Engines of equal arguments share them, but for `run_steps` with a `logits_fn`: that program lives as long as its engine.
+    Engines with equal arguments share them, except `run_steps` with a `logits_fn`: that program lives as long as its engine.
 
     Args:
       model: static.
       config: static, with all capacities chosen.
       structure: `jax.tree.structure` of the parameters.
-      sharding: where the state is to be.
+      sharding: the sharding of the state.
       logits_fn: changes the logits that tokens are drawn from.
     """
     shared = _shared_programs(model, config, structure, sharding)

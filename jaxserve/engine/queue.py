@@ -3,7 +3,7 @@
     accept (any thread) ---> add ---> waiting ---> pop ---> on the device ---> remove
                                          `--- abort ---> pop_aborted ---> remove
 
-Work per call follows what changes hands: nothing here goes through all requests that wait or are unfinished.
+The work per call depends on how many requests move: nothing here goes through all requests that wait or are unfinished.
 """
 
 import heapq
@@ -18,17 +18,17 @@ _Entry = tuple[int, int, LiveRequest]  # priority, running number, request
 
 
 class QueueFullError(RuntimeError):
-    """As many requests wait as may, so that this one was refused."""
+    """A request was refused because `max_waiting` requests wait already."""
 
 
 class RequestQueue:
     """Requests from the moment they are added until they have ended.
 
-    `accept`, `accept_all`, `check_room` and `abort` may be called in any thread, all else in the one that steps the engine.
+    Any thread may call `accept`, `accept_all`, `check_room` and `abort`; only the one that steps the engine may call the rest.
 
     Attributes:
-      intake: checks and tokenises.
-      max_waiting: most requests that wait, of those whose caller can be refused; None: no bound.
+      intake: checks and tokenises requests.
+      max_waiting: most waiting requests before `check_room` refuses one more; None: no bound.
       unfinished: all requests that have not ended, by id.
       num_waiting_samples: samples of the requests that wait.
     """
@@ -65,7 +65,7 @@ class RequestQueue:
         id: str | None = None,
         priority: int = 0,
     ) -> LiveRequest:
-        """Checks and tokenises a request, in any thread; nothing is added. Arguments and errors as for `Intake.accept`."""
+        """Checks and tokenises a request, in any thread, without adding it. Takes the arguments of `Intake.accept`."""
         return self.intake.accept(prompt, params, id, priority, in_use=self.unfinished)
 
     def accept_all(
@@ -74,7 +74,7 @@ class RequestQueue:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         priorities: Sequence[int] | None = None,
     ) -> list[LiveRequest]:
-        """Checks and tokenises requests, in any thread; nothing is added.
+        """Checks and tokenises requests, in any thread, without adding them.
 
         Args:
           prompts: texts, or lists of token ids; a single text is one prompt.
@@ -96,17 +96,17 @@ class RequestQueue:
         return requests
 
     def num_free_places(self, num_coming: int = 0) -> int:
-        """Returns how many requests may be added once `num_coming` more have been."""
+        """Returns how many requests may still be added after `num_coming` more."""
         return MAX_INT32 if self.max_waiting is None else self.max_waiting - num_coming - self.num_waiting
 
     def check_room(self, num_coming: int = 0) -> None:
-        """Refuses one more request if there is no place for it; it costs nothing, so do it before the prompt is tokenised.
+        """Refuses one more request if there is no place for it. The check is cheap, so make it before you tokenise the prompt.
 
         Args:
-          num_coming: requests that have been taken but not added yet.
+          num_coming: number of requests that were accepted but not added yet.
 
         Raises:
-          QueueFullError: if `max_waiting` requests wait, those that are coming included.
+          QueueFullError: if at least `max_waiting` requests wait, counting `num_coming`.
         """
         if self.num_free_places(num_coming) <= 0:
             raise QueueFullError(
@@ -115,7 +115,7 @@ class RequestQueue:
             )
 
     def add(self, live: LiveRequest) -> None:
-        """Adds an accepted request, whether there is room or not: whoever can be refused calls `check_room` first."""
+        """Adds an accepted request, even above `max_waiting`; callers that respect this bound call `check_room` first."""
         entry = live.request.priority, self._num_added, live
         self._num_added += 1
         self.unfinished[live.id] = live
@@ -124,9 +124,9 @@ class RequestQueue:
         heapq.heappush(self._heap, entry)
 
     def pop(self, max_samples: int) -> list[LiveSample]:
-        """Takes the first requests in order of priority and arrival, as many as have at most `max_samples` samples together.
+        """Removes the first waiting requests, by priority and arrival, and returns their samples, at most `max_samples`.
 
-        None overtakes the first one: if that does not fit, the list is empty.
+        No request overtakes another one: if the first does not fit, the list is empty.
         """
         samples: list[LiveSample] = []
         while (live := self._first()) is not None and len(samples) + len(live.samples) <= max_samples:
@@ -138,21 +138,21 @@ class RequestQueue:
         return samples
 
     def abort(self, request_id: str) -> None:
-        """Marks a request, so that the next step ends it. Finished and unknown ones: no effect."""
+        """Marks a request, so that the next step ends it. Finished and unknown ids have no effect."""
         live = self.unfinished.get(request_id)
         if live is not None and not live.abort_requested:
             live.abort_requested = True
             self._aborted.append(live)
 
     def pop_aborted(self) -> list[LiveRequest]:
-        """Takes the requests that were aborted while they waited. Those on the device are ended there."""
+        """Removes and returns the requests that were aborted while they waited. The device ends those that it has."""
         if not self._aborted:
             return []
         marked, self._aborted = self._aborted, []
         aborted = [live for live in marked if self._is_waiting(live)]
         for live in aborted:
             self._leave(live)
-        if len(self._heap) > 2 * len(self._waiting):  # so that stale entries cost a constant each
+        if len(self._heap) > 2 * len(self._waiting):  # rebuilt rarely enough that a stale entry has constant cost
             self._heap = list(self._waiting.values())
             heapq.heapify(self._heap)
         return aborted
@@ -171,7 +171,7 @@ class RequestQueue:
         self.num_waiting_samples -= len(live.samples)
 
     def _first(self) -> LiveRequest | None:
-        """Returns the request that is next; drops stale entries before it."""
+        """Returns the next request, or None; drops stale entries before it."""
         while self._heap:
             if self._is_waiting(live := self._heap[0][2]):
                 return live

@@ -1,4 +1,4 @@
-"""What an engine says about itself: totals, load, and how long requests take, counted as calls are read."""
+"""The stats of an engine: totals, load, and how long requests take. They are updated when a call is read."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ class Reporter:
     """Keeps the stats of an engine.
 
     Attributes:
-      stats: the record; another object after `reset`.
+      stats: the record; `reset` replaces it by a new one.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -21,7 +21,7 @@ class Reporter:
         self._last_read_time = 0.0
 
     def reset(self) -> None:
-        """Starts totals and latencies again; the load stays."""
+        """Sets totals and latencies to zero; the load stays."""
         old = self.stats
         self.stats = EngineStats(
             old.max_slots,
@@ -32,24 +32,26 @@ class Reporter:
         )
 
     def forget_load(self) -> None:
-        """Notes that nothing runs and nothing waits."""
+        """Sets the load to zero: nothing runs and nothing waits."""
         self.stats.num_running = self.stats.num_waiting = self.stats.num_used_pages = 0
 
     def note_read(self, dispatch_time: float) -> float:
-        """Counts a read that has just returned; returns when the call began on the device, near enough: with one call in flight
-        that is when it was dispatched, or when the call before it was read."""
+        """Counts a read that has just returned, and returns about when the call began on the device.
+
+        With one call in flight this is the later of the call's dispatch and the read of the call before it.
+        """
         start, self._last_read_time = max(dispatch_time, self._last_read_time), time.monotonic()
         self.stats.num_host_reads += 1
         return start
 
     def note_admissions(self, outputs: StepOutputs, samples_by_row: Mapping[int, LiveSample], start: float) -> None:
-        """Observes how long requests waited that had a slot in a call that began at `start`, and none before."""
+        """Records how long requests waited that had their first slot in a call that began at `start`."""
         waiting = [(row, sample.live) for row, sample in samples_by_row.items() if not sample.live.admitted]
         if not waiting:
             return
         rows_in_slots = set(outputs.steps.row_id[: int(outputs.num_steps)].ravel().tolist())
         for row, live in waiting:
-            if row in rows_in_slots and not live.admitted:  # by another of its samples
+            if row in rows_in_slots and not live.admitted:  # another of its samples may have set it
                 live.admitted = True
                 self.stats.latencies.queue.observe(start - live.arrival_time)
 
@@ -60,7 +62,7 @@ class Reporter:
         self.stats.latencies.end_to_end.observe(time.monotonic() - live.arrival_time)
 
     def take_updates(self, samples: Iterable[LiveSample]) -> list[Update]:
-        """Takes the updates of samples that have news from the call just read, and observes how long their tokens took."""
+        """Returns the updates of samples that have news from the call just read, and records how long their tokens took."""
         updates = []
         for sample in samples:
             update = sample.take_update()
@@ -70,7 +72,7 @@ class Reporter:
         return updates
 
     def note_tokens(self, sample: LiveSample, num_tokens: int, now: float) -> None:
-        """Observes how long the tokens took that a sample got in a call read at `now`."""
+        """Records how long the tokens took that a sample got in a call read at `now`."""
         latencies, live, last = self.stats.latencies, sample.live, sample.last_token_time
         if not num_tokens:
             return

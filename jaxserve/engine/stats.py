@@ -1,4 +1,4 @@
-"""Running totals of an engine, its load, and how long requests take, as records and as a sentence."""
+"""Records of an engine's running totals, its load, and how long requests take."""
 
 import bisect
 import dataclasses
@@ -18,7 +18,7 @@ BUCKETS = tuple(float(f"{10 ** (exponent / 5):.3g}") for exponent in range(-20, 
 
 @dataclasses.dataclass
 class Histogram:
-    """Durations counted in the buckets `BUCKETS`, whose bounds are inclusive, as those of Prometheus are."""
+    """Durations counted in the buckets `BUCKETS`, whose upper bounds are inclusive as in Prometheus."""
 
     counts: list[int] = dataclasses.field(
         default_factory=lambda: [0] * (len(BUCKETS) + 1)
@@ -27,20 +27,20 @@ class Histogram:
     sum: float = 0.0  # seconds
 
     def observe(self, seconds: float, times: int = 1) -> None:
-        """Counts a duration, as often as `times` says."""
+        """Counts a duration `times` times."""
         self.counts[bisect.bisect_left(BUCKETS, seconds)] += times
         self.count += times
         self.sum += seconds * times
 
     @property
     def mean(self) -> float:
-        """Seconds; NaN if nothing was observed."""
+        """The mean duration in seconds; NaN if nothing was observed."""
         return self.sum / self.count if self.count else math.nan
 
     def quantile(self, q: float) -> float:
-        """An estimate of the duration below which a share `q` of them lies, in seconds; NaN if nothing was observed.
+        """Returns an estimate of the `q` quantile of the durations in seconds; NaN if nothing was observed.
 
-        The bucket is exact, the place in it is by linear interpolation; above the last bound it is that bound.
+        The bucket is exact, and the place in it comes from linear interpolation. Above the last bound the result is that bound.
 
         Raises:
           ValueError: if `q` is not in [0, 1].
@@ -64,14 +64,14 @@ class Histogram:
 
 @dataclasses.dataclass
 class Latencies:
-    """How long requests take, as the host sees it: times are those at which a call's output was read."""
+    """How long requests take, as the host sees it: each time is when the host read the output of a call."""
 
-    queue: Histogram = dataclasses.field(default_factory=Histogram)  # arrival to the start of the call that admits it
+    queue: Histogram = dataclasses.field(default_factory=Histogram)  # from arrival to the start of the admitting call
     time_to_first_token: Histogram = dataclasses.field(default_factory=Histogram)  # from arrival
-    # Between tokens of a sample. Tokens that one call brings share evenly the time since the last one; those that come
-    # with the first count as 0. So the sum is that of last minus first token.
+    # Between tokens of a sample. The tokens of one call share the time since the last token evenly; tokens that come with the
+    # first one count as 0. So the sum for a sample is the time from its first token to its last.
     inter_token: Histogram = dataclasses.field(default_factory=Histogram)
-    end_to_end: Histogram = dataclasses.field(default_factory=Histogram)  # arrival to the end of all samples
+    end_to_end: Histogram = dataclasses.field(default_factory=Histogram)  # from arrival to the end of all samples
 
     def copy(self) -> Self:
         """Returns an independent copy."""
@@ -84,25 +84,25 @@ class EngineStats:
 
     max_slots: int
     num_pages: int
-    num_requests: int = 0  # finished
-    num_prompt_tokens: int = 0  # of finished requests
+    num_requests: int = 0  # finished requests
+    num_prompt_tokens: int = 0  # tokens in the prompts of finished requests
     num_generated_tokens: int = 0
     num_steps: int = 0
     num_slot_steps: int = 0  # slots in use, summed over steps
-    num_computed_tokens: int = 0  # rows of the forward pass, recomputation included
+    num_computed_tokens: int = 0  # batch rows of the forward pass, recomputation included
     num_preemptions: int = 0
-    num_device_calls: int = 0  # of compiled programs
+    num_device_calls: int = 0  # calls of compiled programs
     num_host_reads: int = 0  # times the host waited for the device: once per call of `run_steps`
     peak_pages: int = 0  # most pages in use at once
-    compile_seconds: float = 0.0  # the first calls of all programs
-    busy_seconds: float = 0.0  # spent in `Engine.step`
+    compile_seconds: float = 0.0  # time of `warm_up`, which calls every program for the first time
+    busy_seconds: float = 0.0  # time spent in `Engine.step`
     num_running: int = 0  # load: samples in slots
-    num_waiting: int = 0  # load: requests in the host's queue, and samples in rows of the device's that have no slot
+    num_waiting: int = 0  # load: requests in the host's queue, and samples in queue rows without a slot
     num_used_pages: int = 0  # load
     latencies: Latencies = dataclasses.field(default_factory=Latencies)
 
     def count(self, outputs: "StepOutputs") -> None:
-        """Adds what a call of `run_steps` did; its arrays are the host's."""
+        """Adds the outputs of a call of `run_steps`, as arrays of the host."""
         done: Any = outputs
         steps, num_steps = done.steps, int(done.num_steps)
         self.num_steps += num_steps
@@ -117,17 +117,17 @@ class EngineStats:
         self.num_used_pages = self.num_pages - int(done.num_free_pages)
 
     def snapshot(self) -> Self:
-        """Returns a copy that does not change; `dataclasses.asdict` makes plain numbers of it."""
+        """Returns a copy that does not change; `dataclasses.asdict` turns it into plain numbers."""
         return dataclasses.replace(self, latencies=self.latencies.copy())
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens per second of work."""
+        """Generated tokens per second spent in `Engine.step`."""
         return self.num_generated_tokens / self.busy_seconds if self.busy_seconds else 0.0
 
     @property
     def mean_occupancy(self) -> float:
-        """Share of the slots in use, averaged over steps."""
+        """The share of the slots that are in use, averaged over steps."""
         return self.num_slot_steps / (self.num_steps * self.max_slots) if self.num_steps else 0.0
 
     def summary(self) -> str:

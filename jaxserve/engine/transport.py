@@ -1,7 +1,7 @@
-"""What a call brings back from the device: packed there into one array, unpacked on the host, handed out to samples.
+"""The outputs of a call: packed into one array on the device, unpacked on the host, and handed out to samples.
 
-An array costs the host some ten microseconds to read, however small it is. So the outputs of a call, some twenty arrays, come
-back as the bits of one. Log probabilities of prompt tokens, which are large, stay on the device unless a request has asked.
+Reading an array costs the host some ten microseconds, however small it is. So the outputs of a call, about twenty arrays, come
+back as the bits of one. Log probabilities of prompt tokens are large; they stay on the device unless a request asks for them.
 """
 
 import itertools
@@ -29,9 +29,9 @@ Observer = Callable[[StepOutputs, Mapping[int, LiveSample], int], None]
 
 @record
 class PackedOutputs(Record):
-    """What a call of `run_steps` did, to be unpacked by a `Reader`."""
+    """The outputs of a call of `run_steps`, which a `Reader` unpacks."""
 
-    packed: Int32[Array, " N"]  # all outputs but those about prompt tokens
+    packed: Int32[Array, " N"]  # all outputs except log probabilities of prompt tokens
     prompt: PromptLogprobs  # of each step
 
 
@@ -47,7 +47,7 @@ def pack(tree: Any) -> Int32[Array, " N"]:
 
 
 class Reader:
-    """Unpacks `PackedOutputs`, once they are on the host."""
+    """Unpacks `PackedOutputs` on the host."""
 
     def __init__(self, config: EngineConfig) -> None:
         like = jax.eval_shape(lambda: empty_outputs(config.max_steps_per_call, config))
@@ -59,7 +59,7 @@ class Reader:
         ]
 
     def unpack(self, packed: np.ndarray, prompt: PromptLogprobs | None) -> StepOutputs:
-        """Returns the outputs as arrays of the host; all but the boolean ones share the memory of `packed`."""
+        """Returns the outputs as host arrays; all except the boolean ones share the memory of `packed`."""
         floats = packed.view(np.float32)
         leaves = [
             (packed[place] != 0 if kind == "b" else (floats if kind == "f" else packed)[place]).reshape(shape)
@@ -85,7 +85,7 @@ def take_prompt_logprobs(outputs: StepOutputs, samples_by_row: Mapping[int, Live
 
 
 def take_tokens(outputs: StepOutputs, samples_by_row: Mapping[int, LiveSample]) -> dict[int, LiveSample]:
-    """Hands every drawn token to its sample; returns the samples that got some, by row, in the order of their first token."""
+    """Appends every drawn token to its sample; returns the samples that got any, by row, in the order of their first token."""
     steps, extended = outputs.steps, {}
     drawn: Any = steps.drawn
     where = np.nonzero(steps.sampled[: int(outputs.num_steps)])

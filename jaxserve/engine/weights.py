@@ -1,4 +1,4 @@
-"""An engine's weights: prepared for its backend, bound to their devices, and replaced by others of the same structure only."""
+"""An engine's weights: prepared for its backend, committed to their devices, replaceable only by weights of equal structure."""
 
 from typing import Any, Self
 
@@ -10,11 +10,11 @@ from jaxserve.models.prepare import Params, prepare, unprepared
 
 
 class Weights:
-    """Prepared parameters, in one object that does not change: those of two calls of `set_params` never mix.
+    """Prepared parameters, in one object that does not change, so that parameters of two `set_params` calls never mix.
 
     Attributes:
       leaves: the arrays.
-      structure: of the tree that they are the leaves of.
+      structure: the structure of their tree.
     """
 
     def __init__(self, params: Params, model: ModelConfig, config: EngineConfig) -> None:
@@ -31,7 +31,7 @@ class Weights:
 
     @property
     def replicated(self) -> jax.sharding.Sharding:
-        """Where a state goes that is to be used with these weights: their device, or whole on each device of their mesh."""
+        """The sharding for a state used with these weights: on their device, or replicated on each device of their mesh."""
         sharding = self.leaves[0].sharding
         if isinstance(sharding, jax.sharding.NamedSharding):
             return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
@@ -60,5 +60,5 @@ class Weights:
 
 
 def _commit(params: Params) -> Params:
-    """Returns the same arrays, bound to where they are: what a program is compiled for must not change afterwards."""
+    """Returns the same arrays, committed to their devices, because a compiled program needs them to stay there."""
     return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, params))

@@ -24,7 +24,7 @@ class Budget:
         """Takes units from the budget.
 
         Raises:
-          ValueError: if it has not as many left.
+          ValueError: if fewer units are left.
         """
         self._num_left -= work
         if self._num_left < 0:

@@ -1,4 +1,4 @@
-"""Nondeterministic automata as deterministic ones (subset construction), and which of their states are equivalent."""
+"""Makes nondeterministic automata deterministic (subset construction), and finds which states are equivalent."""
 
 import collections
 import dataclasses
@@ -80,7 +80,9 @@ def equivalent_states(dfa: Dfa, budget: Budget) -> list[int]:
     waiting = {0, 1}
     while waiting:
         splitter = list(blocks[waiting.pop()])
-        budget.spend(1 + len(sources_of) * len(splitter) // 8)  # most of these look-ups are quick and find nothing
+        budget.spend(
+            1 + len(sources_of) * len(splitter) // 8
+        )  # most of these look-ups are quick, because they have no result
         for sources in sources_of:
             parts: dict[int, set[int]] = collections.defaultdict(set)  # by block: its states that lead to the splitter
             for target in splitter:

@@ -10,7 +10,7 @@ _SURROGATES = (0xD800, 0xDFFF)  # not characters: UTF-8 has no bytes for them
 
 
 class Nfa:
-    """An automaton that accepts what the syntax tree describes.
+    """An automaton that accepts the texts that a syntax tree describes.
 
     Attributes:
       edges: per state, (first byte, last byte, target).

@@ -2,7 +2,7 @@
 
     pattern --syntax--> syntax tree --nfa--> NFA --dfa--> DFA, whose equivalent states are merged here
 
-`jaxserve.grammar.syntax` says which expressions there are.
+`jaxserve.grammar.syntax` lists the expressions that are supported.
 """
 
 import collections

@@ -14,7 +14,7 @@ Ranges = tuple[tuple[int, int], ...]  # of code points, both ends included
 LAST_CHARACTER = 0x10FFFF
 
 _MAX_NESTING = 50
-_MAX_DIGITS = 9  # of a number in {...}; more would exceed any budget
+_MAX_DIGITS = 9  # digits of a number in {...}; a longer number would exceed any budget
 _DIGIT: Ranges = ((0x30, 0x39),)
 _WORD: Ranges = ((0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A))
 _BLANK: Ranges = ((0x09, 0x0D), (0x20, 0x20))
@@ -45,7 +45,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Repeat:
-    """A part that is there several times."""
+    """A part that occurs several times in a row."""
 
     part: "Node"
     least: int

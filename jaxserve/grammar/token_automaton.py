@@ -27,7 +27,7 @@ class EmptyLanguageError(ValueError):
 def assemble(
     edges: Sequence[tuple[np.ndarray, np.ndarray]], accepting: Sequence[bool], vocab_size: int, eos: Sequence[int]
 ) -> TokenAutomaton:
-    """Makes an automaton of edges; those that lead to no accepted text are left out.
+    """Makes an automaton of edges; edges that lead to no accepted text are left out.
 
     Args:
       edges: per state, token ids and the states that they lead to.

@@ -13,7 +13,7 @@ from jaxserve.models.transformer import graphdef_of
 
 
 class BoundModel(Protocol):
-    """What `Transformer` and `PackedTransformer` have in common."""
+    """The interface that `Transformer` and `PackedTransformer` share."""
 
     def __call__(
         self, tokens: Int32[Array, " B"], positions: Int32[Array, " B"], *, attend: Attend, kv: Any

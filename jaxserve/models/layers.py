@@ -1,6 +1,6 @@
 """The layers that every family is made of, in plain JAX. Activations are float32; weights may be narrower.
 
-A layer knows nothing of pages: attention is the `attend` function that it is given.
+A layer does not depend on pages: its caller passes attention as the function `attend`.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +21,7 @@ class Projection(NamedTuple):
     """
 
     qkv: Float32[Array, "B K G+2 D"]  # for each kv head its G query heads, its key, its value
-    cos: Float32[Array, "B D/2"]  # of each token's rotary angles
+    cos: Float32[Array, "B D/2"]  # cosines of each token's rotary angles
     sin: Float32[Array, "B D/2"]
     q_norm: Float[Array, " D"] | None = None  # scale of an RMSNorm of each query head; None: no norm
     k_norm: Float[Array, " D"] | None = None  # the same for keys
@@ -38,7 +38,7 @@ class Attend(Protocol):
 
         Args:
           projection: queries, keys and values of the tokens; query head h reads kv head h // G.
-          kv: whatever carries keys and values from call to call (a pair of page arrays, or None).
+          kv: the object that carries keys and values from call to call (a pair of page arrays, or None).
           layer: index of the layer, for a `kv` that holds all layers.
           window: number of latest positions that a query sees, its own included; None: all.
 
@@ -81,7 +81,7 @@ def _add(y: Float32[Array, "B O"], bias: nnx.Param | None) -> Float32[Array, "B 
 
 
 def rms_norm(x: Float32[Array, "*B dim"], scale: Float[Array, " dim"], eps: float) -> Float32[Array, "*B dim"]:
-    """Root mean square normalisation (Zhang and Sennrich, 2019) over the last axis, computed in float32."""
+    """Applies root mean square normalisation (Zhang and Sennrich, 2019) over the last axis, in float32."""
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     return x * lax.rsqrt(mean_square + eps) * jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
 

@@ -1,6 +1,6 @@
 """The transformer on native kernels: parameters packed for them, and a forward that computes all blocks in one call.
 
-`jaxserve.models.prepare` packs parameters. The layers of `jaxserve.models.layers` stay plain JAX and know nothing of this.
+`jaxserve.models.prepare` packs parameters. The layers of `jaxserve.models.layers` stay plain JAX and do not depend on this.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class PackedParams:
     blocks: tuple[native.BlockWeights, ...]  # per layer; matrices packed, biases and scales in float32
     final_norm: Float32[Array, " E"]
     lm_head: Num[Array, "V/64 E/2 _ _"] | None  # packed; None: the embedding is the output projection
-    loaded_dtype: np.dtype  # of the weights before they were packed
+    loaded_dtype: np.dtype  # dtype of the weights before they were packed
     weight_dtype: str | None  # as in `EngineConfig`: "int8", or None where the weights kept their dtype
 
 

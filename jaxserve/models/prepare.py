@@ -1,4 +1,4 @@
-"""Parameters as the kernels of a backend read them: a relayout that is made once, and not in every step."""
+"""Parameters in the layout that a backend's kernels read. The relayout is made once, and not in every step."""
 
 import functools
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Params = nnx.State | PackedParams
 
 _Relayout = Callable[[Array], Array]
 
-# Where `Transformer` keeps what a `BlockWeights` holds: the path within a block.
+# The path within a block of `Transformer` to the weight for each field of `BlockWeights`.
 PLACES: dict[str, Path] = {
     "qkv": ("attention", "qkv"),
     "qkv_bias": ("attention", "qkv_bias"),
@@ -167,7 +167,7 @@ def _check_dtypes(leaves: list[tuple[Path, Any]], dtype: np.dtype, weight_dtype:
 
 
 def _relayout(path: Path, leaf: Any, *, tied: bool, int8: bool) -> _Relayout | None:
-    """Returns what turns an array of `Transformer` into one of `PackedParams`; None: it stays as it is."""
+    """Returns the function that turns an array of `Transformer` into one of `PackedParams`; None: it stays as it is."""
     name = path[-1]
     if name in ("qkv", "out", "down"):
         return native.pack_int8 if int8 else native.pack

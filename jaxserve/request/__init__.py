@@ -1,4 +1,4 @@
-"""What a user asks for and what he gets: requests, sampling parameters and results, as plain host records."""
+"""The input and output of an engine as plain host records: requests, sampling parameters and results."""
 
 from jaxserve.request.parameter import (
     Parameter,

@@ -33,8 +33,8 @@ class Parameter:
 
     name: str
     default: Any
-    rule: Rule  # what it accepts
-    group: str  # under which heading lists have it
+    rule: Rule  # the values that it accepts
+    group: str  # heading under which lists show it
     meaning: str  # one or two sentences
 
     @property
@@ -97,7 +97,7 @@ def markdown_lines(record: type) -> list[str]:
 
 
 def default_text(value: Any) -> str:
-    """Returns " (default: ...)" for the end of a description; empty for None and (), where nothing is set."""
+    """Returns " (default: ...)" for the end of a description; empty for None and (), which mean that nothing is set."""
     return f" (default: {_shown(value)})" if _shown(value) else ""
 
 

@@ -1,4 +1,4 @@
-"""What a user asks for: one prompt, and how to go on from it."""
+"""The request: one prompt, and how to continue it."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,7 @@ from jaxserve.request.sampling_params import SamplingParams
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt and what to do with it.
+    """One prompt, and how to continue it.
 
     Attributes:
       id: chosen by the user; names the result.
@@ -18,7 +18,7 @@ class Request:
         given.
       params: sampling parameters.
       priority: lower goes first; ties in the order of arrival.
-      aux: where the engine's `logits_fn` starts for this request; None: as the engine was told.
+      aux: the initial value of what the engine's `logits_fn` remembers for this request; None: the engine's `aux`.
     """
 
     id: str

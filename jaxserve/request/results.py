@@ -1,4 +1,4 @@
-"""What a request gives: records of generated tokens, their log probabilities and their times."""
+"""The results of a request: records of generated tokens, their log probabilities and their times."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ class TokenLogprob:
 class CompletionOutput:
     """One sample of a request, finished or so far."""
 
-    index: int  # which sample of the request; 0 .. n - 1
+    index: int  # index of the sample in its request, 0 .. n - 1
     text: str  # empty if detokenize is off
-    token_ids: tuple[int, ...]  # generated, the stop token included
+    token_ids: tuple[int, ...]  # generated tokens, the stop token included
     finish_reason: FinishReason | None = None  # None: not finished
     stop_reason: int | str | tuple[int, ...] | None = (
         None  # stop token, text or token list; None: end-of-sequence, or no stop
@@ -33,7 +33,7 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestMetrics:
-    """When things happened to a request, seconds on one monotonic clock."""
+    """The times of a request's events, in seconds of one monotonic clock."""
 
     arrival_time: float
     first_token_time: float | None = None  # None: no token yet
@@ -50,7 +50,7 @@ class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     metrics: RequestMetrics | None = None  # None: refused before it arrived
-    seed: int | None = None  # what replays the request; None for greedy requests without one
+    seed: int | None = None  # the seed that replays the request; None for greedy requests without a seed
     error: str | None = None  # why the request was refused or failed
     prompt_logprobs: tuple[Mapping[int, TokenLogprob] | None, ...] | None = None  # per prompt token; the first has none
 

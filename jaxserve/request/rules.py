@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Rule(Protocol):
-    """What a parameter accepts."""
+    """The values that a parameter accepts."""
 
     def __call__(self, name: str, value: Any) -> Any:
         """Returns the value as it is stored, or raises ValueError."""
@@ -188,7 +188,7 @@ class Texts:
 
 
 def check_int(name: str, value: object, low: int, high: int = MAX_INT32, alternative: str = "") -> int:
-    """Returns a value of any integral type as an int; raises ValueError if it is none or lies outside of [low, high].
+    """Returns a value of any integral type as an int; raises ValueError if it is no integer or outside of [low, high].
 
     The error ends with `alternative`, which names what else is accepted.
     """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import tokenizers
     import transformers
 
-# Tokens that are decoded again with each new one: more than a character has bytes, and than a decoder strips blanks.
+# Tokens that are decoded again with each new one: more than a character has bytes, and more than the blanks a decoder strips.
 _NUM_CONTEXT = 4
 
 

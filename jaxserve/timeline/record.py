@@ -20,7 +20,7 @@ from jaxtyping import Bool, Int32, Int64
 from jaxserve.config import EngineConfig
 from jaxserve.core.scheduler import Status
 
-if TYPE_CHECKING:  # what is recorded; importing a timeline starts no engine
+if TYPE_CHECKING:  # types of the records; importing a timeline must not import the engine
     from jaxserve.core.step import StepOutputs
     from jaxserve.engine.live_requests import LiveSample
 
@@ -57,7 +57,7 @@ class Steps:
 
     occupant: Int32[np.ndarray, "n S"]  # index of the sequence in each slot; -1: the slot is free
     num_new: Int32[np.ndarray, "n S"]  # tokens whose keys and values were computed
-    sampled: Bool[np.ndarray, "n S"]  # a token was sampled
+    sampled: Bool[np.ndarray, "n S"]  # whether a token was sampled
     num_free_pages: Int32[np.ndarray, " n"]
     num_waiting: Int32[np.ndarray, " n"]  # samples on device and host without a slot
     num_preempted: Int32[np.ndarray, " n"]  # sequences that lost their slot in this step
@@ -76,7 +76,7 @@ class Gap:
     """The steps during which a sequence has no slot because it was preempted."""
 
     occupant: int
-    slot: int  # the one that it lost
+    slot: int  # the slot that it lost
     start: int  # the step that preempted it
     stop: int  # the first step in which it has a slot again, or has ended
 
@@ -117,7 +117,7 @@ class Timeline:
         """Adds the steps of one call; made to be the `observer` of an engine.
 
         Args:
-          outputs: what the call returned, as host arrays; what is kept of it is copied.
+          outputs: the outputs of the call as host arrays; the record copies the parts that it keeps.
           samples_by_row: the sample in each row of the queue.
           num_waiting: samples that wait on the host, beside those in the queue.
         """

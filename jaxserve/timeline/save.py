@@ -22,7 +22,7 @@ def recording(engine: Engine, path: str | None) -> Iterator[Timeline | None]:
     """Records what the engine does inside the context, and saves the picture at its end.
 
     Args:
-      engine: its observer is replaced meanwhile.
+      engine: the engine to record; the context replaces its observer until the end.
       path: the file for the picture, see `save_timeline`; None: nothing is recorded.
 
     Raises:
@@ -45,7 +45,7 @@ def save_timeline(timeline: Timeline, path: str) -> None:
     """Draws the picture of a timeline into a file.
 
     Args:
-      timeline: what was recorded so far.
+      timeline: the record.
       path: a file that ends in .html (one file that needs no other; pointing at a bar shows what it is) or in .png (which needs
         matplotlib).
 

@@ -13,7 +13,7 @@ _MAX_GROUP_SIZE = 16
 
 
 def serves(kv: PagedKV, group_size: int) -> bool:
-    """Whether attention over these pages can run natively: they must be float32 or bfloat16, without scales."""
+    """Returns whether attention over these pages can run natively: they must be float32 or bfloat16, without scales."""
     return (
         kv.k.dtype in (jnp.float32, jnp.bfloat16, jnp.uint16)
         and kv.k_scale is None
@@ -23,7 +23,7 @@ def serves(kv: PagedKV, group_size: int) -> bool:
 
 
 def serves_heads(head_dim: int, group_size: int) -> bool:
-    """Whether attention can run natively for heads of this size, with `group_size` query heads per kv head."""
+    """Returns whether attention can run natively for heads of this size, with `group_size` query heads per kv head."""
     return head_dim % 2 == 0 and head_dim <= _MAX_HEAD_DIM and group_size <= _MAX_GROUP_SIZE
 
 

@@ -71,14 +71,14 @@ def blocks(
 
     Args:
       x: the embedded tokens.
-      cos, sin: of the rotary angles of each batch row.
-      weights: per layer.
+      cos, sin: cosines and sines of the rotary angles of each batch row.
+      weights: the weights of each layer.
       pages: keys and values per layer, written in place.
       batch: slot and position of each batch row, and the page table.
       ffw_dim: F.
       group_size: G, query heads per kv head.
       eps: what every norm adds to its mean square.
-      windows: per layer; None: no window.
+      windows: the window of each layer; None: no window.
 
     Returns:
       The output of the last block, and the pages of each layer.
@@ -115,7 +115,7 @@ def blocks(
 
 
 def _check(x: Any, weights: Any, pages: Any, *, ffw_dim: int, group_size: int) -> None:
-    """Checks what the kernel takes for granted: it reads its buffers without looking at most of their shapes."""
+    """Checks dtypes and shapes, because the kernel reads its buffers without checking most of their shapes."""
     k = pages[0][0]
     (_, num_kv_heads, _, head_dim), embed_dim = k.shape, x.shape[1]
     heads, width = num_kv_heads * group_size * head_dim, num_kv_heads * (group_size + 2) * head_dim

@@ -1,4 +1,4 @@
-"""How Python calls a kernel of the library, and the operands that stand for "all" and "none"."""
+"""Calls of the library's kernels from Python, and the operands that stand for "all" and "none"."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ def kernel(name: str, results: Any, **options: Any) -> Callable[..., Any]:
     Args:
       name: one of `library.TARGETS`.
       results: shapes and dtypes of what the kernel returns.
-      **options: of `jax.ffi.ffi_call`.
+      **options: options of `jax.ffi.ffi_call`.
 
     Raises:
       ValueError: if the library cannot be built or loaded here; the message says why.

@@ -58,7 +58,7 @@ def why_not() -> str | None:
 
 
 def available() -> bool:
-    """Whether the kernels can run here."""
+    """Returns whether the kernels can run here."""
     return why_not() is None
 
 
@@ -107,7 +107,7 @@ def _processor() -> frozenset[str]:
 
 
 def _compiler() -> tuple[str, str]:
-    """Returns the path of a C++ compiler and what it says about its version."""
+    """Returns the path of a C++ compiler and the text that it prints about its version."""
     for name in (os.environ.get("CXX"), "g++", "clang++"):
         path = shutil.which(name) if name else None
         if path:
@@ -121,7 +121,7 @@ def _compiler() -> tuple[str, str]:
 
 
 def _cache_folder() -> pathlib.Path:
-    """Returns the folder for libraries. Nobody else may write to it, because libraries in it are executed."""
+    """Returns the folder for libraries. Only its owner may write to it, because libraries in it are executed."""
     try:
         base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     except RuntimeError as error:
@@ -138,7 +138,7 @@ def _cache_folder() -> pathlib.Path:
 
 
 def _is_whole(library: pathlib.Path) -> bool:
-    """Whether a library is there as `_build` wrote it, with its digest at the end. Loading a torn one would end the process."""
+    """Returns whether a library is complete, with its digest at the end. Loading an incomplete one would end the process."""
     content = library.read_bytes() if library.exists() else b""
     return content[-_DIGEST_BYTES:] == hashlib.sha256(content[:-_DIGEST_BYTES]).digest()
 

@@ -5,7 +5,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int8, Num
 
 PANEL_SIZE = 64  # columns of a panel
-GATED_RUN = 16  # columns of the gate, then as many of what it is applied to
+GATED_RUN = 16  # adjacent columns of the gate; as many columns that the gate is applied to follow them
 INT8_HEADER_PAIRS = 2  # pairs of rows whose bytes hold the 64 scales of a panel
 
 
@@ -21,7 +21,7 @@ def pack(w: Num[Array, "K N"]) -> Num[Array, "N/64 K/2 _ _"]:
 
 
 def pack_gated(w: Float[Array, "K 2 F"]) -> Float[Array, "2F/16 K/2 _ _"]:
-    """Returns `pack` of a gate (w[:, 0]) and of what it is applied to (w[:, 1]), 16 columns of each in turns."""
+    """Returns `pack` of a gate (w[:, 0]) and of the columns that it is applied to (w[:, 1]), 16 columns of each in turns."""
     return pack(_interleaved(w))
 
 
@@ -48,7 +48,7 @@ def pack_int8(w: Float[Array, "K N"]) -> Int8[Array, "N/64 2+K/2 64 2"]:
 
 
 def pack_int8_gated(w: Float[Array, "K 2 F"]) -> Int8[Array, "2F/16 2+K/2 64 2"]:
-    """Returns `pack_int8` of a gate and of what it is applied to, in the order of `pack_gated`."""
+    """Returns `pack_int8` of a gate and of the columns that it is applied to, in the order of `pack_gated`."""
     return pack_int8(_interleaved(w))
 
 

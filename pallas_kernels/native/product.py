@@ -47,7 +47,7 @@ def product(
       w: from `pack` or `pack_int8`; if gated, from `pack_gated` or `pack_int8_gated`.
       num_columns: N, or F if gated.
       batch_size: batch rows to compute; None: all.
-      scale: of an RMSNorm that is applied to x; None: no norm.
+      scale: scale of an RMSNorm that is applied to x; None: no norm.
       eps: what the RMSNorm adds to the mean square.
       bias: added to the product, [2F] if gated; None: no bias.
       residual: added last; None: no residual.

@@ -1,4 +1,4 @@
-"""The choice of tokens from logits, and what is reported about them. `jaxserve.core.sampling` says what is computed."""
+"""The choice of tokens from logits, and their log probabilities and ranks. `jaxserve.core.sampling` specifies both."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def choose(
       logits: one logits row per token to choose.
       active: logits rows that need a token.
       random: whether to draw.
-      temperature, top_k, top_p, min_p: of each logits row; `top_k` 0 and `top_p` 1 drop nothing.
+      temperature, top_k, top_p, min_p: parameters of each logits row; `top_k` 0 and `top_p` 1 drop nothing.
       uniforms: two numbers in [0, 1) that decide the draw.
 
     Returns:
@@ -54,7 +54,7 @@ def report(
 
     Returns:
       Log probability and rank (1 is the most likely) of each token, and ids and log probabilities of the K most likely ones.
-      What a logits row does not want is 0, and -1 for ids.
+      Results that a logits row does not want are 0, and ids are -1.
     """
     num_rows = token.shape[0]
     results = (

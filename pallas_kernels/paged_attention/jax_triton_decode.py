@@ -1,6 +1,6 @@
 """`triton_decode` written in Triton itself and called through jax-triton, with the same tiles and splits.
 
-It is a way to go on if Pallas drops its lowering to Triton.
+It can replace `triton_decode` if Pallas drops its lowering to Triton.
 """
 
 import functools
@@ -27,11 +27,12 @@ def decode_attention(
     num_splits: int | None = None,
     compute_capability: int | None = None,
 ) -> Float32[Array, "B H D"]:
-    """Computes what `triton_decode.decode_attention` does.
+    """Computes the same result as `triton_decode.decode_attention`.
 
     Args:
       q, kv, slot, position, window, softcap, sinks, num_splits: as in `triton_decode`.
-      compute_capability: of the GPU to compile for, times ten; None: of the device. To compile without a GPU, name it.
+      compute_capability: compute capability, times ten, of the GPU to compile for; None: that of the device. Give it to
+        compile without a GPU.
 
     Raises:
       ValueError: if jax-triton is not installed, or the shapes, the dtype of the pages or `num_splits` are not supported.
@@ -41,7 +42,7 @@ def decode_attention(
     num_kv_heads = kv.k.shape[1]
     plan = triton_decode.plan_of(q, kv, window=window, num_splits=num_splits)
     kv = kv._replace(k=tiles.kernel_pages(kv.k), v=tiles.kernel_pages(kv.v))
-    # Another array stands for one that is None; kernels do not read it.
+    # Where an array is None, another one takes its place; kernels do not read it.
     k_scale, v_scale, sink = (slot if x is None else x for x in (kv.k_scale, kv.v_scale, sinks))
     constants = {
         "NUM_SLOTS": kv.num_slots,

@@ -1,4 +1,4 @@
-"""What the Pallas kernels for GPUs and for TPUs alike require of queries and pages."""
+"""The limits on queries and pages that the Pallas kernels for GPUs and for TPUs share."""
 
 from jaxtyping import Array, Float
 

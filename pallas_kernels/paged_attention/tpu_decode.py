@@ -35,8 +35,8 @@ def decode_attention(
     All kv heads of a tile are computed together, so that one copy per page brings them all. Operands of products are bfloat16
     unless the pages are float32. A group is padded to 8 queries in VMEM.
 
-    If head_dim is no multiple of 128, XLA by itself keeps another dimension of the pages minor, and copies the whole pool for
-    this kernel. Give the arrays of the pool the row-major layout (`jax.experimental.layout`) to avoid that.
+    If head_dim is no multiple of 128, XLA by default keeps another dimension of the pages minor, and copies the whole pool
+    for this kernel. Give the arrays of the pool the row-major layout (`jax.experimental.layout`) to avoid that.
 
     Raises:
       ValueError: if the pages' dtype, head_dim, page size or the size of the page table is not supported.

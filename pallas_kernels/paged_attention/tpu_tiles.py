@@ -1,4 +1,4 @@
-"""What both attention kernels for TPUs share: a schedule, tiles of positions read from pages, the running softmax.
+"""The parts that both attention kernels for TPUs share: a schedule, tiles of positions read from pages, the running softmax.
 
 The grid of a kernel is a list of items. An item is the work of one batch row or query block over a span of positions of one
 slot. The kernel goes through the span in tiles that start at absolute multiples of a fixed number of positions. While it
@@ -35,7 +35,7 @@ _SCALAR_MEMORY_RESERVE = 2**14  # for the compiler
 
 
 class Schedule(NamedTuple):
-    """What the items of a kernel work on, in scalar memory."""
+    """The slot and span of each item of a kernel, in scalar memory."""
 
     slot: Int32[Array, " I"]  # S: none
     oldest: Int32[Array, " I"]  # first position of the span
@@ -63,7 +63,7 @@ def make_schedule(
 
 
 def check_supported(q: Float[Array, "B H D"], kv: PagedKV, num_scalars: int) -> None:
-    """Refuses what the kernels for TPUs cannot do.
+    """Refuses shapes and dtypes that the kernels for TPUs do not support.
 
     Args:
       q, kv: arguments of the attention.
@@ -119,7 +119,7 @@ class Tiles:
     """A reader of the tiles of a schedule's items. All fields but `pages_per_slot` are references inside a kernel.
 
     Attributes:
-      schedule: what the items work on.
+      schedule: slot and span of each item.
       page_ids: the page table, flat: P entries per slot.
       pages_per_slot: P.
       k_pages, v_pages: in HBM, [N, K, T, D].

@@ -99,7 +99,7 @@ class Plan(NamedTuple):
 
     @property
     def part_shapes(self) -> list[jax.ShapeDtypeStruct]:
-        """What the first kernel stores for the second: largest scores, sums of weights, weighted sums of values."""
+        """The arrays that the first kernel stores for the second: largest scores, sums of weights, weighted sums of values."""
         *rows_and_heads, head_dim = self.q_shape
         shapes = ((self.num_splits,), (self.num_splits,), (self.num_splits, head_dim))
         return [jax.ShapeDtypeStruct((*rows_and_heads, *shape), jnp.float32) for shape in shapes]

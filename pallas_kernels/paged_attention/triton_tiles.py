@@ -1,4 +1,4 @@
-"""What the decode and the chunk kernel share: tiles of keys and values behind a page table, and softmax folded tile by tile.
+"""The parts that the decode and the chunk kernel share: tiles read through a page table, and softmax folded tile by tile.
 
 These functions run inside Pallas kernels that lower to Triton. There sizes are powers of two, both operands of a product have
 at least 16 rows, and a masked load names the value for what it does not read. A tile is a fixed number of positions that starts
@@ -26,7 +26,7 @@ from pallas_kernels.paged_attention.limits import check_shapes
 from pallas_kernels.pages import PagedKV
 
 LOG2_E = math.log2(math.e)
-MIN_ROWS = 16  # that an operand of a product must have
+MIN_ROWS = 16  # fewest rows of an operand of a product
 _MAX_POOL_ELEMENTS = 2**31  # Pallas counts in int32, which would overflow in silence for 1-byte arrays of 2 to 4 GiB
 _COMPUTE_DTYPES = {
     "float32": jnp.float32,
@@ -52,7 +52,7 @@ def compute_dtype(pages_dtype: jnp.dtype) -> jnp.dtype:
 
 
 def check_supported(q: Float[Array, "B H D"], kv: PagedKV) -> None:
-    """Refuses what the kernels for GPUs cannot do.
+    """Refuses shapes and dtypes that the kernels for GPUs do not support.
 
     Raises:
       ValueError: naming the value, the rule and the remedy.
@@ -207,7 +207,7 @@ def finish(
 
 
 def finite_base(largest: Float32[Array, " rows"]) -> Float32[Array, " rows"]:
-    """Returns what is subtracted from exponents. Without scores it is 0, because -inf - -inf would be NaN."""
+    """Returns the number to subtract from exponents. Without scores it is 0, because -inf - -inf would be NaN."""
     return jnp.where(largest == -jnp.inf, 0, largest)
 
 

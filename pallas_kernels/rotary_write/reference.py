@@ -23,7 +23,8 @@ def rotary_write(
 
     Args:
       qkv: the fused projection, grouped by kv head: for each its G query heads, its key and its value.
-      cos, sin: of the rotary angles of each batch row, times the scaling that some kinds of rotary embedding have.
+      cos, sin: cosines and sines of the rotary angles of each batch row, times the scaling that some kinds of rotary embedding
+        have.
       kv: the pages to write to. A number is stored as number / scale.
       slot: slot of each batch row; S: no slot, so that the batch row writes nothing.
       position: position of each batch row. No two batch rows with a slot may have the same slot and position.

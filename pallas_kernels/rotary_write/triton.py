@@ -30,7 +30,7 @@ _TO_INTEGER, _TO_INTEGER_BITS = 1.5 * 2.0**23, 0x4B400000
 
 class _Inputs(NamedTuple):
     k_pages: Array  # aliased with the first output
-    v_pages: Array  # with the second
+    v_pages: Array  # aliased with the second output
     qkv: Array
     cos: Array
     sin: Array
@@ -182,7 +182,7 @@ def _divided(x: Float32[Array, "*shape"], scale: Float32[Array, ""], *, interpre
 
 
 def _stored(x: Float32[Array, "*shape"], dtype: jnp.dtype) -> Shaped[Array, "*shape"]:
-    """Computes `pages.as_stored` in operations of Triton, but for its minimum and maximum, which would drop a NaN."""
+    """Computes `pages.as_stored` in operations of Triton, except its minimum and maximum, which would drop a NaN."""
     if dtype == jnp.uint16:
         return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
     if jnp.dtype(dtype).itemsize > 1:

@@ -1,4 +1,4 @@
-"""Which tokens the beams may go on with, and which of them do."""
+"""The candidates of a beam search: the tokens that may continue each beam, and the choice among them."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def candidates(
 def choose(
     state: BeamState, scores: Float32[Array, "R C"], tokens: Int32[Array, "R C"], rules: BeamRules
 ) -> tuple[BeamState, Int32[Array, "R W"]]:
-    """Takes the W best candidates that go on, and adds those among the W best that do not to the hypotheses.
+    """Continues the W best candidates that do not end a sequence, and adds those of the W best that do to the hypotheses.
 
     Returns:
       The state, its pages and hidden states unchanged, and the beam that each new one continues.

@@ -1,4 +1,4 @@
-"""What a beam search may need, and what does not fit."""
+"""The capacities that a beam search needs, and the checks that it fits."""
 
 import jax.numpy as jnp
 import numpy as np

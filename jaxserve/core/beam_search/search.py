@@ -52,8 +52,8 @@ def beam_search(
     Args:
       params: `nnx.split(Transformer(model))[1]`, or what `prepare` made of it.
       prompts: token ids; entries beyond `prompt_length` may have any value.
-      prompt_length: tokens, at least 1. A request whose length, tokens or rules are out of range gets no valid hypothesis.
-      rules: what each request asks for.
+      prompt_length: number of tokens, at least 1. A request with a length, token or rule out of range gets no valid hypothesis.
+      rules: the rules of each request.
       model: static.
       config: static. Of its capacities, `max_slots` bounds R * W, `num_pages` (if set) bounds the pool, and `max_model_len`
         bounds prompt and output together; page size, tiles and backend are used as they are.

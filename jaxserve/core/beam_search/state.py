@@ -8,7 +8,7 @@ from jaxserve.core.pytree import Record, record
 
 @record
 class BeamRules(Record):
-    """What each request asks for, as arrays, so that other values compile nothing. Made by `make_beam_rules`."""
+    """The parameters of each request as arrays, so that other values compile nothing; `make_beam_rules` makes them."""
 
     max_tokens: Int32[Array, " R"]  # most tokens to generate, from 1 to max_new
     eos_token_ids: Int32[Array, "R X"]  # generating one of these ends a hypothesis; -1: unused entry

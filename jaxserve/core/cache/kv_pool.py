@@ -88,6 +88,6 @@ def stores_bits(backend: str, platform: str | None = None) -> bool:
 
     Args:
       backend: what writes to pages.
-      platform: of the devices that hold the pool; None: that of JAX's default device.
+      platform: platform of the devices that hold the pool; None: that of JAX's default device.
     """
     return (platform or jax.default_backend()) == "cpu" and backend in ("reference", "native")

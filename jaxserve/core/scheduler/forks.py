@@ -1,4 +1,4 @@
-"""How the samples of one request share the pages of their prompt: which slot lends, which pages, and which row waits.
+"""How the samples of one request share the pages of their prompt: the lending slot, the shared pages, and the rows that wait.
 
 The samples of one request are a group. A sequence starts as a fork of another of its group that is in a slot and has computed
 the prompt, with or without its last token, if there is such a sequence. With pages of 4 tokens and a prompt of 11:
@@ -29,7 +29,7 @@ from jaxserve.core.scheduler.state import EngineState
 
 @record
 class Start(Record):
-    """What a sequence gets from another one when it is admitted. One that starts from nothing shares 0 pages of slot 0."""
+    """The pages that a sequence gets from another one on admission; a sequence without a lender shares 0 pages of slot 0."""
 
     num_computed: Int32[Array, ""]  # tokens whose keys and values are in the shared and copied pages
     lender: Int32[Array, ""]  # slot whose first pages it shares
@@ -44,9 +44,10 @@ def start_of(state: EngineState, row: Int32[Array, ""], copied_page: Int32[Array
     A sequence that reports log probabilities of its prompt computes all of the prompt, and can lend to others.
 
     Args:
-      state: in which no page of the slots in `copied_page` was written since.
+      state: a state in which no page of the slots in `copied_page` was written since.
       row: a waiting row.
-      copied_page: per slot the page that is still to be copied to its first own page; N = none. Until then it cannot lend.
+      copied_page: per slot the page that must still be copied to the slot's first own page; N = none. Until then the slot
+        cannot lend.
       page_size: T.
     """
     queue, slots, num_pages = state.queue, state.slots, state.table.num_pages

@@ -1,4 +1,4 @@
-"""Checks on the host of what must be true of a state between two steps (promises P2 and P3); see `debug_checks`."""
+"""Checks on the host of the rules that every state obeys between two steps (promises P2 and P3); see `debug_checks`."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""The records of the engine's state. A queue row owns a sequence; a slot is a place in the batch that it has for a time.
+"""The records of the engine's state. A queue row owns a sequence; a slot is a place in the batch that it holds while it runs.
 
     queue row   submitted ---> WAITING <--> RUNNING ---> STOP | LENGTH | ABORT | ERROR ---> FREE (collected)
                                    admit  preempt   finish                          collect
@@ -67,7 +67,7 @@ class Queue(Record):
     arrival: Int32[Array, " Q"]  # running number; breaks ties of priority
     group: Int32[Array, " Q"]  # arrival of the request's first sequence: the same for all samples of a request
     status: Int32[Array, " Q"]  # a `Status`
-    abort_requested: Bool[Array, " Q"]  # seen by the next step
+    abort_requested: Bool[Array, " Q"]  # whether the next step must end the sequence
     num_preemptions: Int32[Array, " Q"]  # times this sequence lost its slot
     generation: Int32[Array, " Q"]  # times the row was submitted to; with the row id it is a handle
 
@@ -83,7 +83,7 @@ class Slots(Record):
 
 @record
 class EngineState(Record):
-    """Everything that there is between two steps. It is a value: keep it, copy it, restore it, run it twice."""
+    """Everything that exists between two steps. It is a value: keep it, copy it, restore it, run it twice."""
 
     queue: Queue
     slots: Slots
@@ -108,8 +108,8 @@ def init_state(
     Args:
       model, config: static.
       aux: what a `LogitsFn` remembers of one sequence: a tree of arrays. The state has one such tree per queue row.
-      platform: static; that of the devices which will hold the state, and which decides how the pool is stored; None: that of
-        JAX's default device.
+      platform: static; the platform of the devices that will hold the state, which decides how the pool is stored; None: that
+        of JAX's default device.
 
     Raises:
       ValueError: if `config.num_pages` or `config.kv_dtype` is None, which leaves the choice to the Engine.

@@ -1,4 +1,4 @@
-"""What an owner of sequences does between steps: submit, abort, collect. All are pure, jittable and of fixed size.
+"""The operations of an owner of sequences between steps: submit, abort, collect. All are pure, jittable and of fixed size.
 
 Nothing raises inside of a jit: a row that is not valid ends at once with status ERROR, and a submission that finds no free
 row gets the handle "none". `jaxserve.core.make_submission` builds submissions on the host, where mistakes do raise.

@@ -30,7 +30,7 @@ class Plan(Record):
 
 @record
 class Occupancy(Record):
-    """Who is in which slot with which pages: everything that admission and preemption change.
+    """The sequences in the slots and their pages: everything that admission and preemption change.
 
     Their loops carry this record and read the rest of the state from outside of the loop, so no loop can copy the KV pool.
     """
@@ -48,7 +48,7 @@ def occupancy_of(state: EngineState) -> Occupancy:
 
 
 def with_occupancy(state: EngineState, occupancy: Occupancy) -> EngineState:
-    """Returns the state with that part replaced."""
+    """Returns the state with the part replaced that admission and preemption change."""
     queue = state.queue.replace(status=occupancy.status, num_preemptions=occupancy.num_preemptions)
     return state.replace(queue=queue, slots=occupancy.slots, table=occupancy.table)
 
@@ -63,12 +63,12 @@ def schedule(state: EngineState, *, config: EngineConfig) -> tuple[EngineState, 
 def finish_step(
     state: EngineState, num_new: Int32[Array, " S"], token: Int32[Array, " S"], failed: Bool[Array, " S"] | None = None
 ) -> EngineState:
-    """Does everything in a step that follows the model: records the tokens, and retires what has finished.
+    """Does everything in a step that follows the model: records the tokens, and retires the sequences that have finished.
 
     Args:
       state: the state after `schedule`, with the new keys and values.
       num_new: as in `Plan`.
-      token: what each slot drew; entries of slots that do not sample mean nothing.
+      token: the token that each slot drew; entries of slots that do not sample mean nothing.
       failed: slots for which there was no distribution to draw from; None: none. Entries of slots that do not sample mean
         nothing.
     """

@@ -4,7 +4,7 @@ Hugging Face kernels are [out, in], ours are [in, out], and some of ours are mad
 
     qkv      [E, K (G + 2) D]   for each kv head: its G query heads, its key, its value
     gate_up  [E, 2, F]          gate, up
-    out      [H D, E]           o_proj, transposed; `down` likewise
+    out      [H D, E]           o_proj, transposed; `down` is down_proj, transposed
 """
 
 import dataclasses

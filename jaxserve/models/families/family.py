@@ -1,4 +1,4 @@
-"""What a family of models is: the facts that a `model_type` implies, and the rules that read its own fields."""
+"""The description of a family of models: the facts that a `model_type` implies, and the rules that read its own fields."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from jaxserve.models.families.windows import WindowRule
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What a `model_type` implies. Defaults are those of the transformers class.
+    """The facts that a `model_type` implies. Defaults are those of the transformers class.
 
     A new family is one more of these, in a file for its group; a field that no family had before gets a rule of its own, as
     sliding windows have.

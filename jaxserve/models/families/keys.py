@@ -1,4 +1,4 @@
-"""The keys of a config.json: which are read, which mean nothing here, and which must have their neutral value."""
+"""The keys of a config.json: those that are read, those that are ignored, and those that must have their neutral value."""
 
 import difflib
 from collections.abc import Mapping

@@ -39,7 +39,7 @@ def read_rope(mapping: Mapping[str, Any], max_position: int) -> RopeConfig:
       max_position: its `max_position_embeddings`, which is the default of the length before stretching.
 
     Raises:
-      ValueError: if the kind is not supported, a field is missing, unknown or of the wrong type, or two disagree.
+      ValueError: if the kind is not supported, a field is missing, unknown or of the wrong type, or two fields disagree.
     """
     scaling = read(mapping, "rope_scaling", OBJECT) or {}
     parameters = read(mapping, "rope_parameters", OBJECT) or {}

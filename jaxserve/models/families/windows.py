@@ -14,9 +14,9 @@ class WindowRule:
     """How a family reads and writes the fields of its sliding windows.
 
     Attributes:
-      read: from the contents of a config.json and the number of layers to the window of each layer, as in `ModelConfig`.
-        Raises ValueError where fields contradict each other or the family.
-      write: from a model to the fields.
+      read: takes the contents of a config.json and the number of layers, and returns the window of each layer, as in
+        `ModelConfig`. Raises ValueError where fields contradict each other or the family.
+      write: takes a model and returns the fields.
     """
 
     read: Callable[[Mapping[str, Any], int], tuple[int | None, ...]]
