@@ -5,10 +5,10 @@
     python scripts/benchmark_kernels.py --op decode --tune --batch 8 --context 16384
     python scripts/benchmark_kernels.py --op step --model configs/models/llama3-8b.json --slots 1,8,64,256 --context 4096
 
-The backends that run here and the baselines (plain JAX, cuDNN, PyTorch) take turns on the same data; what cannot run is named
-with the reason. Before it is timed, a result is compared with the reference; one that is wrong is reported as failed, not
-timed, and the exit status is 1. Times leave dispatch out (`lib/timing.py`), the data is more than caches hold
-(`--cache_mb`), and what the device can do is measured in the same run. How the step is timed: `kernel_bench/step_timing.py`.
+The backends that run here and the baselines (plain JAX, cuDNN, PyTorch) take turns on the same data; those that cannot run are
+named with the reason. Each result is compared with the reference before it is timed; a wrong one is reported as failed, is not
+timed, and makes the exit status 1. Times leave dispatch out (`lib/timing.py`), the data is more than caches hold (`--cache_mb`),
+and the peaks of the device are measured in the same run. `kernel_bench/step_timing.py` explains how the step is timed.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from jaxserve.models.params import random_params
 from pallas_kernels.backend import BACKENDS
 from pallas_kernels.paged_attention.shapes import SHAPES
 
-_MEMORY_SHARE = 5  # pools, their copies for baselines, and what makes them
+_MEMORY_SHARE = 5  # room for the pools, their copies for baselines, and the arrays that they are made from
 _TUNED_SPLITS, _TUNED_PAGES = (None, 1, 2, 4, 8, 16, 32), (16, 64, 128)
 _RATES = ("bytes", "bytes_per_s", "flops", "flops_per_s", "share_of_copy_bandwidth", "share_of_read_bandwidth")
 _MEASURED = (
@@ -81,7 +81,7 @@ def _measure_peaks(options: Options) -> Peaks:
 
 
 def _product_dtype(dtype: str) -> str:
-    """What pages of `dtype` are multiplied in, for the rate that is compared with; 8 bits are widened to 16."""
+    """Returns the dtype in which pages of `dtype` are multiplied, for the peak to compare with; 8 bits are widened to 16."""
     return dtype if dtype in ("float32", "float16") else "bfloat16"
 
 
@@ -106,7 +106,7 @@ def _run_kernels(options: Options, peaks: Peaks, write: Write, table: ReportTabl
 
 
 def _groups(options: Options) -> Iterator[list[Case]]:
-    """Cases, those together that --tune chooses among."""
+    """Yields groups of cases; --tune chooses among the cases of a group."""
     ops = OPS if options.op == "all" else (options.op,)
     for op, name, dtype in itertools.product(ops, options.shapes, options.dtypes):
         contexts = (min(options.contexts),) if op == "rotary_write" else options.contexts
@@ -122,7 +122,7 @@ def _groups(options: Options) -> Iterator[list[Case]]:
 
 
 def _measure_case(case: Case, options: Options, peaks: Peaks) -> list[Record]:
-    """One record per contender: timed, left out with a reason, or failed."""
+    """Returns one record per contender: timed, left out with a reason, or failed."""
     names = options.backends if options.tune else tuple(dict.fromkeys((*options.backends, *options.baselines)))
     if options.tune and case.num_splits is not None:
         names = tuple(name for name in names if name in SPLITTING)
@@ -141,7 +141,7 @@ def _measure_case(case: Case, options: Options, peaks: Peaks) -> list[Record]:
             timers |= _checked_timer(name, case, data, record)
         except (Unavailable, ValueError) as error:  # ValueError: the backend refuses the shape or the dtype
             record |= {"reason": str(error)}
-        except Exception as error:  # whatever a compiler or a library says: the others are measured all the same
+        except Exception as error:  # compilers and libraries raise all kinds; the other contenders are still measured
             failed = name in BACKENDS
             record |= {"status": "failed" if failed else "left out", "reason": first_line(error)}
     for name, timing in measure(timers, options.repeats).items():
@@ -152,7 +152,7 @@ def _measure_case(case: Case, options: Options, peaks: Peaks) -> list[Record]:
 
 
 def _checked_timer(name: str, case: Case, data: Data, record: Record) -> dict[str, Timer]:
-    """The contender's timer by its name, nothing if its result is wrong; `record` gets how far that is from the reference."""
+    """Returns the contender's timer by its name, or nothing if its result is wrong; adds the result's error to `record`."""
     contender = make_contender(name, case, data)
     error, bound = max(errors(case, data, contender.result()), key=lambda pair: pair[0] / pair[1])
     record |= {"relative_error": rounded(error), "error_bound": bound}
@@ -199,7 +199,7 @@ def _run_step(options: Options, peaks: Peaks, write: Write, table: ReportTable) 
 
 
 def _step_engine(options: Options, dtype: str) -> EngineConfig:
-    """The engine's options: from the file, or such that a long prompt keeps an accelerator busy."""
+    """Returns the engine's options: those of the file, or options with which a long prompt keeps an accelerator busy."""
     if options.engine_config is None:
         fields: Record = {"page_size": 64, "chunk_size": 256 if jax.default_backend() == "cpu" else 2048}
     else:
@@ -235,7 +235,7 @@ def _measure_step(case: StepCase, params: Any, dtype: str, options: Options, pea
         prefill_s, timing = bench.prefill(), bench.decode()
     except ValueError as error:
         return record | {"reason": str(error)}
-    except Exception as error:  # whatever a compiler says: other slots are measured all the same
+    except Exception as error:  # compilers raise all kinds; other numbers of slots are still measured
         return record | {"status": "failed", "reason": first_line(error)}
     seconds = timing.quantile(0.5)
     work = work_of_decode(model, dtype, str(bench.config.kv_dtype), slots=case.slots, num_tokens=case.mean_tokens)

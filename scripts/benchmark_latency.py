@@ -1,4 +1,4 @@
-"""Measures the latency of requests that start together: until all are done, until the first token, and per further token.
+"""Measures latencies of requests that start together: of the whole batch, of the first token, and of each further token.
 
     python scripts/benchmark_latency.py --batch_sizes 1,8,32 --input_lens 128 --output_lens 128
     python scripts/benchmark_latency.py --batch_sizes 1 --model configs/models/llama-135m.json --json latency.jsonl

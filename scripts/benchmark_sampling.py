@@ -1,10 +1,10 @@
-"""Measures what each sampling parameter costs per step: the sampler alone, on random logits, in one compiled program.
+"""Measures the cost of each sampling parameter per step: the sampler alone, on random logits, in one compiled program.
 
     python scripts/benchmark_sampling.py --rows 32 --vocab_size 151936 --json sampling.jsonl
 
 "nothing asked" is a step of greedy rows, so it has the cost of all parameters that no row asks for. The line above it is the
-least that any sampler does: argmax and log-sum-exp, as XLA computes them. In each other line every row asks for the same;
-"added" is what that takes more than "nothing asked". Times are medians in milliseconds; the parameters take turns.
+least that any sampler does: argmax and log-sum-exp, as XLA computes them. In each other line every row asks for the same
+parameters; "added" is the time above that of "nothing asked". Times are medians in milliseconds; the parameters take turns.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ def parse_options(values: flags.FlagValues) -> Options:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A state in which every row asks for the same parameters, and what the sampler sees of it."""
+    """A state in which every row asks for the same parameters, and the part of it that the sampler gets."""
 
     state: EngineState
     context: Context
@@ -115,7 +115,7 @@ def make_setting(model: ModelConfig, config: EngineConfig, length: int, **fields
     )
     slots = state.slots.replace(row_id=jnp.arange(num_rows, dtype=jnp.int32))
     state = count_tokens(state.replace(queue=queue, slots=slots), jnp.ones((num_rows,), bool))
-    # A step counts one token, so one less is counted than there are.
+    # A step counts one token itself, so the state counts one token less than the sequences have.
     state = state.replace(slots=state.slots.replace(num_counted=jnp.maximum(state.slots.num_counted - 1, 0)))
     return Setting(
         state=state,
@@ -131,7 +131,7 @@ def make_setting(model: ModelConfig, config: EngineConfig, length: int, **fields
 
 
 def one_step(logits: jax.Array, state: EngineState, context: Context, *, max_logprobs: int, native: bool) -> Any:
-    """Does what a step does after the output projection, without retiring; returns the drawn tokens and the state."""
+    """Does the part of a step after the output projection, without retiring; returns the drawn tokens and the state."""
     rows = jnp.ones(context.num_tokens.shape, bool)
     state = count_tokens(state, rows)
     queue = state.queue
@@ -142,7 +142,7 @@ def one_step(logits: jax.Array, state: EngineState, context: Context, *, max_log
 
 
 def argmax_and_log_sum_exp(logits: jax.Array) -> Any:
-    """Does the least that any sampler has to do."""
+    """Computes the least that any sampler needs."""
     return jnp.argmax(logits, axis=-1), jax.nn.logsumexp(logits, axis=-1)
 
 

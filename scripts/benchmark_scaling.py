@@ -1,4 +1,4 @@
-"""Measures what a step costs as one thing at a time grows: the scheduler alone, all but the model, and the whole step.
+"""Measures the cost of a step as one quantity at a time grows: the scheduler alone, all but the model, and the whole step.
 
     python scripts/benchmark_scaling.py --what=scheduler --json scaling.jsonl --plot scaling.png
     python scripts/benchmark_scaling.py --what=step --sweep=slots,long --model configs/models/llama-135m.json
@@ -76,7 +76,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("sweep", "all", f"What to vary, or all: {', '.join(SWEEPS)}.", **to)
     flags.DEFINE_list("points", [], "Values of one sweep, in place of the default ones.", **to)
     flags.DEFINE_string("model", "configs/models/llama-135m.json", "A config.json file; weights are random.", **to)
-    flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Of weights, keys and values.", **to)
+    flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Dtype of weights, keys and values.", **to)
     flags.DEFINE_integer("slots", 32, "Slots, where they are not varied.", lower_bound=1, **to)
     flags.DEFINE_integer(
         "context", 256, "Tokens per sequence at first, where they are not varied.", lower_bound=2, **to
@@ -199,7 +199,7 @@ def _measure(
             benches.append(bench)
         except ValueError as error:
             records[index]["reason"] = str(error)
-        except Exception as error:  # compilers raise all kinds; the other cases are measured all the same
+        except Exception as error:  # compilers raise all kinds; the other cases are still measured
             records[index] |= {"status": "failed", "reason": first_line(error)}
     for _ in range(options.repeats):
         for bench in benches:
@@ -278,7 +278,7 @@ def fits_of(name: str, what: str, records: list[Record]) -> Iterator[Record]:
 
 
 def _long_to_even(timed: list[Record]) -> Iterator[Record]:
-    """Yields how much more one long sequence among short ones costs than as many tokens evenly spread."""
+    """Yields the ratio of the cost of one long sequence among short ones to that of as many tokens evenly spread."""
     costs = {(record["series"], record["value"]): record["median_us"] for record in timed}
     for value in sorted({value for _, value in costs}):
         if {("one long", value), ("even", value)} <= costs.keys():

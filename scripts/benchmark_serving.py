@@ -1,4 +1,4 @@
-"""Measures how long users wait under a load: requests arrive at random, at each of several rates.
+"""Measures how long users wait under a load: requests arrive at random, at several rates in turn.
 
     python scripts/benchmark_serving.py --rates 2,4,8,16 --slo ttft_ms:500,tpot_ms:100
     python scripts/benchmark_serving.py --rates 1,2,3 --burstiness 0.3 --model configs/models/llama-135m.json --json out.jsonl

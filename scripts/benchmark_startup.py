@@ -118,7 +118,7 @@ def _run(options: Options, name: str) -> int:
 
 
 def starts(options: Options) -> Iterator[tuple[str, Record]]:
-    """Starts once in each kind, in the order in which each finds the caches that it should; yields kind and answer."""
+    """Makes one start of each kind, in the order in which each finds the right caches; yields the kind and the answer."""
     with tempfile.TemporaryDirectory() as folder:
         caches = {start: os.path.join(folder, "first" if start == "first" else "later") for start in STARTS}
         for start in STARTS:

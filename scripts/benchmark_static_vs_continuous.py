@@ -1,4 +1,4 @@
-"""Measures what continuous batching and paging buy: static against continuous batching, reserved against paged memory.
+"""Measures the gain of continuous batching and of paging: static against continuous batching, reserved against paged memory.
 
     python scripts/benchmark_static_vs_continuous.py --model configs/models/llama-135m.json --json out.jsonl --plot out.png
 
@@ -8,7 +8,7 @@ Three questions, over output lengths from all alike to heavy-tailed:
             reserves the longest sequence, against all slots on pages
   both      static batches on reserved memory against continuous batching on pages
 
-Engine and weights are the same, and all requests are there from the beginning. Contenders take turns; times are medians, and
+Engine and weights are the same, and all requests wait from the beginning. Contenders take turns; times are medians, and
 ratios of times are medians over pairs of runs. Steps, occupancy and memory are counted, not timed. The exit status is 1 if
 static and continuous batching gave different tokens. --helpfull lists the flags of the engine and the workload too.
 """
@@ -230,7 +230,7 @@ def run(options: Options, values: flags.FlagValues) -> int:
                 write(_rounded(record))
                 records.append(record)
             del contenders
-            gc.collect()  # the engines, before the next ones are made
+            gc.collect()  # frees the engines before the next ones are made
     report.print_verdict(records)
     if options.plot is not None:
         report.plot(records, options.plot)

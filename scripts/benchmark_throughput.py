@@ -1,4 +1,4 @@
-"""Measures offline throughput: how fast a workload is done, and how near that is to what the machine can do.
+"""Measures offline throughput: how fast an engine serves a workload, and how near that is to the limit of the machine.
 
     python scripts/benchmark_throughput.py
     python scripts/benchmark_throughput.py --model configs/models/llama-135m.json --json out.jsonl
@@ -8,7 +8,7 @@
 Without flags the demo model serves W48 (`lib/workloads.py`); `--model` takes a checkpoint, or a config.json for random weights.
 `--compare` runs other engines in the same run and in turns, on the same weights, prompts and token counts. Each engine is a
 process of its own, under an interpreter of its own if one is given; one that is not installed is named and left out.
-`machine_peaks.py` measures what the machine can do, `lib/roofline.py` counts what the steps had to do at least.
+`machine_peaks.py` measures the peaks of the machine, and `lib/roofline.py` counts the least work of the steps.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ _FLAGS_OF = {
 }
 _PYTHON_OF = {name: flag for flag, peers in _FLAGS_OF.items() if flag.endswith("_python") for name in peers}
 _LOAD_SECONDS = 1800
-_QUIET_LOAD = 0.5  # load average of the last minute
+_QUIET_LOAD = 0.5  # load average of the last minute below which a machine counts as quiet
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -152,10 +152,10 @@ def _main(options: Options) -> int:
 
 
 def find_peaks(dtype: str) -> dict[str, Any]:
-    """Returns what `machine_peaks.py` measures, in a process of its own, which leaves no memory or threads behind.
+    """Returns the output of `machine_peaks.py`, run in a process of its own, which leaves no memory or threads behind.
 
     Raises:
-      ValueError: if it failed.
+      ValueError: if the process failed.
     """
     script = pathlib.Path(__file__).with_name("machine_peaks.py")
     dtypes = ",".join(dict.fromkeys([dtype, "float32"]))
@@ -233,7 +233,7 @@ def conclude(
 def start(
     options: Options, directory: str, peaks: Mapping[str, Any], stack: contextlib.ExitStack
 ) -> tuple[dict[str, Peer], dict[str, dict[str, Any]]]:
-    """Loads the engines, jaxserve first, and returns those that could be loaded, and what each told about itself.
+    """Loads the engines, jaxserve first, and returns those that could be loaded, and the answer of each.
 
     Raises:
       PeerError: if jaxserve could not be loaded.
@@ -265,7 +265,7 @@ def start(
             print(f"{name} {what}: {error}", flush=True)
             continue
         if name == OURS:
-            settings["pool_bytes"] = loaded[name]["pool_bytes"]  # the others get as much
+            settings["pool_bytes"] = loaded[name]["pool_bytes"]  # the other engines get as much
     return peers, loaded
 
 
@@ -276,7 +276,7 @@ def make_peer(name: str, options: Options) -> PeerProcess:
       PeerUnavailable: if its interpreter does not exist.
     """
     if name == OURS:
-        # Beside others on one accelerator, XLA must not take most of its memory at once.
+        # Several engines share one accelerator, so XLA must not take most of its memory at once.
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if options.compare else {}
         return PeerProcess(sys.executable, "peers.jaxserve_driver", **environment)
     module, arguments = PEERS[name]

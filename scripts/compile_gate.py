@@ -4,7 +4,7 @@
     python scripts/compile_gate.py --targets=h200,a100 --programs='decode/*/bfloat16' --json=gate.jsonl
     pip install --no-deps $(python scripts/compile_gate.py --requirements)
 
-It needs the packages of the compilers, in an environment of their own or beside the rest; `--requirements` prints them for the
+It needs the packages of the compilers, in this environment or in one of their own; `--requirements` prints them for the
 installed JAX. It prints a table of kernels and one of programs. The exit status is 1 if a program does not compile, a kernel
 spills registers or needs too much shared memory, the pool is copied, or a part of a step is outside of its command buffer.
 `scripts/gate/compiler.py` explains the method, `pallas_kernels/README.md` the results.
@@ -26,7 +26,7 @@ from gate.programs import DTYPES, ENGINE_PROGRAMS, GPU_OPS, named_programs
 from pallas_kernels.paged_attention.shapes import SHAPES
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("targets", list(TARGETS), "What to compile for.")
+flags.DEFINE_list("targets", list(TARGETS), "Devices to compile for.")
 flags.DEFINE_list("programs", ["*/bfloat16", "step", "run_steps", "update"], "Names of programs, or patterns of them.")
 flags.DEFINE_string("json", None, "Write a JSON line per program to this file.")
 flags.DEFINE_bool("requirements", False, "Print the packages that the gate needs, and stop.")
@@ -51,7 +51,7 @@ LAUNCH_COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The result of a program: a report unless it did not compile, and what is wrong with it."""
+    """The result of a program: its report, unless it did not compile, and its faults."""
 
     target: str
     program: str

@@ -2,11 +2,11 @@
 
     python scripts/evaluate_demo_model.py --work_dir=../demo_work --out=scripts/results/demo_model.json
 
-Bits per byte: over all held-out files, with `<|endoftext|>` before each. The 5-gram reads the held-out tokens as one sequence.
-The model reads windows of its context that overlap by half. Each token is scored once, in the first window that holds it, so
-with at least half a context before it (except in the first window).
+Bits per byte cover all held-out files, with `<|endoftext|>` before each. The 5-gram reads the held-out tokens as one sequence.
+The model reads windows of its context that overlap by half. Each token is scored once, in the first window that holds it, so it
+has at least half a context before it (except in the first window).
 
-Completions: see `demo/completions.py`.
+`demo/completions.py` explains how completions are judged.
 """
 
 import json

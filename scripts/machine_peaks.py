@@ -1,12 +1,12 @@
-"""Measures the best matmul rate and memory bandwidth that simple programs get out of the device, whichever way is fastest.
+"""Measures the best matmul rate and memory bandwidth that any of several simple programs reaches on the device.
 
     python scripts/machine_peaks.py --dtypes=bfloat16,float32
 
-Prints one JSON line; rates are per second. On a CPU the ways are XLA's and, where it is installed, PyTorch's products of square
-matrices, and reads by XLA, by PyTorch and by one NumPy thread per core over an array that no cache holds. On accelerators they
-are XLA's. Each way to multiply has about 10 seconds per dtype: sizes grow as long as the next one fits, and "notes" in the
-output names the ways that did not get to their largest size. CPUs without AVX-512 take seconds to minutes for a large product
-in bfloat16.
+The command prints one JSON line; rates are per second. On a CPU the programs are XLA's and, where it is installed, PyTorch's
+products of square matrices, and reads by XLA, by PyTorch and by one NumPy thread per core over an array that no cache holds. On
+accelerators they are XLA's. Each program that multiplies has about 10 seconds per dtype: sizes grow as long as the next one
+fits, and "notes" in the output names the programs that did not get to their largest size. CPUs without AVX-512 take seconds to
+minutes for a large product in bfloat16.
 """
 
 import json

@@ -180,7 +180,7 @@ def save_checkpoint(path: pathlib.Path, state: TrainState) -> None:
 
 
 def load_checkpoint(path: pathlib.Path, like: TrainState) -> TrainState:
-    """Reads what `save_checkpoint` wrote into the structure of `like`."""
+    """Reads a file of `save_checkpoint` into the structure of `like`."""
     with safetensors.safe_open(str(path), framework="numpy") as file:
         counters = json.loads(file.metadata()["counters"])
         params = {name: jnp.asarray(file.get_tensor(f"params.{name}")) for name in like.params}

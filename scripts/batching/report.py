@@ -6,7 +6,7 @@ from typing import Any
 from lib.records import Record
 from lib.table import Table, factor, percent
 
-LITERATURE = (2, 24)  # how many times the throughput of static batches is claimed
+LITERATURE = (2, 24)  # range of the speed-ups over static batches that papers claim
 _COLUMNS: dict[str, dict[str, int]] = {  # heading: width
     "batching": {
         "outputs": 11,
@@ -56,7 +56,7 @@ _QUESTIONS = (
 
 
 def print_about(common: Record, num_requests: int, longest: int) -> None:
-    """Prints what all tables share."""
+    """Prints the facts that all tables share."""
     print(
         f"{common['model']} in {common['dtype']} on {common['device']}, jax {common['jax']}: {num_requests} requests, all "
         f"there from the beginning, the longest sequence {longest} tokens",
@@ -65,7 +65,7 @@ def print_about(common: Record, num_requests: int, longest: int) -> None:
 
 
 def start_table(part: str) -> Table:
-    """Prints what the columns of a part mean, and their headings."""
+    """Prints the meanings of a part's columns, and their headings."""
     print(f"\n{part}: {_EXPLANATIONS[part]}")
     return Table(_COLUMNS[part])
 

@@ -1,4 +1,4 @@
-"""Serves a workload with static or continuous batching, on reserved or paged memory, and counts what the slots did.
+"""Serves a workload with static or continuous batching, on reserved or paged memory, and counts the work of the slots.
 
 All contenders are the same engine, so nothing but the batching and the memory differs. With static batching it gets one batch
 at a time: as many requests as there are slots run until the longest of them ends, and only then are the next ones admitted.
@@ -29,7 +29,7 @@ class Contender:
     """A way to serve.
 
     Attributes:
-      name: for tables and records.
+      name: its name in tables and records.
       engine: the engine that serves.
       num_together: requests that the engine gets at a time; None: all at once.
       reserved: True if a slot counts as holding pages for the longest sequence.
@@ -43,14 +43,14 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One workload served once.
+    """The results of serving a workload once.
 
     Attributes:
       seconds: from the first request to the last token.
       timeline: what each slot did in each step.
       queue_steps: per request, the steps before the one in which it first had a slot.
       queue_seconds: the same wait in seconds; the steps of one call count as equally long.
-      token_ids: generated, per request.
+      token_ids: generated tokens of each request.
     """
 
     seconds: float
@@ -95,7 +95,7 @@ def draw_outputs(distribution: str, low: int, high: int, count: int, rng: np.ran
 
 
 def serve(contender: Contender, workload: Workload) -> Run:
-    """Serves all requests of the workload, which are there from the beginning."""
+    """Serves all requests of the workload; all of them wait from the beginning."""
     engine, params = contender.engine, workload.params
     size = contender.num_together or len(workload)
     results = []
@@ -144,7 +144,7 @@ def ratios(runs: list[Run], base: list[Run]) -> dict[str, float]:
 
 
 def measures(contender: Contender, runs: list[Run], workload: Workload) -> dict[str, Any]:
-    """Returns the figures of a contender: medians of what was timed; what was counted is the same in every run."""
+    """Returns the figures of a contender: medians of times, and counts, which are the same in every run."""
     run, config = runs[0], contender.engine.config
     steps = run.timeline.steps()
     in_use = steps.occupant >= 0
@@ -196,7 +196,7 @@ def memory_use(steps: Steps, config: EngineConfig, *, reserved: bool) -> dict[st
 
 
 def padding(workload: Workload, batch_size: int) -> dict[str, Any]:
-    """Returns what static batches cost an engine of fixed shapes, which pads prompts to the longest one and runs full batches.
+    """Returns the cost of static batches on an engine of fixed shapes, which pads prompts to the longest and runs full batches.
 
     Rows are those of the forward pass. Each token of prompts and outputs but the last one of a sequence needs a row.
     """

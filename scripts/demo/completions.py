@@ -4,7 +4,7 @@ A prompt is a held-out file up to the end of the signature of one top-level func
 one), cut on the left to `PROMPT_TOKENS`. The completion is the function's body: it ends before the first new top-level
 statement, at `<|endoftext|>`, or after `MAX_NEW_TOKENS`. It parses
 
-  - complete: it ended by itself, and signature and body are valid Python;
+  - complete: the model ended it, and signature and body are valid Python;
   - as a beginning: the budget ran out, and the text up to the last line end can still be continued to valid Python
     (decided by `codeop`, which the interactive interpreter uses to ask for another line).
 
@@ -34,7 +34,7 @@ class Prompt:
 
     Attributes:
       name: the file, and the function's name.
-      text: what the model reads.
+      text: the text that the model reads.
       head: the end of `text` from the function's first line on, which a body must complete.
     """
 

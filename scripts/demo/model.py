@@ -32,7 +32,7 @@ CONFIG = ModelConfig(
 
 
 def causal_attend_in_blocks(batch: int, time: int, block: int = 128) -> Attend:
-    """Like `jaxserve.models.causal_attend`, but a block of queries reads the keys up to its own end only."""
+    """Returns an `attend` like that of `causal_attend`, in which a block of queries reads only the keys up to its own end."""
     block = min(block, time)
     triangle = jnp.where(jnp.arange(block)[:, None] >= jnp.arange(block)[None, :], 0.0, -1e9)
 

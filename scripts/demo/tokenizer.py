@@ -2,7 +2,7 @@
 
     python scripts/demo/tokenizer.py --work_dir=../demo_work
 
-reads what `corpus.py` wrote, and writes `<work_dir>/tokenizer/` (Hugging Face layout), `<work_dir>/train.npy` and
+reads the files of `corpus.py`, and writes `<work_dir>/tokenizer/` (Hugging Face layout), `<work_dir>/train.npy` and
 `<work_dir>/heldout.npy` (uint16 token ids, `<|endoftext|>` before every file), and `<work_dir>/sizes.json` (bytes of text).
 """
 

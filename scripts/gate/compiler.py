@@ -1,7 +1,8 @@
 """Compiles programs for accelerators that this machine does not have, and reports on the results, for `compile_gate`.
 
-XLA's plugins for NVIDIA GPUs and TPUs compile ahead of time, from a description of the target alone. Those of GPUs are in
-`configs/targets/`; where there is one, XLA writes its own beside any dump (`--xla_dump_to`), as `*.gpu_target_config.pbtxt`.
+XLA's plugins for NVIDIA GPUs and TPUs compile ahead of time, from a description of the target alone. The descriptions of GPUs
+are in `configs/targets/`. On a machine with a GPU, XLA writes one into every dump (`--xla_dump_to`), as
+`*.gpu_target_config.pbtxt`.
 
 Without a GPU XLA tunes nothing: products become Triton fusions of a default shape. So the gate looks at the kernels of this
 repository, at copies, and at the launch list, but not at the speed of the rest. With a GPU, XLA makes large sorts calls of CUB,
@@ -42,10 +43,10 @@ class Target:
     """A device to compile for.
 
     Attributes:
-      name: of `TARGETS`.
+      name: its key in `TARGETS`.
       platform: "cuda" or "tpu".
       topology: the plugin's name of the smallest arrangement of devices.
-      architecture: as ptxas calls it; empty for TPUs.
+      architecture: its name in ptxas; empty for TPUs.
     """
 
     name: str
@@ -84,12 +85,12 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function to compile, and what the gate expects of it.
+    """A function to compile, and the properties that the gate checks.
 
     Attributes:
       name: unique among the programs.
-      function: jitted, with its donation and its compiler options.
-      args: `jax.ShapeDtypeStruct` pytrees.
+      function: the jitted function, with its donation and its compiler options.
+      args: its arguments, as pytrees of `jax.ShapeDtypeStruct`.
       pool: one array of the KV pool, of a shape that nothing else has; None: nothing is checked for copies.
       num_written: how many arrays of that shape the function returns, which must be written in place.
       one_command_buffer: whether everything must be in one command buffer.
@@ -129,7 +130,7 @@ def missing_packages(platform: str) -> list[str]:
 
 
 def requirements() -> list[str]:
-    """Returns what to install beside the jaxlib of this interpreter, in the notation of pip.
+    """Returns the packages to install in addition to the jaxlib of this interpreter, in the notation of pip.
 
     Raises:
       ValueError: if the gate is not known to work with this version of JAX.
@@ -146,7 +147,7 @@ def compile_program(program: Program, target: Target) -> Report:
 
     Raises:
       ValueError: if packages are missing; the message says how to install them.
-      jax.errors.JaxRuntimeError, and whatever lowering raises: if it does not compile.
+      jax.errors.JaxRuntimeError, and any exception of lowering: if the program does not compile.
     """
     device = _device(target)
     sharding = jax.sharding.SingleDeviceSharding(device)
@@ -180,7 +181,7 @@ def compile_program(program: Program, target: Target) -> Report:
 
 
 def faults(report: Report, program: Program, target: Target) -> list[str]:
-    """Returns what is wrong with a compiled program, a sentence for each fault."""
+    """Returns the faults of a compiled program, a sentence for each."""
     sentences = []
     for kernel in report.kernels:
         if kernel.spill_store_bytes or kernel.spill_load_bytes:
@@ -233,7 +234,7 @@ def _device(target: Target) -> Any:
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-    """Keeps programs out of the persistent compilation cache, from which JAX cannot load what no device here can run."""
+    """Keeps programs out of the persistent compilation cache, because JAX cannot load programs that no device here can run."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, float("inf"))

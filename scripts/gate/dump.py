@@ -1,11 +1,11 @@
-"""Reads what XLA writes about a compiled program: optimized HLO, and for GPUs the PTX of kernels and the launch list.
+"""Reads XLA's dump of a compiled program: optimized HLO, and for GPUs the PTX of kernels and the launch list.
 
 The dumps of JAX 0.10 and 0.11 both contain:
 
 - `*.ptx`, one file per kernel, which `ptxas -v` turns into registers and spills. Option `xla_dump_emitter_re="ptx"` asks for
   them; 0.10 dumps them anyway.
-- `*.thunk_sequence_after_thunk_passes.txt`, the launch list: kernels with grid, threads and shared memory (which Triton
-  allocates at launch, so that the PTX does not tell), loops, and the command buffers (CUDA graphs) around them.
+- `*.thunk_sequence_after_thunk_passes.txt`, the launch list: kernels with grid, threads and shared memory (which is not in the
+  PTX, because Triton allocates it at launch), loops, and the command buffers (CUDA graphs) around them.
   It is missing if these passes changed nothing; then `*.thunk_sequence.txt`, the list before them, is the right one.
 - the optimized HLO, in which a Pallas kernel is a custom call that names its warps and stages. `Compiled.as_text` has it too.
 """
@@ -31,15 +31,15 @@ class Kernel:
     """A compiled kernel of Pallas or of jax-triton.
 
     Attributes:
-      name: of its entry point.
-      registers: per thread.
-      spill_store_bytes, spill_load_bytes: per thread, from and to local memory because registers ran out.
-      shared_memory_bytes: per block.
-      num_warps: per block.
-      num_stages: of its software pipeline; None: several kernels of that name and number of warps differ in it, or it is one
-        of jax-triton's.
-      grid: blocks.
-      losses: what makes it slower, in the words of the assembler; for example that asynchronous products were serialised.
+      name: the name of its entry point.
+      registers: registers per thread.
+      spill_store_bytes, spill_load_bytes: bytes per thread that go to and from local memory because registers ran out.
+      shared_memory_bytes: shared memory per block.
+      num_warps: warps per block.
+      num_stages: stages of its software pipeline; None: several kernels of that name and number of warps differ in it, or the
+        kernel is one of jax-triton's.
+      grid: numbers of blocks.
+      losses: the assembler's warnings about lost speed, for example that asynchronous products were serialised.
     """
 
     name: str
@@ -55,13 +55,13 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Launches:
-    """The launches of a program: what the host starts by itself, or hands over as a command buffer.
+    """The launches of a program: operations that the host starts one by one, and those in command buffers.
 
     Attributes:
-      num_kernels, num_copies, num_loops: in all, each body of a loop counted once.
-      num_command_buffers: CUDA graphs.
-      num_host_loops: loops whose test the host reads back each time round.
-      outside: kinds of what the host starts one by one, with their numbers.
+      num_kernels, num_copies, num_loops: numbers in the whole program; the body of a loop counts once.
+      num_command_buffers: number of CUDA graphs.
+      num_host_loops: number of loops whose condition the host reads back in each iteration.
+      outside: numbers of the operations outside of command buffers, by kind.
     """
 
     num_kernels: int
@@ -73,12 +73,12 @@ class Launches:
 
     @property
     def num_outside(self) -> int:
-        """How many things the host starts one by one."""
+        """The number of operations that the host starts one by one."""
         return sum(self.outside.values())
 
     @property
     def one_command_buffer(self) -> bool:
-        """Whether the host starts one thing only."""
+        """Whether the host starts nothing but one command buffer."""
         return self.num_command_buffers == 1 and not self.outside
 
 
@@ -107,17 +107,17 @@ def read_dump(folder: pathlib.Path, hlo: str, architecture: str) -> tuple[tuple[
     Args:
       folder: the compiler's dump.
       hlo: the optimized program.
-      architecture: what ptxas assembles for.
+      architecture: the GPU architecture that ptxas assembles for.
 
     Raises:
-      RuntimeError: if something is missing from the dump, or ptxas fails.
+      RuntimeError: if a file is missing from the dump, or ptxas fails.
     """
     lists = sorted(folder.glob("*.thunk_sequence*.txt"), key=lambda path: "after" in path.name)
     if not lists:
         raise RuntimeError("XLA has written no launch list")
     launches = list(_read_launches(lists[-1].read_text()))
-    declared = _declared_kernels(hlo)
-    names = {launch.name for launch in launches if re.sub(r"__\d+$", "", launch.name) in declared}
+    stages_by_name = _stages_of_kernels(hlo)
+    names = {launch.name for launch in launches if re.sub(r"__\d+$", "", launch.name) in stages_by_name}
     sources = {}
     for path in folder.glob("*.ptx"):
         entry = re.search(r"^\.visible \.entry (\w+)\(", path.read_text(), flags=re.MULTILINE)
@@ -131,7 +131,7 @@ def read_dump(folder: pathlib.Path, hlo: str, architecture: str) -> tuple[tuple[
     for launch in launches:
         if launch.name in names:
             num_warps = launch.num_threads // 32
-            stages = declared[re.sub(r"__\d+$", "", launch.name)].get(num_warps, set())
+            stages = stages_by_name[re.sub(r"__\d+$", "", launch.name)].get(num_warps, set())
             kernels[launch.name] = Kernel(
                 name=launch.name,
                 **usages[launch.name],
@@ -150,38 +150,39 @@ class _Launch:
     grid: tuple[int, int, int]
     num_threads: int
     shared_memory_bytes: int
-    inside: tuple[str, ...]  # kinds of what it is part of, outermost first
+    enclosing_kinds: tuple[str, ...]  # kinds of the loops and command buffers around it, outermost first
 
 
-def _declared_kernels(hlo: str) -> dict[str, dict[int, set[int]]]:
+def _stages_of_kernels(hlo: str) -> dict[str, dict[int, set[int]]]:
     """Returns the stages of the Pallas kernels in HLO, by name and warps. XLA adds "__1" to a name that is in use."""
-    found: dict[str, dict[int, set[int]]] = {}
+    stages_by_name: dict[str, dict[int, set[int]]] = {}
     for line in hlo.splitlines():
         if 'custom_call_target="__gpu$xla.gpu.triton"' in line:
             fields = dict(re.findall(r'\b(name|num_warps|num_stages) = "?(\w+)', line))
-            stages = found.setdefault(fields["name"], {}).setdefault(int(fields["num_warps"]), set())
+            stages = stages_by_name.setdefault(fields["name"], {}).setdefault(int(fields["num_warps"]), set())
             stages.add(int(fields["num_stages"]))
-    return found
+    return stages_by_name
 
 
 def _read_launches(text: str) -> Iterator[_Launch]:
     """Yields the launches in order. In the text, the parts of a loop or a command buffer are indented below it."""
-    above: list[tuple[int, str]] = []
+    enclosing: list[tuple[int, str]] = []  # depth and kind of the lines that the current one is below
     for line in text.splitlines():
-        found = re.match(r"( *)\d+: k(\w+) +\[.*?\] *(\S*)(.*)", line)
-        if not found:
+        match = re.match(r"( *)\d+: k(\w+) +\[.*?\] *(\S*)(.*)", line)
+        if not match:
             continue
-        depth = len(found[1])
-        above = [outer for outer in above if outer[0] < depth]
-        grid = re.search(r"grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+).*shared_memory: (\d+)", found[4])
-        x, y, z, num_threads, shared = map(int, grid.groups()) if grid else (0, 0, 0, 0, 0)
-        yield _Launch(found[2], found[3], (x, y, z), num_threads, shared, tuple(kind for _, kind in above))
-        above.append((depth, found[2]))
+        indent, kind, name, details = match.groups()
+        depth = len(indent)
+        enclosing = [outer for outer in enclosing if outer[0] < depth]
+        grid = re.search(r"grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+).*shared_memory: (\d+)", details)
+        x, y, z, num_threads, shared_bytes = map(int, grid.groups()) if grid else (0, 0, 0, 0, 0)
+        yield _Launch(kind, name, (x, y, z), num_threads, shared_bytes, tuple(outer[1] for outer in enclosing))
+        enclosing.append((depth, kind))
 
 
 def _summary(launches: list[_Launch]) -> Launches:
     kinds = collections.Counter(launch.kind for launch in launches)
-    outside = [launch.kind for launch in launches if "CommandBuffer" not in (launch.kind, *launch.inside)]
+    outside = [launch.kind for launch in launches if "CommandBuffer" not in (launch.kind, *launch.enclosing_kinds)]
     return Launches(
         num_kernels=kinds["CustomKernel"] + kinds["Kernel"],
         num_copies=kinds["Copy"],
@@ -202,45 +203,47 @@ def _ptxas() -> str:
 
 
 def _assemble(architecture: str, source: pathlib.Path) -> dict[str, Any]:
-    """Returns what the assembler says about the one kernel in a PTX file."""
+    """Assembles the one kernel in a PTX file; returns its registers, spills and losses."""
     command = [_ptxas(), "-v", f"-arch={architecture}", str(source), "-o", str(source.with_suffix(".cubin"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"ptxas: {done.stderr.strip()}")
-    numbers = {
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"ptxas: {process.stderr.strip()}")
+    patterns = {
         "registers": r"Used (\d+) registers",
         "spill_store_bytes": r"(\d+) bytes spill stores",
         "spill_load_bytes": r"(\d+) bytes spill loads",
     }
-    found = {name: re.search(pattern, done.stderr) for name, pattern in numbers.items()}
-    if not all(found.values()):
-        raise RuntimeError(f"ptxas prints something unknown: {done.stderr}")
-    losses = re.findall(r"Potential Performance Loss: (.*?)(?: in| for) the function '", done.stderr)
-    return {name: int(match[1]) for name, match in found.items() if match} | {"losses": tuple(losses)}
+    matches = {name: re.search(pattern, process.stderr) for name, pattern in patterns.items()}
+    if not all(matches.values()):
+        raise RuntimeError(f"ptxas prints something unknown: {process.stderr}")
+    losses = re.findall(r"Potential Performance Loss: (.*?)(?: in| for) the function '", process.stderr)
+    return {name: int(match[1]) for name, match in matches.items() if match} | {"losses": tuple(losses)}
 
 
 def pool_copies(hlo: str, shape: tuple[int, ...]) -> Iterator[str]:
     """Yields the instructions of optimized HLO that make a new array of a shape, or change all of one.
 
-    Buffers are passed on by name, written by a scatter or a slice update, alone or as a fusion, and by kernels that alias
-    them. XLA says so where it has to copy for a write; a fusion that copies or converts has other instructions in it.
+    Other instructions pass a buffer on under a new name, or write a part of it in place: a scatter or a slice update, alone or
+    in a fusion, or a kernel that aliases it. Where XLA copies a buffer before a write, there is an instruction for that; a
+    fusion that copies or converts has other instructions in it.
     """
-    wanted = f"[{','.join(map(str, shape))}]"
+    shape_text = f"[{','.join(map(str, shape))}]"
     computations = _computations(hlo)
-    fused = {name for body in computations.values() for line in body if (name := _called(line))}
+    names_of_fusions = {name for body in computations.values() for line in body if (name := _fusion_of(line))}
     for name, body in computations.items():
-        if name in fused:
+        if name in names_of_fusions:
             continue
         for line in body:
             kind, opcode = _kind_and_opcode(line)
-            if wanted not in kind or opcode in _PASSES_ON | _WRITES:
+            if shape_text not in kind or opcode in _PASSES_ON | _WRITES:
                 continue
             if opcode == "fusion":
-                inside = {op for kind, op in map(_kind_and_opcode, computations[_called(line)]) if wanted in kind}
-                if inside <= _PASSES_ON | _WRITES and inside & _WRITES:
+                fusion = map(_kind_and_opcode, computations[_fusion_of(line)])
+                opcodes = {op for kind, op in fusion if shape_text in kind}
+                if opcodes <= _PASSES_ON | _WRITES and opcodes & _WRITES:
                     continue
-                opcode = f"fusion of {', '.join(sorted(inside - _PASSES_ON))}"
-            if opcode == "custom-call" and kind.count(wanted) <= _num_aliased(line):
+                opcode = f"fusion of {', '.join(sorted(opcodes - _PASSES_ON))}"
+            if opcode == "custom-call" and kind.count(shape_text) <= _num_aliases(line):
                 continue
             yield f"{opcode} in {name}"
 
@@ -260,29 +263,29 @@ _WRITES = {"scatter", "dynamic-update-slice"}
 
 
 def _computations(hlo: str) -> dict[str, list[str]]:
-    """Returns the lines of each computation."""
-    found: dict[str, list[str]] = {}
+    """Returns the lines of each computation by its name."""
+    computations: dict[str, list[str]] = {}
     body: list[str] = []
     for line in hlo.splitlines():
         if header := re.match(r"(?:ENTRY )?%?(\S+) .*\{$", line):
-            body = found.setdefault(header[1], [])
+            body = computations.setdefault(header[1], [])
         elif line.startswith(" "):
             body.append(line)
-    return found
+    return computations
 
 
 def _kind_and_opcode(line: str) -> tuple[str, str]:
     """Returns the result type (of a tuple in brackets) and the opcode of an instruction."""
-    found = re.match(r" +(?:ROOT )?%?\S+ = (.*?) ([a-z-]+)\(", line)
-    return (found[1], found[2]) if found else ("", "")
+    match = re.match(r" +(?:ROOT )?%?\S+ = (.*?) ([a-z-]+)\(", line)
+    return (match[1], match[2]) if match else ("", "")
 
 
-def _called(line: str) -> str:
-    """Returns the computation that a fusion calls; empty for other instructions."""
-    found = re.search(r" fusion\(.*, calls=%?([^\s,]+)", line)
-    return found[1] if found else ""
+def _fusion_of(line: str) -> str:
+    """Returns the name of the computation that a fusion calls; empty for other instructions."""
+    match = re.search(r" fusion\(.*, calls=%?([^\s,]+)", line)
+    return match[1] if match else ""
 
 
-def _num_aliased(line: str) -> int:
+def _num_aliases(line: str) -> int:
     """Returns how many results of a custom call are operands written in place."""
     return len(re.findall(r"\{[\d, ]*\}: \(\d+, \{", line))  # output_to_operand_aliasing={{0}: (5, {}), {1}: (6, {})}

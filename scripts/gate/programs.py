@@ -23,7 +23,9 @@ GPU_OPS = (*OPS, "jax_triton_decode")
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint16")
 ENGINE_PROGRAMS = ("step", "run_steps", "update")
 _BACKENDS = {"cuda": "triton", "tpu": "tpu"}
-_NUM_PAGES = 4099  # a prime, so that no other array has the pool's shape; and a pool that outweighs everything else
+_NUM_PAGES = (
+    4099  # a prime, so that no other array has the pool's shape; large, so that the pool is larger than everything else
+)
 _PAGES_PER_SLOT = 128
 _ROWS = {"decode": 32, "jax_triton_decode": 32, "chunk": 512, "rotary_write": 32}
 _MODELS = pathlib.Path(__file__).resolve().parents[2] / "configs" / "models"
@@ -33,11 +35,11 @@ def kernel_program(op: str, shape: AttentionShape, dtype: str, target: Target, *
     """Returns a program that is one call of an operation.
 
     Args:
-      op: of `OPS`, or for GPUs of `GPU_OPS`.
+      op: one of `OPS`, or for GPUs of `GPU_OPS`.
       shape: heads, page size and options.
-      dtype: of the pages; pages of 8 bits have scales.
-      target: decides the backend.
-      **options: of the operation, in addition to those of the shape.
+      dtype: dtype of the pages; pages of 8 bits have scales.
+      target: the device, which decides the backend.
+      **options: options of the operation, in addition to those of the shape.
     """
     rows, scales = _ROWS[op], None
     pool = _array(dtype, _NUM_PAGES, shape.num_kv_heads, shape.page_size, shape.head_dim)
@@ -84,10 +86,10 @@ def engine_program(name: str, target: Target, *, num_layers: int = 4, **fields: 
     """Returns a program of an engine for the shape of Llama 3 8B, with few layers and a smaller vocabulary.
 
     Args:
-      name: of `ENGINE_PROGRAMS`.
-      target: decides the backend.
+      name: one of `ENGINE_PROGRAMS`.
+      target: the device, which decides the backend.
       num_layers: L.
-      **fields: of EngineConfig, instead of those here.
+      **fields: fields of EngineConfig, in place of the ones here.
     """
     model = read_model_config(_MODELS / "llama3-8b.json")
     model = dataclasses.replace(model, num_layers=num_layers, windows=(None,) * num_layers, vocab_size=8192)

@@ -1,4 +1,4 @@
-"""Cases of the kernel benchmark: their data, how much work they are, and whether a result is right."""
+"""Cases of the kernel benchmark: their data, the amount of their work, and the check of a result."""
 
 import dataclasses
 import functools
@@ -24,8 +24,8 @@ _MAX_POOLS = 64
 _CACHES = 4  # the pools together are this many times the cache
 _CHECKED_ROWS = 64
 
-# Relative error, as the length of a head's vector, that rounding to the dtype of the pages explains. Attention: the rounding of
-# queries and weights, about ten times the unit; 8 bits are computed with in 16. A written vector: of a single rounding.
+# Bounds of the relative error, as the length of a head's vector, that rounding to the dtype of the pages explains. Attention
+# rounds queries and weights, about ten times the unit; it computes 8-bit pages in 16 bits. A written vector is rounded once.
 _ATTENTION_BOUND = {"float32": 1e-4, "float16": 5e-3}
 _NARROW_ATTENTION_BOUND = 2e-2
 _WRITE_BOUND = {"float32": 1e-5, "bfloat16": 2**-8, "float16": 2**-10, "float8_e4m3fn": 2**-3, "int8": 0.05}
@@ -39,10 +39,11 @@ class Case:
     Attributes:
       op: one of `OPS`.
       shape: heads, page size and options.
-      dtype: of the pages.
-      batch: rows. decode, rotary_write: one of each sequence, its last; chunk: the last ones of a single sequence.
+      dtype: dtype of the pages.
+      batch: number of batch rows: for decode and rotary_write the last one of each sequence, for chunk the last ones of one
+        sequence.
       context: tokens of every sequence.
-      num_splits: of decode; None: chosen from the shapes.
+      num_splits: splits of decode; None: chosen from the shapes.
     """
 
     op: str
@@ -62,7 +63,7 @@ class Case:
 
     @property
     def num_pages(self) -> int:
-        """Pages of one pool, all of them in use."""
+        """The pages of one pool, all of them in use."""
         return self.num_slots * self.pages_per_slot
 
     @property
@@ -86,7 +87,7 @@ class Case:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that must be read or written once: keys and values that are seen, queries, results, the page table."""
+        """The bytes that must be read or written once: visible keys and values, queries, results, the page table."""
         shape, heads = self.shape, self.batch * self.shape.num_heads * self.shape.head_dim
         if self.op == "rotary_write":
             written = 2 * self.batch * shape.num_kv_heads * shape.head_dim
@@ -190,8 +191,8 @@ def errors(case: Case, data: Data, result: Any) -> list[tuple[float, float]]:
     """Returns how far a result of the last pool is from the reference, and the bound, for each part of it.
 
     Args:
-      case, data: what was computed, before anything was written to `data`'s pages.
-      result: attention: [B, H, D], of which 64 rows at most are looked at. rotary_write: queries, keys, values.
+      case, data: the case, and its data before anything was written to the pages.
+      result: for attention [B, H, D], of which at most 64 rows are compared; for rotary_write queries, keys and values.
     """
     kv = data.kv(data.tables[-1])
     if case.op == "rotary_write":
@@ -199,8 +200,8 @@ def errors(case: Case, data: Data, result: Any) -> list[tuple[float, float]]:
         q_error = _relative_error(result[0], expected[0])
         last = slice(-case.num_pages, None)
         written = zip(result[1:], expected[1:], strict=True)
-        found = [_relative_error(as_float(pages[last]), as_float(enough[last])) for pages, enough in written]
-        return [(q_error, _QUERY_BOUND), *((error, _WRITE_BOUND[case.dtype]) for error in found)]
+        page_errors = [_relative_error(as_float(pages[last]), as_float(enough[last])) for pages, enough in written]
+        return [(q_error, _QUERY_BOUND), *((error, _WRITE_BOUND[case.dtype]) for error in page_errors)]
     rows = np.unique(np.linspace(0, case.batch - 1, min(case.batch, _CHECKED_ROWS)).astype(np.int32))
     attend = functools.partial(paged_attention, window=case.shape.window, softcap=case.shape.softcap, sinks=data.sinks)
     expected = jax.jit(attend)(data.q[rows], kv, data.slot[rows], data.position[rows])

@@ -1,4 +1,4 @@
-"""What the benchmark times on one case: the backends of the public functions, and baselines on the same data.
+"""The contenders that the benchmark times on one case: the backends of the public functions, and baselines on the same data.
 
 Each contender goes from pool to pool, so that no cache holds what it reads. Each call takes the result of the call before, so
 that the compiler can neither leave a call out nor move it.
@@ -23,7 +23,7 @@ from pallas_kernels.rotary_write import rotary_write
 
 BASELINES = ("reference", "cudnn", "torch")
 SPLITTING = ("triton", "jax_triton")  # backends that take num_splits
-_UNROLLED = 4  # calls per iteration of a loop on accelerators, which hides what an iteration costs
+_UNROLLED = 4  # calls per iteration of a loop on accelerators, which hides the cost of an iteration
 _OWN_KERNELS = {"chunk": ("triton", "tpu", "reference"), "rotary_write": ("triton", "reference")}
 _CUDNN_DTYPES = ("bfloat16", "float16")
 _TORCH_DTYPES = ("float32", "bfloat16", "float16")
@@ -39,7 +39,7 @@ class Contender:
 
     Attributes:
       result: computes the case on the last pool, for comparison.
-      loop: from a number of iterations to a function that runs them, from a given pool on, and waits.
+      loop: takes a number of iterations and returns a function that runs them, from a given pool on, and waits.
       calls_per_iteration: calls that an iteration makes.
     """
 
@@ -83,7 +83,7 @@ def _attention(case: Case, data: Data, backend: str) -> Contender:
         extra = {} if case.op == "decode" else {"blocks": blocks}
 
         def call(index: Int32[Array, ""], q: Float32[Array, "B H D"]) -> Float32[Array, "B H D"]:
-            now, q = lax.optimization_barrier((data, q))  # or XLA widens the whole pool once, before the loop
+            now, q = lax.optimization_barrier((data, q))  # otherwise XLA widens the whole pool once, before the loop
             kv = now.kv(_table(now, start + index))
             return attention(q, kv, now.slot, now.position, sinks=now.sinks, **options, **extra)
 
@@ -112,7 +112,7 @@ def _rotary_write(case: Case, data: Data, backend: str) -> Contender:
     def run(start: Int32[Array, ""], k: Any, v: Any, data: Data, *, num_iterations: int) -> tuple[Any, Any, Any]:
         def call(index: Int32[Array, ""], carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
             _, k, v = carry
-            qkv, k = lax.optimization_barrier((data.qkv, k))  # or queries are computed once, before the loop
+            qkv, k = lax.optimization_barrier((data.qkv, k))  # otherwise XLA computes the queries once, before the loop
             kv = PagedKV(k, v, _table(data, start + index), data.k_scale, data.v_scale)
             return rotary_write(qkv, data.cos, data.sin, kv, data.slot, data.position, backend=backend)
 

@@ -27,14 +27,14 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "backend", "all", f"{', '.join(BACKENDS)}; all: those that run here. step: the default one.", **to
     )
-    flags.DEFINE_list("baselines", list(BASELINES), "Of these; none: none of them.", **to)
+    flags.DEFINE_list("baselines", list(BASELINES), "The baselines to measure; none: no baseline.", **to)
     flags.DEFINE_list("dtype", "bfloat16", f"Of the pages: {', '.join(DTYPES)}. step: of the weights.", **to)
     flags.DEFINE_list("batch", "1,8,64,256", "Rows: sequences that decode or write, or rows of one chunk.", **to)
     flags.DEFINE_list(
         "context", "1024,4096,16384", "Tokens per sequence; rotary_write takes the least, it costs alike.", **to
     )
     flags.DEFINE_integer("page_size", None, "Tokens per page, in place of the shape's.", lower_bound=1, **to)
-    flags.DEFINE_integer("num_splits", None, "Of decode, in place of the kernel's choice.", lower_bound=1, **to)
+    flags.DEFINE_integer("num_splits", None, "Splits of decode, in place of the kernel's choice.", lower_bound=1, **to)
     flags.DEFINE_boolean("tune", False, "decode: try splits and page sizes, print the best.", **to)
     flags.DEFINE_integer("repeats", 20, "Samples per contender.", lower_bound=1, **to)
     flags.DEFINE_integer("seed", 0, "Of the data.", lower_bound=0, upper_bound=2**31 - 1, **to)
@@ -73,7 +73,7 @@ class Options:
 
 
 def parse_options(values: flags.FlagValues) -> Options:
-    """Returns the options that the flags say.
+    """Returns the options that the flags set.
 
     Raises:
       ValueError: if a flag's value is not valid, has no effect on what is measured, or asks for a backend that cannot run.

@@ -46,12 +46,12 @@ _STEP_COLUMNS = {
 
 
 def environment(peaks: Peaks, method: str, seed: int) -> Record:
-    """Returns what every record of a run says: where and how it was measured, and what the device reached at best.
+    """Returns the fields of every record of a run: where and how it was measured, and the peaks of the device.
 
     Args:
-      peaks: measured in the same run.
+      peaks: the peaks, measured in the same run.
       method: "kernel" or "step".
-      seed: of the data.
+      seed: seed of the data.
     """
     return {
         "copy_bytes_per_s": rounded(peaks.copy_bytes_per_s),
@@ -62,7 +62,7 @@ def environment(peaks: Peaks, method: str, seed: int) -> Record:
 
 
 def rates(num_bytes: int, flops: int | None, seconds: float, peaks: Peaks, product_dtype: str) -> Record:
-    """Returns work per second, and its shares of what the device reached; `flops` is None if nothing is multiplied."""
+    """Returns work per second, and its shares of the device's peaks; `flops` is None if nothing is multiplied."""
     shares = {
         "share_of_copy_bandwidth": rounded(num_bytes / seconds / peaks.copy_bytes_per_s),
         "share_of_read_bandwidth": rounded(num_bytes / seconds / peaks.read_bytes_per_s),
@@ -80,7 +80,7 @@ def rates(num_bytes: int, flops: int | None, seconds: float, peaks: Peaks, produ
 
 
 class ReportTable:
-    """Prints records as they come: a table row for what was timed, a line with the reason for what was not.
+    """Prints records as they come: a table row for a record with times, a line with the reason for one without.
 
     Args:
       step: True for the engine's step, False for kernels.

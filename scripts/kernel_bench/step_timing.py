@@ -28,11 +28,11 @@ class StepCase:
 
     Attributes:
       model: hyperparameters.
-      slots: all of them decode.
-      context: tokens per sequence, in the middle of the measurement; and of the prompt whose prefill is timed.
-      num_steps: per timed call.
-      repeats: timed calls.
-      engine: its configuration, of which slots, lengths, pages, queue and steps per call do not count.
+      slots: number of slots, all of which decode.
+      context: tokens per sequence in the middle of the measurement, and tokens of the prompt whose prefill is timed.
+      num_steps: steps per timed call.
+      repeats: number of timed calls.
+      engine: its configuration, in which slots, lengths, pages, queue and steps per call are replaced.
     """
 
     model: ModelConfig
@@ -44,7 +44,7 @@ class StepCase:
 
     @property
     def total_steps(self) -> int:
-        """All steps that run, those that warm up included."""
+        """The number of steps that run, including those that warm up."""
         return 1 + (self.repeats + 1) * (1 + self.num_steps)
 
     @property
@@ -53,7 +53,7 @@ class StepCase:
 
     @property
     def mean_tokens(self) -> float:
-        """Positions that a batch row sees, on average over the timed steps."""
+        """The positions that a batch row sees, on average over the timed steps."""
         warm = 1 + (1 + self.num_steps)
         return self.prompt_length + (warm + self.total_steps - 1) / 2
 
@@ -88,7 +88,7 @@ class StepBench:
     """The compiled programs of one case.
 
     Raises:
-      ValueError: as `StepCase.config`, or if the pool does not fit.
+      ValueError: if `StepCase.config` raises it, or the pool does not fit.
     """
 
     def __init__(self, case: StepCase, params: nnx.State) -> None:
@@ -106,7 +106,7 @@ class StepBench:
         """Times the step in which every slot decodes.
 
         Raises:
-          RuntimeError: if a slot does not.
+          RuntimeError: if a slot does not decode in every step.
         """
         case = self.case
         state = self._submitted(case.slots, case.prompt_length, case.total_steps + 1)

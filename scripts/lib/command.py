@@ -1,4 +1,4 @@
-"""How a benchmark runs as a command: what went wrong becomes one sentence and an exit status."""
+"""Runs a benchmark as a command: an error becomes one sentence and an exit status."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -8,11 +8,11 @@ def run_command(argv: Sequence[str], work: Callable[[], int]) -> int:
     """Runs `work` and returns the exit status of the command.
 
     Args:
-      argv: what absl left of the command line: the program's name, and arguments that are not flags, which are refused.
-      work: does everything else and returns an exit status.
+      argv: the command line without flags: the program's name, and further arguments, which are refused.
+      work: the function that does everything else and returns an exit status.
 
     Returns:
-      What `work` returned; 1 after an error, which is printed in one sentence; 130 after Ctrl-C.
+      The exit status of `work`; 1 after an error, which is printed in one sentence; 130 after Ctrl-C.
     """
     try:
         if argv[1:]:

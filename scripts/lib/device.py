@@ -1,4 +1,4 @@
-"""What the default device is, and how much of its memory is free."""
+"""The name of the default device, and its free memory."""
 
 import os
 import pathlib
@@ -19,7 +19,7 @@ def device_name() -> str:
 
 
 def free_bytes() -> int:
-    """Returns the free memory of the default device as it reports it, or that of the system if it reports nothing (CPUs)."""
+    """Returns the free memory that the default device reports, or the system's free memory if it reports none (CPUs)."""
     reported = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in reported:
         return reported["bytes_limit"] - reported.get("bytes_in_use", 0)

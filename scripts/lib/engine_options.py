@@ -42,7 +42,7 @@ __all__ = [
 
 
 def load_model(options: EngineOptions) -> tuple[ModelConfig, Tokenizer | None]:
-    """Reads what a workload needs of a model: hyperparameters, and the tokenizer (None with random weights).
+    """Reads the parts of a model that a workload needs: hyperparameters, and the tokenizer (None with random weights).
 
     Raises:
       ValueError: if the model is missing or not valid.
@@ -57,8 +57,8 @@ def fitted_options(values: flags.FlagValues, **defaults: Any) -> EngineOptions:
     """Reads the engine's flags; a config.json file implies --load_format=dummy.
 
     Args:
-      values: parsed flags, among them those of `define_engine_flags`.
-      defaults: fields of EngineConfig for which no flag was given, such as `max_model_len=workload.longest`.
+      values: parsed flags, including those of `define_engine_flags`.
+      defaults: values for fields of EngineConfig whose flags are not set, such as `max_model_len=workload.longest`.
 
     Raises:
       ValueError: if a flag or the file of `--config` is not valid.

@@ -14,7 +14,7 @@ def integers(flag: str, texts: Sequence[str], low: int = 1) -> tuple[int, ...]:
 
     Args:
       flag: name of the flag, for errors.
-      texts: its items.
+      texts: items of the list.
       low: lowest integer that is allowed.
 
     Raises:
@@ -40,7 +40,7 @@ def names(flag: str, texts: Sequence[str], choices: Sequence[str], *, all_allowe
 
     Args:
       flag: name of the flag, for errors.
-      texts: its items.
+      texts: items of the list.
       choices: the names that are allowed.
       all_allowed: True if the single item "all" stands for every choice.
 

@@ -1,4 +1,4 @@
-"""The best rates that this machine reaches, whichever of several simple programs reaches them.
+"""Measures the best rates that this machine reaches with any of several simple programs.
 
 XLA's programs are those of `peaks.py`. On a CPU, PyTorch's products and the reads of PyTorch and NumPy compete with them.
 """
@@ -20,7 +20,7 @@ _REPEATS = 5  # of XLA's loops; other calls are so short that three times as man
 
 
 def measure(dtypes: Sequence[str]) -> dict[str, Any]:
-    """Returns the peaks with the way that reached each, where they were measured, and notes on ways that were too slow."""
+    """Returns each peak with the program that reached it, the machine, and notes on programs that were too slow."""
     platform = jax.default_backend()
     cache_bytes = _CACHE_MB << 20
     peaks = measure_peaks(dtypes, cache_bytes=cache_bytes, repeats=_REPEATS)
@@ -90,7 +90,7 @@ def _torch_read(num_bytes: int) -> dict[str, float]:
 
 
 def _numpy_read(num_bytes: int) -> dict[str, float]:
-    # Ones, as zeros would be pages that the system never made. NumPy releases the lock of the interpreter.
+    # The array holds ones, because pages of zeros might not exist in memory. NumPy releases the lock of the interpreter.
     parts = np.array_split(np.ones(num_bytes // 4, np.float32), os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
         return {"numpy sum": num_bytes / _fewest_seconds(lambda: list(pool.map(np.sum, parts)))}

@@ -1,4 +1,4 @@
-"""The best that simple XLA programs get out of the default device: bytes per second, and FLOPs per second of products."""
+"""Measures the peaks of simple XLA programs on the default device: bytes per second, and FLOPs per second of products."""
 
 import dataclasses
 import functools
@@ -16,18 +16,18 @@ _PEAK_ITERATIONS = 16
 _GIBIBYTE = 2**30
 _MAX_ESTIMATES, _ESTIMATE_S = 5, 0.1
 LARGEST_CPU_SIZE = 512
-PRODUCT_BUDGET_S = 10.0  # for the products of one dtype
+PRODUCT_BUDGET_S = 10.0  # time for the products of one dtype
 _CPU_SIZES, _ACCELERATOR_SIZES = (128, 256, LARGEST_CPU_SIZE), (8192,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Peaks:
-    """Rates that the device reached in this run.
+    """The rates that the device reached in this run.
 
     Attributes:
       copy_bytes_per_s: reads plus writes of x + 1 over a large array.
       read_bytes_per_s: reads of the sum of a large array.
-      matmul_flops_per_s: of a square product, by the dtype of its operands; sums are float32.
+      matmul_flops_per_s: rate of a square product, by the dtype of its operands; sums are float32.
       matmul_sizes: edge of that product's matrices, by dtype.
     """
 
@@ -38,17 +38,17 @@ class Peaks:
 
     @property
     def bytes_per_s(self) -> float:
-        """The higher one of both bandwidths."""
+        """The higher one of the two bandwidths."""
         return max(self.copy_bytes_per_s, self.read_bytes_per_s)
 
 
 def affordable_sizes(
     seconds_of: Callable[[int], float], sizes: Sequence[int], *, num_calls: int, budget_s: float
 ) -> list[int]:
-    """Chooses the sizes of square products that can be measured in the time there is.
+    """Returns the sizes of square products that can be measured in the time budget.
 
-    Some products are slow beyond use: XLA and PyTorch multiply bfloat16 matrices of 2048 x 2048 for minutes on CPUs without
-    AVX-512. So a size is tried only if it fits at the speed of the size before it.
+    Some products are very slow: XLA and PyTorch multiply bfloat16 matrices of 2048 x 2048 for minutes on CPUs without
+    AVX-512. So a size is measured only if it fits into the budget at the speed of the size before it.
 
     Args:
       seconds_of: measures one product of a size.
@@ -83,7 +83,7 @@ def estimated_seconds(call: Callable[[], Any]) -> float:
 def measure_peaks(dtypes: Sequence[str], *, cache_bytes: int, repeats: int) -> Peaks:
     """Measures the peaks over arrays of 4 times the cache, on accelerators of at least 1 GiB.
 
-    Products get at most about 10 s per dtype: where a small one is slow, the larger ones are not tried.
+    Products get at most about 10 s per dtype: where a small one is slow, larger ones are not measured.
     """
     on_cpu = jax.default_backend() == "cpu"
     num_bytes = max(4 * cache_bytes, 2**20 if on_cpu else _GIBIBYTE)
@@ -123,7 +123,7 @@ def _fewest_seconds(call: Callable[[Any, Any], Any], carry: Any, operand: Any, r
 
     def loop(num_iterations: int) -> Callable[[int], Any]:
         def body(_: Any, carry: Any, operand: Any) -> Any:
-            # Without the barrier XLA would compute what does not change once, before the loop.
+            # Without the barrier XLA would compute the parts that do not change once, before the loop.
             return call(*lax.optimization_barrier((carry, operand)))
 
         @jax.jit

@@ -1,4 +1,4 @@
-"""Plots of benchmarks: panels of lines. matplotlib is imported only when one is drawn."""
+"""Plots of benchmarks: panels of lines. matplotlib is imported only when a plot is drawn."""
 
 import dataclasses
 import importlib.util
@@ -14,7 +14,7 @@ class Line:
     Attributes:
       label: text in the legend.
       x, y: coordinates of the points.
-      dashed: True for what is not a measurement, such as a fit or a limit.
+      dashed: True for curves that are not measurements, such as a fit or a limit.
     """
 
     label: str
@@ -28,7 +28,7 @@ class Panel:
     """Curves that share their axes.
 
     Attributes:
-      title: what the panel shows.
+      title: heading of the panel.
       x_label, y_label: quantities of the axes, with units.
       lines: the curves.
       log_x, log_y: True for a logarithmic axis.
@@ -46,7 +46,7 @@ def check_plot(path: str | None) -> None:
     """Checks that a plot can be saved to this path, before anything is measured.
 
     Raises:
-      ValueError: if it cannot.
+      ValueError: if the plot cannot be saved there.
     """
     if path is None:
         return

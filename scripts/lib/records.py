@@ -24,7 +24,7 @@ PERCENTILES = {"median": 50, "p90": 90, "p99": 99}
 
 
 def provenance(method: str, seed: int) -> Record:
-    """Returns what every record of a run says about its origin: device, versions, commit, date, seed and method."""
+    """Returns the fields about the origin of a record: device, versions, commit, date, seed and method."""
     return {
         "device": device_name(),
         "platform": jax.default_backend(),
@@ -58,7 +58,7 @@ def commit() -> str | None:
 
 
 def rounded(value: float) -> float | None:
-    """Returns the value with four digits; None for infinities and NaN, which JSON cannot hold."""
+    """Rounds a value to four digits; returns None for infinities and NaN, which JSON cannot hold."""
     return float(f"{value:.4g}") if abs(value) < float("inf") else None
 
 
@@ -89,7 +89,7 @@ def outputs(csv_path: str | None, json_path: str | None, common: Callable[[], Re
     Args:
       csv_path: a file for lines of CSV; None: no such file.
       json_path: a file for JSON lines; None: no such file.
-      common: returns what is added to each record; called once per record.
+      common: function that returns the fields to add to a record; called once per record.
 
     Raises:
       ValueError: if a file cannot be written. It is raised before anything is measured.

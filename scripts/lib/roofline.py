@@ -1,10 +1,11 @@
-"""What steps had to compute and to move at least, and how soon a machine of given peaks could have done it.
+"""The least work of steps, in FLOPs and bytes, and the least time in which a machine with given peaks could do it.
 
     a step's floor = max(FLOPs / matmul rate, bytes / bandwidth)
 
-FLOPs: the blocks' matrices for every batch row, the output projection for every row that draws a token, and attention over what
-each row may see. Bytes: the weights once, the keys and values that each sequence's rows see once, and those of the new rows.
-Norms, softmax, sampling and the host count as free. Steps are taken as they were, with the rows that the scheduler gave them.
+FLOPs count the blocks' matrices for every batch row, the output projection for every row that draws a token, and attention over
+the positions that each row sees. Bytes count the weights once, the keys and values that each sequence's rows see once, and the
+new keys and values. Norms, softmax, sampling and the host cost nothing here. The steps are the recorded ones, with the batch
+rows that the scheduler gave them.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from jaxserve.timeline.record import Steps
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What each of n steps had to compute and to move."""
+    """The FLOPs and bytes of each of n steps."""
 
     flops: Int64[np.ndarray, " n"]
     num_bytes: Int64[np.ndarray, " n"]
@@ -33,12 +34,12 @@ class Work:
 def computed_before(steps: Steps) -> Int64[np.ndarray, "n S"]:
     """Returns how many positions of each slot's sequence had keys and values before each step.
 
-    A sequence starts from none whenever it gets a slot.
+    A sequence has none when it gets a slot.
     """
     before = np.zeros(steps.occupant.shape, np.int64)
     for now in range(1, len(steps)):
-        stayed = (steps.occupant[now] == steps.occupant[now - 1]) & (steps.occupant[now] >= 0)
-        before[now] = np.where(stayed, before[now - 1] + steps.num_new[now - 1], 0)
+        is_same = (steps.occupant[now] == steps.occupant[now - 1]) & (steps.occupant[now] >= 0)
+        before[now] = np.where(is_same, before[now - 1] + steps.num_new[now - 1], 0)
     return before
 
 
@@ -46,9 +47,9 @@ def work_of_steps(steps: Steps, model: ModelConfig, dtype: str, matrices_dtype: 
     """Returns the work of recorded steps.
 
     Args:
-      steps: what each slot did in each step.
+      steps: the recorded steps.
       model: hyperparameters.
-      dtype: of weights, keys and values.
+      dtype: dtype of weights, keys and values.
       matrices_dtype: `EngineConfig.weight_dtype`, whose scales are not counted; None: matrices have the dtype of all weights.
     """
     before, new = computed_before(steps), steps.num_new.astype(np.int64)
@@ -71,7 +72,7 @@ def work_of_steps(steps: Steps, model: ModelConfig, dtype: str, matrices_dtype: 
 
 
 def work_of_decode(model: ModelConfig, dtype: str, kv_dtype: str, *, slots: int, num_tokens: float) -> Work:
-    """Returns the work of one step in which every slot decodes, each row seeing `num_tokens` positions."""
+    """Returns the work of one step in which every slot decodes and each batch row sees `num_tokens` positions."""
     seen = np.array([sum(slots * min(num_tokens, window or np.inf) for window in model.windows)])
     rows = np.array([slots])
     kv_itemsize = np.dtype(kv_dtype).itemsize
@@ -90,7 +91,7 @@ def weight_bytes_per_token(model: ModelConfig, dtype: str, matrices_dtype: str |
 
     Args:
       model: hyperparameters.
-      dtype: of the weights.
+      dtype: dtype of the weights.
       matrices_dtype: as in `work_of_steps`.
     """
     total = 0
@@ -102,7 +103,7 @@ def weight_bytes_per_token(model: ModelConfig, dtype: str, matrices_dtype: str |
 
 
 def is_matrix(path: Path, leaf: Any) -> bool:
-    """Tells whether activations are multiplied by this parameter; the bias of a gate has two axes too, but is added."""
+    """Returns whether activations are multiplied by this parameter; the bias of a gate has two axes too, but is added."""
     return leaf.ndim > 1 and not str(path[-1]).endswith("bias")
 
 

@@ -1,8 +1,9 @@
 """Offers an open load to an engine: requests arrive when they are due, however far behind the engine is.
 
-All times count from when a request was due, not from when it was handed over: nothing can be handed over while a call of the
-engine runs, but users do not stop arriving then (leaving that out is called coordinated omission). Requests and engine share a
-thread, so the load costs the engine nothing but `add_request`. A token's time is when the call that brought it had been read.
+All times count from when a request was due, not from when the engine got it: the engine can get no request while one of its
+calls runs, but users do not stop arriving then (leaving that out is called coordinated omission). Requests and engine share a
+thread, so the load costs the engine nothing but `add_request`. A token's time is when the host has read the call that brought
+it.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ _GROWTH = 0.05  # a queue that takes more than this share of the arrivals grows
 
 @dataclasses.dataclass
 class Served:
-    """The fate of a request; all times are seconds from the start of the load.
+    """The course of one request; all times are seconds from the start of the load.
 
     Attributes:
       due: when it was due.
@@ -64,7 +65,7 @@ class Trace:
     """The course of a load.
 
     Attributes:
-      served: one per request.
+      served: the course of each request.
       waiting: (seconds, requests without a slot) after each call of the engine.
       num_steps: steps that the engine took.
       num_preemptions: sequences that lost their slot.
@@ -127,7 +128,7 @@ def offer(
             one.finish = now if update.output is not None else None
         waiting.append((now, engine.stats.num_waiting))
     stats = engine.stats.snapshot()
-    while engine.has_work:  # a call may still be running
+    while engine.has_work:  # a call may still be in flight
         engine.step(steps_per_call)
     return Trace(served, waiting, stats.num_steps, stats.num_preemptions, stats.mean_occupancy)
 
@@ -156,8 +157,8 @@ def parse_slos(text: str) -> dict[str, float]:
 def queue_growth(trace: Trace, rate: float) -> float | None:
     """Returns the share of arriving requests that piles up, by a line through the last three quarters of the arrivals.
 
-    0 means that the engine keeps up, 0.5 that it serves half of what arrives; None that there were too few calls to tell, or
-    that all requests arrived at once.
+    0 means that the engine keeps up, 0.5 that it serves half of the requests that arrive; None means that there were too few
+    calls to tell, or that all requests arrived at once.
     """
     last = max(one.due for one in trace.served)
     points = [(at, count) for at, count in trace.waiting if last / 4 <= at <= last]
@@ -171,7 +172,7 @@ def queue_growth(trace: Trace, rate: float) -> float | None:
 
 
 def is_above_capacity(trace: Trace, rate: float) -> bool | None:
-    """Tells whether the queue grew as long as requests arrived; None if that cannot be told."""
+    """Returns whether the queue grew as long as requests arrived; None if there is too little data to tell."""
     growth = queue_growth(trace, rate)
     if growth is None:
         return None

@@ -1,4 +1,4 @@
-"""The tables that benchmarks print, and how they write numbers."""
+"""The tables that benchmarks print, and the format of their numbers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +27,7 @@ class Table:
 
 
 def number(value: float) -> str:
-    """Writes a number with three digits, and a larger one than 1000 as an integer."""
+    """Writes a number with three digits, and a number above 1000 as an integer."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 

@@ -1,4 +1,4 @@
-"""Times calls without what a dispatch costs, contenders in turns.
+"""Times calls without the cost of a dispatch, contenders in turns.
 
     time of a call = (time of a loop of n calls - median time of a loop of one) / (n - 1)
 
@@ -23,8 +23,8 @@ class Timing:
     """Seconds per call.
 
     Attributes:
-      samples: one per repeat, dispatch left out.
-      one_call: median of a single call, from its dispatch until its result is there.
+      samples: one per repeat, without the dispatch.
+      one_call: median of a single call, from its dispatch until its result is ready.
       num_iterations: calls per loop.
     """
 
@@ -38,7 +38,7 @@ class Timing:
 
 
 class PairedTimes:
-    """Times of a loop of one beside times of a loop of many, and what they say about a single call.
+    """Pairs of the times of a loop of one and of a loop of many, and the time per call that follows from them.
 
     Args:
       num_iterations: iterations of the longer loop; 1 if calls are so long that each is timed by itself.
@@ -109,7 +109,7 @@ class Timer:
         self._times.add(one, one if self.num_iterations == 1 else self._seconds(self._many))
 
     def timing(self) -> Timing:
-        """Returns what the samples so far say."""
+        """Returns the times from the samples so far."""
         return self._times.timing()
 
     def best(self) -> float:

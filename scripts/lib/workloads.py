@@ -21,8 +21,8 @@ from jaxserve.text.tokenizer import Tokenizer
 
 DATASETS = ("random", "prefix", "jsonl")
 LENGTHS = ("fixed", "uniform", "loguniform", "geometric", "heavy", "bimodal")
-WORKLOAD = "Workload"  # group of the flags
-_LONG_SHARE = 1 / 8  # share of long ones among bimodal lengths
+WORKLOAD = "Workload"  # heading of the flags in --help
+_LONG_SHARE = 1 / 8  # share of long lengths in the bimodal distribution
 _MAX_SEED = 2**31 - 1
 _UNSET = 2**31 - 1  # stands for a line without max_tokens
 _FLAGS_OF = {
@@ -41,7 +41,7 @@ class Workload:
 
     Attributes:
       prompts: token ids.
-      output_lengths: tokens to generate for each prompt, exactly as many.
+      output_lengths: exact number of tokens to generate for each prompt.
     """
 
     prompts: list[list[int]]
@@ -146,7 +146,7 @@ def workload_from_flags(values: flags.FlagValues, vocab_size: int, tokenizer: To
     Args:
       values: parsed flags.
       vocab_size: size of the model's vocabulary; random tokens are below it.
-      tokenizer: for the texts of a file; None if there is none, and the file must have token ids.
+      tokenizer: encodes the texts of a file; None: the file must have token ids.
 
     Raises:
       ValueError: if a flag's value is not valid or has no effect on the dataset, or the file is not valid.

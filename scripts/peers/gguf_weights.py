@@ -84,7 +84,7 @@ def _add_vocabulary(writer: Any, size: int, token_type: Any) -> None:
 
 
 def stored_tensors(directory: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields names and values as float32; read here, because the safetensors package has no bfloat16 for NumPy."""
+    """Yields names and values as float32; parses the file itself, because safetensors has no bfloat16 for NumPy."""
     for path in sorted(directory.glob("*.safetensors")):
         stored = np.memmap(path, np.uint8, "r")
         size = int(stored[:8].view(np.uint64)[0])

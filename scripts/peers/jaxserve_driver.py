@@ -1,4 +1,4 @@
-"""The driver of jaxserve, in a process of its own like its peers; it also tells what each step did."""
+"""The driver of jaxserve, in a process of its own like its peers; it also reports the steps."""
 
 import pathlib
 import statistics
@@ -24,7 +24,7 @@ from jaxserve.timeline import Timeline, save_timeline
 
 
 class StepClock:
-    """An engine's observer that keeps what the steps did, and when the host read them.
+    """An engine's observer that records the steps, and when the host read them.
 
     The host does not see the steps of a call one by one, so they share the time since the last read evenly.
     """
@@ -36,7 +36,7 @@ class StepClock:
         self._last = time.perf_counter()
 
     def observe(self, outputs: Any, samples_by_row: Any, num_waiting: int) -> None:
-        """Records what the steps of one call did."""
+        """Records the steps of one call."""
         self.timeline.observe(outputs, samples_by_row, num_waiting)
         now, count = time.perf_counter(), int(outputs.num_steps)
         self._ends += [self._last + (now - self._last) * (index + 1) / count for index in range(count)]

@@ -1,7 +1,7 @@
 """The driver of llama.cpp's server, which has continuous batching; a thread per request asks it over HTTP.
 
-The server gets a GGUF file with the same weights (`gguf_weights.py`). Its cache of prompts is off, as a second round would find
-the prompts of the first. Times per token are the server's own.
+The server gets a GGUF file with the same weights (`gguf_weights.py`). Its cache of prompts is off, because a second round would
+find the prompts of the first in it. Times per token are the server's own.
 """
 
 import concurrent.futures

@@ -1,4 +1,4 @@
-"""Resident memory of processes as Linux counts it. Systems without /proc tell the peak of this process only."""
+"""Resident memory of processes as Linux counts it. On systems without /proc only the peak of this process is known."""
 
 import pathlib
 import resource
@@ -8,18 +8,18 @@ _CLEAR = pathlib.Path("/proc/self/clear_refs")
 
 
 def resident_bytes() -> int | None:
-    """Returns what this process has now; None where there is no /proc."""
+    """Returns the resident memory of this process; None where there is no /proc."""
     return status_bytes(_STATUS, "VmRSS")
 
 
 def peak_bytes() -> int:
-    """Returns the most that this process had at a time since it started, or since `forget_peak`."""
+    """Returns the most resident memory that this process had since it started, or since `forget_peak`."""
     peak = status_bytes(_STATUS, "VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if peak is None else peak
 
 
 def forget_peak() -> None:
-    """Sets the peak to what is resident now; does nothing where the system cannot."""
+    """Sets the peak to the present resident memory; does nothing where the system does not support that."""
     try:
         _CLEAR.write_text("5")
     except OSError:

@@ -1,4 +1,4 @@
-"""A peer in a process and an interpreter of its own: starts it, asks it, reads how much it uses, and ends it."""
+"""Starts a peer in a process and an interpreter of its own, sends it requests, reads how much it uses, and ends it."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ _END_SECONDS = 10
 
 
 class PeerError(RuntimeError):
-    """A peer could not do what it was asked to."""
+    """A peer failed to do what a request asked for."""
 
 
 class PeerUnavailable(PeerError):
@@ -46,11 +46,11 @@ class Peer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a process and its children have used.
+    """The processor time and memory that a process and its children have used.
 
     Attributes:
       cpu_seconds: processor time of all cores since the start; None where there is no /proc.
-      peak_bytes: sum of the peaks of resident memory of each process; None likewise.
+      peak_bytes: sum of the peaks of resident memory of each process; None where there is no /proc.
     """
 
     cpu_seconds: float | None
@@ -61,10 +61,10 @@ class PeerProcess:
     """A driver module in a process; as a context manager it ends the process and its children.
 
     Args:
-      python: interpreter.
+      python: path of the interpreter.
       module: the driver, such as "peers.vllm_driver".
-      arguments: of the module.
-      environment: variables that are set or replaced.
+      arguments: command-line arguments of the module.
+      environment: environment variables to set or replace.
 
     Raises:
       PeerUnavailable: if there is no such interpreter.

@@ -3,9 +3,9 @@
     {"do": "load", "settings": {...}}                             -> {"versions": {...}, ...}
     {"do": "run", "prompts": [[...]], "output_lengths": [...]}    -> {"seconds": 1.5, "token_ids": [[...]], ...}
 
-A request that fails is answered by {"error": "..."}; a missing package by {"unavailable": "..."}. The end of stdin ends the
-peer. Between requests it waits in a read, so it takes no processor time from the engine that runs. This module needs the
-standard library only, as it is imported by interpreters that may lack all packages.
+The answer to a request that fails is {"error": "..."}, or {"unavailable": "..."} if a package is missing. The end of stdin ends
+the peer. Between requests it waits in a read, so it takes no processor time from the engine that runs. This module needs the
+standard library only, because interpreters import it that may lack all packages.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from typing import Any, Protocol
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings that all peers get.
+    """The settings that all peers get.
 
     Attributes:
       model: a checkpoint's directory in Hugging Face layout, with or without a tokenizer.
-      dtype: of weights, keys and values.
+      dtype: dtype of weights, keys and values.
       max_slots: sequences that run at the same time.
       max_model_len: longest sequence, tokens.
       chunk_size: prompt tokens per step, for peers that have such a limit.
@@ -49,9 +49,9 @@ class Round:
 
     Attributes:
       seconds: from the first request handed over to the last token in hand.
-      token_ids: generated, per request.
+      token_ids: generated tokens of each request.
       seconds_per_token: per request of two tokens or more, the time from its first to its last token over the tokens after the
-        first; None if the peer does not tell.
+        first; None if the peer does not report it.
       more: figures that only this peer has.
     """
 
@@ -65,7 +65,7 @@ class Driver(Protocol):
     """An engine that is loaded once and run again and again."""
 
     def load(self, settings: Settings) -> dict[str, Any]:
-        """Loads weights and returns versions and whatever else is to be recorded."""
+        """Loads weights, and returns versions and further facts for the records."""
         ...
 
     def run(self, prompts: Sequence[list[int]], output_lengths: Sequence[int]) -> Round:
@@ -74,7 +74,7 @@ class Driver(Protocol):
 
 
 def serve(driver: Driver) -> None:
-    """Answers requests until stdin ends; what libraries print goes to stderr."""
+    """Answers requests until stdin ends; the output of libraries goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""Records of the throughput benchmark, per round, per engine and per comparison, and what it prints."""
+"""Records of the throughput benchmark, per round, per engine and per comparison, and its printed report."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,17 @@ _METHOD = (
     "they were, of max(FLOPs / matmul rate, bytes / read bandwidth)"
 )
 _MEGA = 1e6
-_BUSY_SHARE = 0.03  # processor time of engines that should be idle, as a share of a round, from which on it is told
+_BUSY_SHARE = 0.03  # idle engines' share of a round's processor time from which on a line reports it
 
 
 def about(peaks: Mapping[str, Any], workload: Mapping[str, Any], dtype: str, model: str) -> Record:
-    """Returns what every record of a run says; device and versions are those that the process of the peaks told."""
+    """Returns the fields of every record of a run; device and versions come from the process that measured the peaks."""
     where = dict(peaks["provenance"]) | {"seed": workload["seed"], "method": _METHOD}
     return {"model": model, "dtype": dtype, "workload": dict(workload), **where}
 
 
 def round_record(measured: Measured, workload: Workload) -> Record:
-    """Returns the record of a timed round, without what single steps did."""
+    """Returns the record of a timed round, without its steps."""
     spans, cpu = measured.seconds_per_token, measured.others_cpu_seconds
     return {
         "kind": "round",
@@ -48,7 +48,7 @@ def round_record(measured: Measured, workload: Workload) -> Record:
 
 
 def summary_record(rounds: Sequence[Record], loaded: Mapping[str, Any], peak_bytes: int | None) -> Record:
-    """Returns the medians over the rounds of one engine, and what it told about itself."""
+    """Returns the medians over the rounds of one engine, and its answer to loading."""
     names = (
         "seconds",
         "requests_per_s",
@@ -71,7 +71,7 @@ def summary_record(rounds: Sequence[Record], loaded: Mapping[str, Any], peak_byt
 def engine_record(
     rounds: Sequence[Record], measured: Sequence[Measured], workload: Workload, loaded: Mapping[str, Any], peaks: Record
 ) -> Record:
-    """Returns what jaxserve's steps did in its round of median length, against what the machine could do."""
+    """Returns the figures of jaxserve's steps in its round of median length, compared with the limits of the machine."""
     middle = sorted(measured, key=lambda one: one.seconds)[len(measured) // 2]
     more = middle.more
     work = Work(np.array(more["flops"]), np.array(more["bytes"]))

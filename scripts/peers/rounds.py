@@ -19,9 +19,9 @@ class Measured:
       name: the engine's name.
       index: number of the round, from 0.
       seconds: duration of the round.
-      seconds_per_token: per request, if the engine tells.
-      token_ids: generated, per request.
-      others_cpu_seconds: processor time that the other engines took meanwhile; None if the system does not tell.
+      seconds_per_token: time per token of each request, if the engine reports it.
+      token_ids: generated tokens of each request.
+      others_cpu_seconds: processor time of the other engines during the round; None if the system does not report it.
       more: figures that only this engine has.
     """
 
@@ -38,7 +38,7 @@ def run_once(peer: Peer, workload: Workload, timeout_s: float) -> dict[str, Any]
     """Runs one round and returns the answer.
 
     Raises:
-      PeerError: if the engine failed, or generated another number of tokens than it was told to.
+      PeerError: if the engine failed, or generated another number of tokens than the workload asks for.
     """
     message = {"do": "run", "prompts": workload.prompts, "output_lengths": workload.output_lengths}
     answer = peer.ask(message, timeout_s)
@@ -89,7 +89,7 @@ def measure(
 
 
 def _cpu_seconds(peers: Mapping[str, Peer], busy: str) -> float | None:
-    """Returns the processor time of all peers but the busy one; None if the system does not tell."""
+    """Returns the processor time of all peers but the busy one; None if the system does not report it."""
     usages = [peer.usage().cpu_seconds for name, peer in peers.items() if name != busy]
     return sum(usage for usage in usages if usage is not None) if None not in usages else None
 

@@ -1,6 +1,6 @@
-"""The driver of vLLM, which runs in this process without prefix caching, as a second round would find the first one's prompts.
+"""The driver of vLLM, which runs in this process, without prefix caching, because every round has the same prompts.
 
-On CPUs its manual recommends loading Intel's OpenMP and tcmalloc before anything else: that is done if they are installed.
+On CPUs its manual recommends loading Intel's OpenMP and tcmalloc first; the driver does so if they are installed.
 """
 
 import ctypes.util
@@ -36,7 +36,7 @@ class Vllm:
             max_model_len=settings.max_model_len,
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
-            disable_log_stats=False,  # requests would have no times without
+            disable_log_stats=False,  # with True requests would have no times
             **pool,
             **settings.options,
         )
@@ -64,7 +64,7 @@ class Vllm:
 
 
 def preloaded() -> list[str]:
-    """Returns the installed libraries that vLLM's CPU build is faster with."""
+    """Returns the installed libraries that make vLLM's CPU build faster."""
     openmp = pathlib.Path(sys.prefix) / "lib" / "libiomp5.so"  # from the package intel-openmp
     return [*filter(None, [ctypes.util.find_library("tcmalloc_minimal")]), *([str(openmp)] if openmp.exists() else [])]
 

@@ -1,8 +1,8 @@
 """States of an engine in the middle of its service, whose steps the scaling benchmark times.
 
-A sweep varies one thing and nothing else. Capacities stay too: every case has the longest sequence and the pages of the largest
-case, so the sweep shows what work costs and not what room for more costs (the sweeps "capacity" and "pages" show that). Slots
-in use decode; their pages are scattered over the pool, as after a long service.
+A sweep varies one quantity and nothing else. Capacities stay too: every case has the longest sequence and the pages of the
+largest case, so the sweep shows the cost of work and not the cost of capacity (the sweeps "capacity" and "pages" show that).
+Slots in use decode; their pages are scattered over the pool, as after a long service.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from jaxserve import EngineConfig, EngineState, ModelConfig, Status, init_state
 from jaxserve.core.cache import PageTable
 
 _WAITING_PROMPT = 8  # tokens of a sequence that waits
-_SHORT = 64  # tokens of the short ones beside a long one
+_SHORT = 64  # tokens of the short sequences beside a long one
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """Sizes that hold where a sweep does not vary them.
+    """The sizes that a sweep does not vary.
 
     Attributes:
       slots: number of slots, all in use.
@@ -41,11 +41,11 @@ class Base:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One state.
+    """The sizes of one state.
 
     Attributes:
       sweep: name of the sweep.
-      value: what the sweep varies has this value here.
+      value: value of the quantity that the sweep varies.
       slots: number of slots.
       lengths: tokens of the sequences in slots, from slot 0 on; further slots are not in use.
       vocab_size: tokens of the vocabulary.
@@ -96,7 +96,7 @@ class Sweep:
       unit: (number, name) of the unit in which the slope of the cost is given.
       flat: True if the scheduler's cost should not depend on it at all.
       make: makes the cases of one value.
-      of_model: True if it says anything about the step with the model in it.
+      of_model: True if the sweep is useful for the step with the model too.
     """
 
     values: tuple[int, ...]
@@ -220,7 +220,7 @@ def make_cases(name: str, base: Base, values: Sequence[int] = ()) -> list[Case]:
 
 
 def _fits(name: str, base: Base, value: int) -> bool:
-    """Tells whether a default value makes sense beside the sizes that are not varied."""
+    """Returns whether a default value makes sense with the sizes that are not varied."""
     return {
         "active": value <= base.slots,
         "turnover": not value or base.slots % value == 0,

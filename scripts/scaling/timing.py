@@ -1,8 +1,8 @@
 """Times steps from a given state again and again: with the model, and with a stub in its place.
 
-Calls of n steps are timed beside calls of one (`lib/timing.py`). Before each timed call the state is set back, its pool left
-where it is; so every call does the same work, and the pool is handed from case to case. With the stub, a step is the scheduler
-alone: aborts, admission, pages, plan, counts, advance, retire.
+Calls of n steps and calls of one step are timed in pairs (`lib/timing.py`). Before each timed call the state is set back, but
+not its pool; so every call does the same work, and cases can share a pool. With the stub, a step is the scheduler alone:
+aborts, admission, pages, plan, counts, advance, retire.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class Program:
     """A program that takes steps in one dispatch.
 
     Attributes:
-      run: takes a state, which is donated, and the number of steps; returns the state, and outputs that tell what happened.
+      run: takes a state, which is donated, and the number of steps; returns the state and the outputs.
       count_drawn: takes the outputs and the number of steps; returns how many tokens each slot drew.
     """
 
@@ -81,7 +81,7 @@ def make_stub(config: EngineConfig) -> Program:
 
 
 def make_step(params: nnx.State, model: ModelConfig, config: EngineConfig) -> Program:
-    """Makes the engine's own program; prepare `params` before, or each call prepares them."""
+    """Makes the engine's own program; prepare `params` first, otherwise each call prepares them."""
     run = functools.partial(programs(model, config)["run_steps"], params)
     return Program(run, lambda outputs, n: np.sum(np.asarray(outputs.steps.sampled[:n]), axis=0, dtype=np.int32))
 
@@ -96,7 +96,7 @@ class Pools:
         """Hands out a pool, which must be given back.
 
         Raises:
-          ValueError: if it does not fit into the free memory.
+          ValueError: if the pool does not fit into the free memory.
         """
         num_pages = config.num_pages or 0
         return self._pools.pop(num_pages) if num_pages in self._pools else _random_pool(model, config, num_pages)
@@ -123,16 +123,16 @@ def _random_pool(model: ModelConfig, config: EngineConfig, num_pages: int) -> KV
 
 
 class Bench:
-    """Times the steps of one case; making it compiles them and checks what they do.
+    """Times the steps of one case; the constructor compiles them and checks their results.
 
     Args:
-      case: sizes, and what the steps should do.
+      case: sizes of the state, and the expected behaviour of the steps.
       config: the engine's configuration for the case.
-      state: where every timed call starts; its pool is None.
-      program: takes the steps.
+      state: the state in which every timed call starts; its pool is None.
+      program: the program that takes the steps.
       num_steps: steps of the longer call.
       model: hyperparameters, for the pool; None: the program needs no pool.
-      pools: where the pool is taken from; None likewise.
+      pools: the pools to take one from; None: the program needs no pool.
 
     Raises:
       ValueError: if the pool does not fit.

@@ -1,7 +1,7 @@
 """A process that starts an engine, serves one token and prints the time of each phase; `benchmark_startup.py` runs it.
 
 The argument is a JSON object with the fields of `EngineOptions` and the length of the prompt. The last line of stdout is a JSON
-object with the times and what was compiled.
+object with the times and the numbers of compiled programs.
 """
 
 import time

@@ -55,7 +55,7 @@ def test_the_launch_list_tells_what_is_in_a_command_buffer():
         next(launch for launch in launches if launch.name.startswith(name)) for name in ("paged", "rotary")
     )
     assert (decode.grid, decode.num_threads, decode.shared_memory_bytes) == ((8, 64, 1), 128, 71680)
-    assert write.inside == ("While", "CommandBuffer", "While")
+    assert write.enclosing_kinds == ("While", "CommandBuffer", "While")
     assert gate_dump._summary(launches) == Launches(
         num_kernels=4,
         num_copies=2,
