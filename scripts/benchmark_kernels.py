@@ -7,8 +7,9 @@
 
 The backends that run here and the baselines (plain JAX, cuDNN, PyTorch) take turns on the same data; those that cannot run are
 named with the reason. Each result is compared with the reference before it is timed; a wrong one is reported as failed, is not
-timed, and makes the exit status 1. Times leave dispatch out (`lib/timing.py`), the data is more than caches hold (`--cache_mb`),
-and the peaks of the device are measured in the same run. `kernel_bench/step_timing.py` explains how the step is timed.
+timed, and makes the exit status 1. Times leave dispatch out (`lib/timing.py`), and the data is more than caches hold (see
+`--cache_mb`). The peaks of the device are measured in the same run. `kernel_bench/step_timing.py` explains how the step is
+timed.
 """
 
 import dataclasses
