@@ -50,6 +50,7 @@ class AsyncEngine:
           ValueError: if the engine has requests, or runs in another AsyncEngine, or `steps_per_call` is out of range.
         """
         self.engine = engine
+        self._steps_per_call = engine.check_max_steps(steps_per_call)
         self._queue = engine.queue
         self._changed = threading.Condition()  # guards what follows
         self._handles: dict[str, RequestHandle] = {}  # of unfinished requests, by id
@@ -66,11 +67,10 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
         engine.claim(self._thread)
         try:
-            self._steps_per_call = engine.check_max_steps(steps_per_call)
-        except ValueError:
+            self._thread.start()
+        except RuntimeError:  # the system has no thread left
             engine.release()
             raise
-        self._thread.start()
         atexit.register(self.close)  # a thread that is inside JAX when the interpreter ends would crash
 
     def submit(

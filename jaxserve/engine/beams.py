@@ -14,7 +14,7 @@ from jaxserve.core.beam_search import BeamRules, Hypotheses, beam_search, longes
 from jaxserve.core.cache import bytes_per_page
 from jaxserve.core.make_submission import check_prompt
 from jaxserve.core.programs import compiler_options
-from jaxserve.engine.capacity import platform_of
+from jaxserve.engine.capacity import free_bytes, platform_of
 from jaxserve.models import ModelConfig
 from jaxserve.models.prepare import Params, embedding_of, loaded_dtype
 from jaxserve.request import SamplingParams, check_ids, check_int
@@ -109,7 +109,7 @@ def search_beams(
       beams: parameters for all prompts; None: the defaults.
       params: weights, as from `nnx.split(Transformer(model))`.
       model: hyperparameters.
-      config: capacities, page size and backend.
+      config: capacities, page size and backend; None stands for the default of the platform that the weights are on.
       tokenizer: encodes text prompts and decodes the results; None: prompts must be token ids, and texts are empty.
       eos_token_ids: the model's own end-of-sequence ids.
 
@@ -117,7 +117,8 @@ def search_beams(
       ValueError: before anything is generated, if a prompt is not valid (the message has its index), or the beams or pages
         of one prompt do not fit.
     """
-    beams = beams or BeamParams()
+    beams, platform = beams or BeamParams(), platform_of(embedding_of(params))
+    config = dataclasses.replace(config, attention_backend=config.backend_on(platform))
     eos = tuple(dict.fromkeys(eos_token_ids if beams.eos_token_ids is None else beams.eos_token_ids))
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     encoded = []
@@ -131,7 +132,7 @@ def search_beams(
 
     num_requests, capacity, max_new = _shape(encoded, beams, model=model, config=config)
     _check_memory(num_requests, capacity, max_new, beams.width, params=params, model=model, config=config)
-    search = _program(model, config, beams.width, platform_of(embedding_of(params)))
+    search = _program(model, config, beams.width, platform)
     outputs: list[BeamSearchOutput] = []
     for first in range(0, len(encoded), num_requests):
         some = encoded[first : first + num_requests]
@@ -285,14 +286,10 @@ def _check_memory(
     config: EngineConfig,
 ) -> None:
     """Raises ValueError if the device reports less free memory than the pool takes."""
-    weight = embedding_of(params)
     num_pages = num_requests * _pages_per_request(capacity, max_new, width, model=model, config=config)
     needed = num_pages * bytes_per_page(model, config.page_size, config.kv_dtype or str(loaded_dtype(params)))
-    reported = next(iter(weight.devices())).memory_stats() or {}
-    if "bytes_limit" not in reported:
-        return
-    free = reported["bytes_limit"] - reported.get("bytes_in_use", 0)
-    if needed > free:
+    free = free_bytes(embedding_of(params))
+    if free is not None and needed > free:
         raise ValueError(
             f"the {num_pages} pages of {num_requests} prompts searched with width={width} take {needed / 1e6:.1f} MB, but "
             f"{free / 1e6:.1f} MB of the device's memory are free: use a smaller width, fewer tokens or fewer slots, or "

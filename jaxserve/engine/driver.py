@@ -19,6 +19,7 @@ from jaxserve.core.logits_fn import LogitsFn
 from jaxserve.core.programs import Changes
 from jaxserve.core.scheduler import EngineState, Handles, Status
 from jaxserve.core.step import StepOutputs
+from jaxserve.engine.capacity import platform_of
 from jaxserve.engine.intake import Intake
 from jaxserve.engine.live_requests import LiveSample
 from jaxserve.engine.memory import keep_buffers, release_zeros, trim
@@ -128,7 +129,7 @@ class Driver:
             self._state, outputs = self.programs.run_steps(self.weights.leaves, self._state, np.int32(0))
             jax.device_get((outputs.packed, outputs.prompt))
         trim()
-        if next(iter(self.weights.leaves[0].devices())).platform == "cpu":
+        if platform_of(self.weights.leaves[0]) == "cpu":
             keep_buffers()
         self._warm = True
         return time.monotonic() - start

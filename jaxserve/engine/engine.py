@@ -362,8 +362,8 @@ class Engine:
             requests are gone and the engine is ready for new ones.
           RuntimeError: if the engine works for an `AsyncEngine`.
         """
-        updates = self._step(max_steps)
-        return self._mailboxes.take_all() + updates
+        self._mailboxes.put(self._step(max_steps))
+        return self._mailboxes.take_all()
 
     def warm_up(self) -> None:
         """Compiles all programs that are not compiled yet. No request makes the engine compile anything afterwards."""
@@ -381,13 +381,13 @@ class Engine:
         for live in requests:
             self.queue.add(live)
         ids = [live.id for live in requests]
-        mailbox, unfinished, alive = self._mailboxes.open(ids), set(ids), collections.deque(ids)
+        mailbox, unfinished, alive = self._mailboxes.open(ids), set(ids), collections.deque(requests)
         try:
             while unfinished:
                 self._mailboxes.put(self._step(steps_per_call))
                 updates = mailbox.copy()
                 mailbox.clear()
-                while alive and alive[0] not in self.queue.unfinished:
+                while alive and not self.queue.is_unfinished(alive[0]):
                     alive.popleft()
                 if not updates and not alive:
                     raise RuntimeError(
@@ -400,8 +400,8 @@ class Engine:
                     yield update
         finally:
             self._mailboxes.close(mailbox, ids)
-            for request_id in unfinished:
-                self.abort(request_id)
+            for live in filter(self.queue.is_unfinished, requests):
+                self.abort(live.id)
 
     def _check_owner(self) -> None:
         if self._owner not in (None, threading.current_thread()):

@@ -157,6 +157,10 @@ class RequestQueue:
             heapq.heapify(self._heap)
         return aborted
 
+    def is_unfinished(self, live: LiveRequest) -> bool:
+        """Returns whether this very request has not ended; another one may have its id by now."""
+        return self.unfinished.get(live.id) is live
+
     def remove(self, live: LiveRequest) -> None:
         """Removes a request that has ended."""
         del self.unfinished[live.id]

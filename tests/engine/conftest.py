@@ -26,13 +26,13 @@ def warm_engine(checkpoint: pathlib.Path) -> Engine:
 @pytest.fixture
 def engine(warm_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """Nothing may be compiled, in whatever thread; afterwards nothing is left behind."""
-    step = warm_engine.step
+    step = warm_engine._step  # which `step`, `generate` and streams have in common
 
-    def guarded(max_steps: int | None = None) -> list[Update]:
+    def guarded(max_steps: int | None) -> list[Update]:
         with forbid_compilation():
             return step(max_steps)
 
-    monkeypatch.setattr(warm_engine, "step", guarded)
+    monkeypatch.setattr(warm_engine, "_step", guarded)
     yield warm_engine
     while warm_engine.has_work:
         warm_engine.step()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 import time
 
 import pytest
@@ -177,3 +178,14 @@ def test_new_weights_may_be_set_while_requests_run(engine: Engine) -> None:
             engine.set_params(params)
             time.sleep(0.01)
         assert all(len(tokens_of(handle.result(PATIENCE))[0]) == 60 for handle in handles)
+
+
+def test_a_thread_that_does_not_start_leaves_the_engine_free(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            AsyncEngine(engine)
+    assert len(engine.generate([[1, 2]], SHORT)) == 1

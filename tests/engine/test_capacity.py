@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from jaxserve import Engine, EngineConfig
+from jaxserve import BeamParams, Engine, EngineConfig, search_beams
 from jaxserve.core.programs import compiler_options
 from jaxserve.engine.capacity import resolve_capacities
 from pallas_kernels.backend import compiles_for_cuda
@@ -61,3 +61,12 @@ def test_weights_on_a_cpu_are_served_beside_another_default_platform(monkeypatch
     engine = Engine(small_model.make_params(), small_model.MODEL, config)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(engine.driver.state.pool)} == {"uint16"}
     assert compiler_options(engine.config, "cpu") is None and compiler_options(engine.config) is not None
+
+
+def test_beams_are_searched_where_the_weights_are(monkeypatch):
+    monkeypatch.setattr("pallas_kernels.native.library.why_not", lambda: "not here")
+    fields = {"params": small_model.make_params(), "model": small_model.MODEL, "config": CONFIG}
+    expected = search_beams([[1, 2]], BeamParams(width=2, max_tokens=3), **fields)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    fields["config"] = dataclasses.replace(CONFIG, attention_backend=None)
+    assert search_beams([[1, 2]], BeamParams(width=2, max_tokens=3), **fields) == expected

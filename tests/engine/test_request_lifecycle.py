@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve import Engine, QueueFullError, Request, RequestOutput
+from jaxserve import Engine, QueueFullError, Request, RequestOutput, Update
 from jaxserve.core.scheduler import Status
 from tests.engine.serving import (
     CONFIG,
@@ -94,6 +94,38 @@ def test_a_stream_whose_end_another_caller_was_told_raises_and_does_not_wait_for
         engine.step()
     with pytest.raises(RuntimeError, match="mine: the end of these was told to another caller"):
         list(updates)
+
+
+def test_a_stream_has_no_hold_on_another_request_that_got_the_id_of_its_own(engine: Engine) -> None:
+    (expected,) = engine.generate([[3, 4]], LONG)
+    for leave in ("closed", "read on"):
+        stream = engine.stream([1, 2], SHORT, id="mine", steps_per_call=1)
+        next(stream)
+        while engine.has_work:
+            engine.step()
+        later = engine.stream([3, 4], LONG, id="mine", steps_per_call=1)
+        updates = [next(later)]
+        if leave == "closed":
+            stream.close()
+        else:
+            with pytest.raises(RuntimeError, match="mine: the end of these was told to another caller"):
+                next(stream)
+        assert same(check_updates(updates + list(later)), expected)
+
+
+def test_updates_after_a_told_end_are_not_those_of_the_stream_that_missed_it(engine: Engine) -> None:
+    stream, other = (engine.stream([1, 2], SHORT, id=name, steps_per_call=1) for name in ("mine", "other"))
+    next(stream)
+    while engine.has_work:
+        engine.step()
+    engine.add_request([3, 4], SHORT, id="mine")
+    assert check_updates(list(other)).request_id == "other"
+    with pytest.raises(RuntimeError, match="mine: the end of these was told to another caller"):
+        list(stream)
+    updates: list[Update] = []
+    while engine.has_work:
+        updates += engine.step()
+    assert check_updates(updates).prompt_token_ids == (3, 4)
 
 
 def test_a_stop_string_of_the_last_request_frees_its_pages_too(engine: Engine) -> None:
