@@ -82,7 +82,7 @@ class Loop:
         for row, sample in on_device:
             if sample.finished and row not in changed and sample.has_news:
                 changed[row] = sample
-            if sample.live.finished and sample.live.id in self._queue.unfinished:
+            if sample.live.finished and self._queue.is_unfinished(sample.live):
                 self._end(sample.live)
         self._reporter.stats.count(outputs)
         return self._reporter.take_updates(changed.values())

@@ -128,6 +128,24 @@ def test_updates_after_a_told_end_are_not_those_of_the_stream_that_missed_it(eng
     assert check_updates(updates).prompt_token_ids == (3, 4)
 
 
+def test_an_id_may_be_used_again_while_the_device_still_runs_the_request_that_had_it(engine: Engine) -> None:
+    """A stop string ends a request on the host; its row runs on until the device hears of that."""
+    (free,) = engine.generate(["the cat"], LONG)
+    (expected,) = engine.generate([[3, 4]], SHORT)
+    engine.add_request("the cat", dataclasses.replace(LONG, stop=free.outputs[0].text[3:6]), id="again")
+    engine.reset_stats()
+    results: list[RequestOutput] = []
+    while engine.has_unfinished:
+        for update in engine.step(1):
+            if update.output is not None:
+                results.append(update.output)
+                if len(results) == 1:
+                    assert engine.driver.samples_by_row
+                    engine.add_request([3, 4], SHORT, id="again")
+    assert [output.outputs[0].finish_reason for output in results] == ["stop", "length"]
+    assert same(results[1], expected) and engine.stats.num_requests == 2
+
+
 def test_a_stop_string_of_the_last_request_frees_its_pages_too(engine: Engine) -> None:
     (free,) = engine.generate(["the cat"], LONG)
     text = free.outputs[0].text
