@@ -30,14 +30,14 @@ class Batch:
     """Rows with rules, and what the oracle makes of their logits."""
 
     logits: np.ndarray
-    wanted: SamplingArrays
+    arrays: SamplingArrays
     rules: LogitRules
     context: Context
     changed: np.ndarray  # logits after the rules, float64
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        return self.logits, self.wanted, self.rules, self.context
+        return self.logits, self.arrays, self.rules, self.context
 
     @property
     def possible(self) -> np.ndarray:
@@ -48,8 +48,8 @@ class Batch:
     def support(self) -> Support:
         """Of greedy rows: at temperature 1. Of rows with no token left: of any token."""
         sure = np.where(self.possible[:, None], self.changed, 0)
-        temperature = np.where(self.wanted.temperature > 0, self.wanted.temperature, np.float32(1))
-        return support_of(sure, self.wanted.replace(temperature=temperature))
+        temperature = np.where(self.arrays.temperature > 0, self.arrays.temperature, np.float32(1))
+        return support_of(sure, self.arrays.replace(temperature=temperature))
 
 
 def make_batch(seed: int, num_cases: int, num_repeats: int) -> Batch:
@@ -62,14 +62,14 @@ def make_batch(seed: int, num_cases: int, num_repeats: int) -> Batch:
     seen = context.seen
     rules, context = jax.tree.map(lambda leaf: leaf[of_case], (rules, context.replace(seen=None)))
     number = len(of_case)
-    wanted = random_limits(rng, number, VOCAB).replace(
+    arrays = random_limits(rng, number, VOCAB).replace(
         num_logprobs=np.where(rng.random(number) < 0.8, K, -1).astype(np.int32), processed=rng.random(number) < 0.5
     )
     greedy = rng.random(number) < 0.3
-    wanted = wanted.replace(temperature=np.where(greedy, np.float32(0), wanted.temperature))
+    arrays = arrays.replace(temperature=np.where(greedy, np.float32(0), arrays.temperature))
     logits = sampling_cases.grid(rng, number, VOCAB)
     changed = np.stack([sampling_cases.ruled(row, cases[case]) for row, case in zip(logits, of_case, strict=True)])
-    return Batch(logits, wanted, rules, context.replace(seen=seen), changed)
+    return Batch(logits, arrays, rules, context.replace(seen=seen), changed)
 
 
 @functools.cache
@@ -87,7 +87,7 @@ def assert_rows_follow_the_oracle(drawn: Sampled, batch: Batch) -> None:
     """Which rows fail, which token greedy rows get, and that random rows stay within their support."""
     row = np.arange(len(batch.logits))
     np.testing.assert_array_equal(drawn.failed, ~batch.possible)
-    greedy, support = batch.possible & (batch.wanted.temperature == 0), batch.support
+    greedy, support = batch.possible & (batch.arrays.temperature == 0), batch.support
     random = batch.possible & ~greedy
     np.testing.assert_array_equal(drawn.token[greedy], np.argmax(batch.changed, axis=1)[greedy])
     assert np.all(support.widest[row, drawn.token][random])
@@ -107,12 +107,12 @@ def test_with_rules_in_any_combination_nothing_outside_the_support_is_drawn():
 @pytest.mark.parametrize("mode", ["raw", "processed"])
 def test_logprobs_are_of_the_raw_distribution_or_of_the_one_drawn_from(mode):
     batch, drawn = big_batch(), drawn_of_big_batch()
-    asked = batch.possible & (batch.wanted.num_logprobs >= 0) & (batch.wanted.processed == (mode == "processed"))
+    asked = batch.possible & (batch.arrays.num_logprobs >= 0) & (batch.arrays.processed == (mode == "processed"))
     logits = batch.logits.astype(np.float64)
     if mode == "processed":
         logits = np.where(batch.possible[:, None], batch.changed, 0)
-        random = batch.wanted.temperature > 0
-        temperature = np.where(random, batch.wanted.temperature, np.float32(1))[:, None]
+        random = batch.arrays.temperature > 0
+        temperature = np.where(random, batch.arrays.temperature, np.float32(1))[:, None]
         scaled = (logits.astype(np.float32) / temperature).astype(np.float64)
         logits = np.where(batch.support.kept | ~random[:, None], scaled, -np.inf)
         asked &= ~(batch.support.ambiguous & random)
@@ -134,7 +134,7 @@ def test_logprobs_are_of_the_raw_distribution_or_of_the_one_drawn_from(mode):
 
 def test_rows_with_rules_that_ask_for_no_logprobs_get_the_raw_one_of_their_token():
     batch, drawn = big_batch(), drawn_of_big_batch()
-    silent = batch.possible & (batch.wanted.num_logprobs < 0)
+    silent = batch.possible & (batch.arrays.num_logprobs < 0)
     raw = np.log(softmax(batch.logits.astype(np.float64)))[np.arange(len(batch.logits)), drawn.token]
     np.testing.assert_allclose(drawn.logprob[silent], raw[silent], rtol=1e-5, atol=2e-5)
     assert np.all(drawn.rank[silent] == 0) and np.all(drawn.top_ids[silent] == -1)
@@ -156,24 +156,24 @@ def test_draws_follow_the_distribution_that_rules_leave(limits):
     )
     case = Case(params, (12, 13, 6, 13), (14, 15, 9))
     logits = np.random.default_rng(13).standard_normal((1, VOCAB)).astype(np.float32)
-    wanted, rules, context = sampling_cases.arrays_of([case], VOCAB)
-    probs = support_of(sampling_cases.ruled(logits[0], case)[None], wanted).probs[0]
+    arrays, rules, context = sampling_cases.arrays_of([case], VOCAB)
+    probs = support_of(sampling_cases.ruled(logits[0], case)[None], arrays).probs[0]
     assert 6 < (probs > 0).sum() <= (12 if limits else 17)
     number = NUM_CASES * NUM_REPEATS  # the shape of the program above
-    logits, wanted, rules, context = jax.tree.map(
-        lambda leaf: np.repeat(leaf, number, axis=0), (logits, wanted, rules, context)
+    logits, arrays, rules, context = jax.tree.map(
+        lambda leaf: np.repeat(leaf, number, axis=0), (logits, arrays, rules, context)
     )
-    wanted = wanted.replace(sample_index=np.arange(number, dtype=np.int32))
+    arrays = arrays.replace(sample_index=np.arange(number, dtype=np.int32))
     context = context.replace(seen=context.seen[:NUM_CASES])
-    token = np.asarray(RULED(logits, wanted, rules, context, np.ones(number, bool)).token)
+    token = np.asarray(RULED(logits, arrays, rules, context, np.ones(number, bool)).token)
     assert np.all(probs[token] > 0)
     assert chi_square(token, probs) > 1e-6
 
 
 def take(batch: tuple[Any, ...], order: np.ndarray) -> tuple[Any, ...]:
     """Rows in another order; their slots are where they were."""
-    logits, wanted, rules, context = batch
-    moved = jax.tree.map(lambda leaf: leaf[order], (logits, wanted, rules, context.replace(seen=None)))
+    logits, arrays, rules, context = batch
+    moved = jax.tree.map(lambda leaf: leaf[order], (logits, arrays, rules, context.replace(seen=None)))
     return *moved[:3], moved[3].replace(seen=context.seen)
 
 
@@ -196,33 +196,33 @@ IMPOSSIBLE = SamplingParams(allowed_token_ids=[5, 6], bad_words=[[5], [6]], logp
 
 
 def test_a_row_gives_the_same_whatever_rules_its_neighbours_have():
-    logits, wanted, rules, context = sixty_four(Case(IMPOSSIBLE, (1, 2), ()))
+    logits, arrays, rules, context = sixty_four(Case(IMPOSSIBLE, (1, 2), ()))
     rng = np.random.default_rng(0)
-    wanted = random_limits(rng, 64, VOCAB).replace(
+    arrays = random_limits(rng, 64, VOCAB).replace(
         num_logprobs=rng.integers(-1, K + 1, 64).astype(np.int32), processed=rng.random(64) < 0.5
     )
     none = jax.device_get(plain_rules(64, VOCAB, sampling_cases.CONFIG))
     others = jax.tree.map(lambda leaf: np.roll(leaf, 7, axis=0), rules)
 
     def run(rules: LogitRules, active: np.ndarray | None = None) -> Sampled:
-        return run_sixty_four((logits, wanted, rules, context), active)
+        return run_sixty_four((logits, arrays, rules, context), active)
 
-    def mixed(kept: np.ndarray, rules: LogitRules, others: LogitRules) -> LogitRules:
-        """`rules` in the rows that are kept, `others` in the rest."""
-        return jax.tree.map(lambda a, b: np.where(kept[(...,) + (None,) * (a.ndim - 1)], a, b), rules, others)
+    def mixed(is_target: np.ndarray, rules: LogitRules, others: LogitRules) -> LogitRules:
+        """Returns `rules` in the rows where `is_target`, and `others` in the rest."""
+        return jax.tree.map(lambda a, b: np.where(is_target[(...,) + (None,) * (a.ndim - 1)], a, b), rules, others)
 
     expected, without = run(rules), run(none)
     assert expected.failed[0] and not expected.failed.all() and not without.failed.any()
     assert (expected.token != without.token).sum() > 20
     order = rng.permutation(64)
-    moved = run_sixty_four(take((logits, wanted, rules, context), order))
+    moved = run_sixty_four(take((logits, arrays, rules, context), order))
     assert_rows_equal(moved, jax.tree.map(lambda leaf: leaf[order], expected), np.arange(64))
-    for kept in (np.arange(64) % 2 == 0, np.arange(64) % 5 == 1, np.arange(64) == 9):
-        which = np.flatnonzero(kept)
-        assert_rows_equal(run(mixed(kept, rules, none)), expected, which)
-        assert_rows_equal(run(mixed(kept, none, rules)), without, which)
-        assert_rows_equal(run(mixed(kept, rules, others)), expected, which)
-        assert_rows_equal(run(rules, kept), expected, which)  # the others inactive
+    for is_target in (np.arange(64) % 2 == 0, np.arange(64) % 5 == 1, np.arange(64) == 9):
+        which = np.flatnonzero(is_target)
+        assert_rows_equal(run(mixed(is_target, rules, none)), expected, which)
+        assert_rows_equal(run(mixed(is_target, none, rules)), without, which)
+        assert_rows_equal(run(mixed(is_target, rules, others)), expected, which)
+        assert_rows_equal(run(rules, is_target), expected, which)  # the others inactive
 
 
 def test_a_row_with_every_token_ruled_out_fails_and_its_neighbours_do_not():
@@ -245,8 +245,8 @@ def test_logits_that_are_not_finite_fail_their_row_also_where_rules_hide_them(va
 
 
 CHANGED = jax.jit(
-    lambda logits, wanted, rules, context, changed: sample(
-        logits, wanted, rules, context, np.ones(len(logits), bool), max_logprobs=K, changed=changed
+    lambda logits, arrays, rules, context, changed: sample(
+        logits, arrays, rules, context, np.ones(len(logits), bool), max_logprobs=K, changed=changed
     )
 )
 
@@ -260,11 +260,11 @@ def test_what_a_users_function_made_of_the_logits_is_drawn_from_before_the_tempe
     assert_rows_follow_the_oracle(drawn, changed_batch)  # of the rules nothing more is seen
     with pytest.raises(AssertionError):
         assert_rows_follow_the_oracle(drawn, batch)
-    raw, row = changed_batch.possible & ~batch.wanted.processed, np.arange(len(changed))
+    raw, row = changed_batch.possible & ~batch.arrays.processed, np.arange(len(changed))
     expected = np.log(softmax(batch.logits.astype(np.float64)))[row, drawn.token]
     np.testing.assert_allclose(drawn.logprob[raw], expected[raw], rtol=1e-5, atol=2e-5)
-    greedy = changed_batch.possible & batch.wanted.processed & (batch.wanted.temperature == 0)
-    greedy &= batch.wanted.num_logprobs >= 0
+    greedy = changed_batch.possible & batch.arrays.processed & (batch.arrays.temperature == 0)
+    greedy &= batch.arrays.num_logprobs >= 0
     expected = np.log(softmax(np.where(changed_batch.possible[:, None], changed, 0)).max(axis=1))
     np.testing.assert_allclose(drawn.logprob[greedy], expected[greedy], rtol=1e-5, atol=2e-5)
     assert raw.any() and greedy.any()

@@ -54,18 +54,18 @@ def rows(number: int, **values: Any) -> SamplingArrays:
     return plain.replace(**changes)
 
 
-def draw(logits: Any, wanted: SamplingArrays, position: Any = 0, active: Any = True) -> Sampled:
+def draw(logits: Any, arrays: SamplingArrays, position: Any = 0, active: Any = True) -> Sampled:
     """`sample`; a single row of logits, or position, serves all rows.
 
     Few rows are filled up with inactive ones, so that they share a program.
     """
-    number = wanted.temperature.shape[0]
+    number = arrays.temperature.shape[0]
     logits = np.broadcast_to(np.asarray(logits, np.float32), (number, np.shape(logits)[-1]))
     position = np.broadcast_to(np.asarray(position, np.int32), (number,))
     padded = np.minimum(np.arange(max(number, 512)), number - 1)
     active = np.broadcast_to(active, (number,))[padded] & (np.arange(len(padded)) < number)
-    logits, wanted, position = jax.tree.map(lambda leaf: leaf[padded], (logits, wanted, position))
-    drawn = jax.device_get(SAMPLE(logits, wanted, position, active))
+    logits, arrays, position = jax.tree.map(lambda leaf: leaf[padded], (logits, arrays, position))
+    drawn = jax.device_get(SAMPLE(logits, arrays, position, active))
     return jax.tree.map(lambda leaf: leaf[:number], drawn)
 
 
@@ -98,8 +98,8 @@ def random_logits(rng: np.random.Generator, number: int, vocab_size: int) -> np.
 def random_rows(seed: int, number: int, vocab_size: int) -> tuple[np.ndarray, SamplingArrays, Support]:
     """Logits, parameters, and what the oracle makes of them."""
     rng = np.random.default_rng(seed)
-    logits, wanted = random_logits(rng, number, vocab_size), random_limits(rng, number, vocab_size)
-    return logits, wanted, support_of(logits, wanted)
+    logits, arrays = random_logits(rng, number, vocab_size), random_limits(rng, number, vocab_size)
+    return logits, arrays, support_of(logits, arrays)
 
 
 # 100,000 rows in all; the draw has one block of 128 tokens, two, or eight.
@@ -110,10 +110,10 @@ BATCHES = pytest.mark.parametrize(
 
 @BATCHES
 def test_nothing_outside_the_support_is_ever_drawn(seed, number, vocab_size):
-    logits, wanted, support = random_rows(seed, number, vocab_size)
+    logits, arrays, support = random_rows(seed, number, vocab_size)
     drawn = np.zeros_like(support.kept)
     for position in range(5):
-        drawn[np.arange(number), draw(logits, wanted, position).token] = True
+        drawn[np.arange(number), draw(logits, arrays, position).token] = True
     certain = ~support.ambiguous
     assert not np.any(drawn & ~support.widest)
     assert not np.any((drawn & ~support.kept)[certain])
@@ -157,11 +157,11 @@ def chi_square(token: np.ndarray, probs: np.ndarray) -> float:
     counts, expected = np.bincount(token, minlength=len(probs)), probs * len(token)
     rare = expected < 10
     observed = [*counts[~rare], counts[rare].sum()]
-    wanted = [*expected[~rare], expected[rare].sum()]
-    if wanted[-1] == 0:
+    expected_counts = [*expected[~rare], expected[rare].sum()]
+    if expected_counts[-1] == 0:
         assert observed[-1] == 0
-        observed, wanted = observed[:-1], wanted[:-1]
-    return float(scipy.stats.chisquare(observed, wanted).pvalue)
+        observed, expected_counts = observed[:-1], expected_counts[:-1]
+    return float(scipy.stats.chisquare(observed, expected_counts).pvalue)
 
 
 def tokens_drawn(logits: list[float], **settings: Any) -> set[int]:
@@ -217,14 +217,14 @@ def test_logprobs_ranks_and_top_lists_are_those_of_the_raw_distribution():
     rng = np.random.default_rng(3)
     logits = np.round(3 * rng.standard_normal((400, 60)), 1).astype(np.float32)  # rounded: with ties
     logits[rng.random(logits.shape) < 0.1] = -np.inf
-    wanted = rows(
+    arrays = rows(
         400,
         num_logprobs=rng.integers(0, K + 1, 400),
         temperature=rng.choice([0.0, 0.5, 1.5], 400),
         top_p=rng.choice([1.0, 0.5], 400),
         top_k=rng.choice([0, 10], 400),
     )
-    drawn = draw(logits, wanted)
+    drawn = draw(logits, arrays)
     for row, values in enumerate(logits):
         exact = values.astype(np.float64)
         logprobs = exact - (np.log(np.exp(exact - exact.max()).sum()) + exact.max())
@@ -265,30 +265,30 @@ def test_zeros_of_both_signs_are_ties_in_the_top_list_as_they_are_for_greedy_row
 @pytest.mark.parametrize("max_logprobs", [0, 7])
 def test_top_lists_have_their_fixed_size_also_beyond_the_vocabulary(max_logprobs):
     logits = jnp.asarray([[1.0, 3.0, 2.0]], jnp.float32)
-    wanted = rows(1, temperature=0.0, num_logprobs=max_logprobs)
-    drawn = sample_plainly(logits, wanted, jnp.zeros(1, jnp.int32), jnp.ones(1, bool), max_logprobs=max_logprobs)
+    arrays = rows(1, temperature=0.0, num_logprobs=max_logprobs)
+    drawn = sample_plainly(logits, arrays, jnp.zeros(1, jnp.int32), jnp.ones(1, bool), max_logprobs=max_logprobs)
     assert drawn.top_ids.tolist() == [[1, 2, 0, -1, -1, -1, -1][:max_logprobs]]
     assert drawn.top_logprobs.shape == (1, max_logprobs)
 
 
 def test_a_row_gives_the_same_in_any_place_and_beside_any_neighbours():
-    logits, wanted, _ = random_rows(6, 64, 300)
+    logits, arrays, _ = random_rows(6, 64, 300)
     rng = np.random.default_rng(6)
-    wanted = wanted.replace(num_logprobs=rng.integers(-1, K + 1, 64).astype(np.int32))
-    wanted = wanted.replace(sample_index=rng.integers(0, 9, 64).astype(np.int32))
+    arrays = arrays.replace(num_logprobs=rng.integers(-1, K + 1, 64).astype(np.int32))
+    arrays = arrays.replace(sample_index=rng.integers(0, 9, 64).astype(np.int32))
     position = rng.integers(0, 2000, 64)
-    expected = draw(logits, wanted, position)
+    expected = draw(logits, arrays, position)
     for order in (rng.permutation(64), rng.permutation(64)):
-        moved = draw(logits[order], jax.tree.map(lambda leaf, order=order: leaf[order], wanted), position[order])
+        moved = draw(logits[order], jax.tree.map(lambda leaf, order=order: leaf[order], arrays), position[order])
         assert_rows_equal(moved, jax.tree.map(lambda leaf, order=order: leaf[order], expected), np.arange(64))
     other_logits, others, _ = random_rows(7, 64, 300)
     for neighbours in (others, rows(64, temperature=0.0), rows(64, num_logprobs=2, top_p=0.5)):
-        kept = np.arange(64) % 3 == 0
+        is_target = np.arange(64) % 3 == 0
         mixed = jax.tree.map(
-            lambda a, b, kept=kept: np.where(kept[(...,) + (None,) * (a.ndim - 1)], a, b), wanted, neighbours
+            lambda a, b, is_target=is_target: np.where(is_target[(...,) + (None,) * (a.ndim - 1)], a, b), arrays, neighbours
         )
-        drawn = draw(np.where(kept[:, None], logits, other_logits), mixed, np.where(kept, position, 5))
-        assert_rows_equal(drawn, expected, np.flatnonzero(kept))
+        drawn = draw(np.where(is_target[:, None], logits, other_logits), mixed, np.where(is_target, position, 5))
+        assert_rows_equal(drawn, expected, np.flatnonzero(is_target))
 
 
 @pytest.mark.parametrize("limits", [{"top_k": 1}, {"top_p": 0.01}, {"min_p": 1.0}, {"temperature": 0.1}])
@@ -309,9 +309,9 @@ def assert_rows_equal(drawn: Sampled, expected: Sampled, which: np.ndarray) -> N
 
 
 def test_inactive_rows_do_not_disturb_active_ones():
-    logits, wanted, _ = random_rows(8, 64, 50)
+    logits, arrays, _ = random_rows(8, 64, 50)
     active = np.arange(64) % 2 == 0
-    expected = draw(logits, wanted)
+    expected = draw(logits, arrays)
     broken = np.where(active[:, None], logits, np.nan).astype(np.float32)
-    drawn = draw(broken, wanted, active=active)
+    drawn = draw(broken, arrays, active=active)
     assert_rows_equal(drawn, expected, np.flatnonzero(active))

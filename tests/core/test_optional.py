@@ -18,8 +18,8 @@ def heavy(x: jax.Array) -> jax.Array:
 
 
 def test_a_loop_of_no_trips_leaves_nothing_to_do():
-    def skipped(x, wanted):
-        return if_any(wanted, lambda y, x: jnp.max(heavy(x), axis=1), jnp.zeros(ROWS), x)
+    def skipped(x, needed):
+        return if_any(needed, lambda y, x: jnp.max(heavy(x), axis=1), jnp.zeros(ROWS), x)
 
     arguments = (jnp.ones((ROWS, VOCAB)), jnp.zeros(ROWS, bool))
     assert not large_work(skipped, *arguments)
@@ -30,11 +30,11 @@ def test_a_loop_of_no_trips_leaves_nothing_to_do():
 def test_what_is_not_among_the_operands_is_moved_out_and_seen_here():
     """The control; if it fails, XLA has mended its ways, and the barrier may go."""
 
-    def moved(x, wanted):
-        return if_any(wanted, lambda y: jnp.max(heavy(x), axis=1), jnp.zeros(ROWS))
+    def moved(x, needed):
+        return if_any(needed, lambda y: jnp.max(heavy(x), axis=1), jnp.zeros(ROWS))
 
-    def plain(x, wanted):
-        start = (~jnp.any(wanted), jnp.zeros(ROWS))
+    def plain(x, needed):
+        start = (~jnp.any(needed), jnp.zeros(ROWS))
         return lax.while_loop(lambda c: ~c[0], lambda c: (~c[0], jnp.max(heavy(x), axis=1)), start)[1]
 
     arguments = (jnp.ones((ROWS, VOCAB)), jnp.zeros(ROWS, bool))

@@ -65,8 +65,8 @@ def natively() -> Iterator[None]:
         sample = functools.partial(sampling.sample, native=True)
         patch.setattr(sampling_suite, "sample", sample)
         changed = jax.jit(
-            lambda logits, wanted, rules, context, changed: sample(
-                logits, wanted, rules, context, np.ones(len(logits), bool), max_logprobs=K, changed=changed
+            lambda logits, arrays, rules, context, changed: sample(
+                logits, arrays, rules, context, np.ones(len(logits), bool), max_logprobs=K, changed=changed
             )
         )
         plainly = functools.partial(sampling_suite.sample_plainly, max_logprobs=K)
@@ -79,22 +79,22 @@ def natively() -> Iterator[None]:
 
 
 def test_the_tests_above_run_native_kernels():
-    logits, wanted, _ = random_rows(8, 64, 50)
-    arguments = logits, wanted, np.zeros(64, np.int32), np.ones(64, bool)
+    logits, arrays, _ = random_rows(8, 64, 50)
+    arguments = logits, arrays, np.zeros(64, np.int32), np.ones(64, bool)
     assert "jaxserve_choose" in sampling_suite.SAMPLE.lower(*arguments).as_text()
     assert "jaxserve_choose" not in plain_sample.lower(*arguments).as_text()
 
 
 def test_tokens_and_reports_are_those_of_the_plain_sampler_where_rounding_does_not_decide():
-    logits, wanted, support = random_rows(2, 2000, 1000)
+    logits, arrays, support = random_rows(2, 2000, 1000)
     rng = np.random.default_rng(1)
-    wanted = wanted.replace(
-        temperature=np.where(rng.random(2000) < 0.3, np.float32(0), wanted.temperature),
+    arrays = arrays.replace(
+        temperature=np.where(rng.random(2000) < 0.3, np.float32(0), arrays.temperature),
         num_logprobs=np.full(2000, K, np.int32),
     )
-    arguments = logits, wanted, np.arange(2000, dtype=np.int32), np.ones(2000, bool)
+    arguments = logits, arrays, np.arange(2000, dtype=np.int32), np.ones(2000, bool)
     plain, native = (jax.device_get(program(*arguments)) for program in (plain_sample, sampling_suite.SAMPLE))
-    greedy, same = wanted.temperature == 0, native.token == plain.token
+    greedy, same = arrays.temperature == 0, native.token == plain.token
     assert same[greedy].all()
     assert same[~support.ambiguous].mean() > 0.998  # a draw lies within rounding of the next token
     np.testing.assert_array_equal(native.top_ids, plain.top_ids)
@@ -105,10 +105,10 @@ def test_tokens_and_reports_are_those_of_the_plain_sampler_where_rounding_does_n
 
 
 @jax.jit
-def choose(logits, wanted, random, uniforms):
+def choose(logits, active, random, uniforms):
     """At temperature 1, without limits."""
     one, zero = jnp.ones(len(logits), jnp.float32), jnp.zeros(len(logits), jnp.float32)
-    return native.choose(logits, wanted, random, one, zero.astype(jnp.int32), one, zero, uniforms)
+    return native.choose(logits, active, random, one, zero.astype(jnp.int32), one, zero, uniforms)
 
 
 def drawn_with(logits: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
@@ -165,9 +165,9 @@ def test_rows_that_are_not_finite_fail_and_others_do_not(size, value, random):
     logits = np.random.default_rng(size).standard_normal((size + 3, size)).astype(np.float32)
     logits[np.arange(size), np.arange(size)] = value  # in every place
     logits[size:-1] = value
-    wanted = np.arange(size + 3) != size + 1
+    active = np.arange(size + 3) != size + 1
     token, failed = map(
-        np.asarray, choose(logits, wanted, np.full(size + 3, random), np.zeros((size + 3, 2), np.float32))
+        np.asarray, choose(logits, active, np.full(size + 3, random), np.zeros((size + 3, 2), np.float32))
     )
     assert failed.tolist() == [*[value != -np.inf] * size, True, False, False]
     assert token[size + 1] == 0

@@ -19,28 +19,28 @@ NONE = np.zeros(0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What a search by brute force says of pieces of text."""
+class SearchResult:
+    """The result of a search by brute force."""
 
-    text: str  # all that is given out
+    text: str  # all text that must be returned
     matched: str | None
     piece: int | None  # the piece that completed it
 
 
-def search(pieces: list[tuple[str, bool]], stops: list[str], include: bool) -> Found:
-    """Looks at every end of the text in turn; the first at which a stop string may end, and does, is it."""
+def search(pieces: list[tuple[str, bool]], stops: list[str], include: bool) -> SearchResult:
+    """Looks at every end of the text in turn, and stops at the first one where a stop string ends and may end."""
     text = ""
     for index, (piece, may_stop) in enumerate(pieces):
         for character in piece:
             text += character
             for stop in stops:
                 if may_stop and text.endswith(stop):
-                    return Found(text if include else text[: len(text) - len(stop)], stop, index)
-    return Found(text, None, None)
+                    return SearchResult(text if include else text[: len(text) - len(stop)], stop, index)
+    return SearchResult(text, None, None)
 
 
 def longest_beginning(text: str, stops: list[str]) -> int:
-    """Characters at the end of a text with which a stop string begins."""
+    """Returns the number of characters at the end of a text with which a stop string begins."""
     beginnings = {stop[:size] for stop in stops for size in range(1, len(stop))}
     return max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
 
@@ -57,21 +57,19 @@ piece_lists = st.lists(st.tuples(letters, st.booleans() | st.just(True)), max_si
 @example(pieces=[("aab", True)], stops=["b", "aab"], include=False)
 @example(pieces=[("abab", True)], stops=["bab", "ba"], include=False)  # the one that begins first ends last
 @example(pieces=[("aa", True), ("b", True)], stops=["ab"], include=True)  # what was held back is not lost
-def test_the_scanner_gives_out_what_a_search_by_brute_force_does(pieces, stops, include):
+def test_the_scanner_returns_the_text_of_a_search_by_brute_force(pieces, stops, include):
     scanner = StopScanner(stops, include=include)
     expected = search(pieces, stops, include)
-    given_out = ""
+    returned = ""
     for index, (piece, may_stop) in enumerate(pieces):
-        given_out += scanner.push(piece, may_stop=may_stop)
+        returned += scanner.push(piece, may_stop=may_stop)
         so_far = "".join(piece for piece, _ in pieces[: index + 1])
         if expected.piece is not None and index >= expected.piece:
-            assert scanner.matched == expected.matched and given_out == expected.text
+            assert scanner.matched == expected.matched and returned == expected.text
         else:
             assert scanner.matched is None
-            assert given_out == so_far[: len(so_far) - longest_beginning(so_far, stops)], (
-                "no more, no less is held back"
-            )
-    assert given_out + scanner.flush() == expected.text
+            assert returned == so_far[: len(so_far) - longest_beginning(so_far, stops)], "no more, no less is held back"
+    assert returned + scanner.flush() == expected.text
 
 
 @given(text=st.text("ab", max_size=30), stops=stop_lists, include=st.booleans(), cuts=st.lists(st.integers(1, 29)))
@@ -79,8 +77,8 @@ def test_where_a_text_is_cut_changes_nothing(text, stops, include, cuts):
     def whole(ends: list[int]) -> tuple[str, str | None]:
         scanner = StopScanner(stops, include=include)
         starts = [0, *ends]
-        given_out = "".join(scanner.push(text[a:b]) for a, b in zip(starts, [*ends, len(text)], strict=True))
-        return given_out + scanner.flush(), scanner.matched
+        returned = "".join(scanner.push(text[a:b]) for a, b in zip(starts, [*ends, len(text)], strict=True))
+        return returned + scanner.flush(), scanner.matched
 
     assert whole(sorted(cuts)) == whole([]) == whole(list(range(1, len(text))))
 
@@ -105,40 +103,40 @@ def prompt_of(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(tokenizer.encode("the"))
 
 
-def sequence_of(tokenizer: Tokenizer, params: SamplingParams) -> LiveSample:
+def live_sample(tokenizer: Tokenizer, params: SamplingParams) -> LiveSample:
     prompt = prompt_of(tokenizer)
     request = Request(id="r", prompt_token_ids=prompt, params=params)
     return LiveRequest(request, prompt, params, 0, tokenizer, eos_token_ids=(1,)).samples[0]
 
 
-def generate(sequence: LiveSample, token_ids: list[int], every: int = 1) -> list[Update]:
-    """Gives a sequence all tokens, as if the device heard of no stop; returns what is told after each few of them."""
+def generate(sample: LiveSample, token_ids: list[int], every: int = 1) -> list[Update]:
+    """Appends all tokens, as if the device knew of no stop strings; returns the updates after every `every` tokens."""
     updates = []
     for index, token in enumerate(token_ids):
         last = index + 1 == len(token_ids)
-        sequence.append(token, 0.0, 1, NONE, NONE, Status.LENGTH if last else Status.RUNNING)
+        sample.append(token, 0.0, 1, NONE, NONE, Status.LENGTH if last else Status.RUNNING)
         if last:
-            sequence.finish(Status.LENGTH)
+            sample.finish(Status.LENGTH)
         if last or index % every == 0:
-            updates.append(sequence.take_update())
+            updates.append(sample.take_update())
     return [update for update in updates if update is not None]
 
 
 def pieces_of(tokenizer: Tokenizer, token_ids: list[int], min_tokens: int) -> list[tuple[str, bool]]:
-    """The text that each token settles, and what is left at the end."""
+    """Returns the text that becomes final with each token, and the rest at the end."""
     decoder = IncrementalDecoder(tokenizer, context=prompt_of(tokenizer))
     pieces = [(decoder.push(token), number >= min_tokens) for number, token in enumerate(token_ids, 1)]
     return [*pieces, (decoder.flush(), len(token_ids) >= min_tokens)]
 
 
-def check(tokenizer: Tokenizer, token_ids: list[int], params: SamplingParams, every: int = 1) -> Found:
-    """Runs a sequence and holds it against the search by brute force."""
-    sequence = sequence_of(tokenizer, params)
-    updates = generate(sequence, token_ids, every)
+def check(tokenizer: Tokenizer, token_ids: list[int], params: SamplingParams, every: int = 1) -> SearchResult:
+    """Runs a sample and compares it with the search by brute force."""
+    sample = live_sample(tokenizer, params)
+    updates = generate(sample, token_ids, every)
     expected = search(
         pieces_of(tokenizer, token_ids, params.min_tokens), list(params.stop_strings), params.include_stop_str_in_output
     )
-    completion = sequence.completion()
+    completion = sample.completion()
     assert completion.text == expected.text
     num_tokens = len(token_ids) if expected.piece is None else min(expected.piece + 1, len(token_ids))
     assert completion.token_ids == tuple(token_ids[:num_tokens]), (
@@ -187,15 +185,15 @@ def test_a_stop_string_is_found_at_every_place_of_a_text_and_no_update_ends_with
     tokenizer = tokenizer_of(kind)
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     whole = check(tokenizer, token_ids, SamplingParams(max_tokens=99)).text
-    found = 0
+    num_matches = 0
     for start in range(len(whole)):
         for size in (1, 2, 5):
             params = SamplingParams(max_tokens=99, stop=whole[start : start + size])
-            found += check(tokenizer, token_ids, params).matched is not None
-            sequence = sequence_of(tokenizer, params)
+            num_matches += check(tokenizer, token_ids, params).matched is not None
+            sample = live_sample(tokenizer, params)
             if "\ufffd" not in whole:
-                assert not any("\ufffd" in update.text for update in generate(sequence, token_ids))
-    assert found == 3 * len(whole)
+                assert not any("\ufffd" in update.text for update in generate(sample, token_ids))
+    assert num_matches == 3 * len(whole)
 
 
 def test_a_stop_string_may_span_tokens_and_end_within_one():
@@ -203,9 +201,9 @@ def test_a_stop_string_may_span_tokens_and_end_within_one():
     ids = tokenizer.encode("the cat sat on the mat, and", add_special_tokens=False)
     texts = [tokenizer.decode([token]) for token in ids]
     assert " sat" in texts and any(len(text) > 2 for text in texts), "tokens of several characters"
-    sequence = sequence_of(tokenizer, SamplingParams(max_tokens=99, stop="t sa"))
-    generate(sequence, ids)
-    completion = sequence.completion()
+    sample = live_sample(tokenizer, SamplingParams(max_tokens=99, stop="t sa"))
+    generate(sample, ids)
+    completion = sample.completion()
     assert (completion.text, completion.stop_reason, completion.finish_reason) == ("the ca", "t sa", "stop")
     assert tokenizer.decode(completion.token_ids) == "the cat sat", "the token that completes it is whole, and the last"
 
@@ -216,11 +214,11 @@ def test_a_stop_string_of_characters_of_several_bytes_is_found_when_the_last_byt
     names = "ð Ł ĺ Ģ" if kind == "byte level" else "<0xF0> <0x9F> <0x98> <0x80>"
     smile = [tokenizer.backend.token_to_id(name) for name in names.split()]
     a = tokenizer.backend.token_to_id("a")
-    sequence = sequence_of(tokenizer, SamplingParams(max_tokens=99, stop="😀"))
-    updates = generate(sequence, [a, *smile, a, a])
+    sample = live_sample(tokenizer, SamplingParams(max_tokens=99, stop="😀"))
+    updates = generate(sample, [a, *smile, a, a])
     assert "".join(update.text for update in updates) == "a"
     # Byte fallback settles a run of bytes when it ends: one more token is needed there, and belongs to the sequence.
-    assert sequence.completion().token_ids == ((a, *smile) if kind == "byte level" else (a, *smile, a))
+    assert sample.completion().token_ids == ((a, *smile) if kind == "byte level" else (a, *smile, a))
 
 
 def test_of_two_completed_by_one_token_the_first_to_be_complete_wins_and_ties_go_by_the_list():
@@ -233,26 +231,26 @@ def test_of_two_completed_by_one_token_the_first_to_be_complete_wins_and_ties_go
         (("sat", "t sat"), "sat"),
         (("t sat", "sat"), "t sat"),
     ]:
-        sequence = sequence_of(tokenizer, SamplingParams(max_tokens=99, stop=stops))
-        generate(sequence, ids)
-        assert sequence.completion().stop_reason == matched
+        sample = live_sample(tokenizer, SamplingParams(max_tokens=99, stop=stops))
+        generate(sample, ids)
+        assert sample.completion().stop_reason == matched
 
 
 def test_nothing_stops_the_sequence_before_min_tokens_and_what_begins_before_may_end_after():
     tokenizer = tokenizer_of("byte level")
     a, b = (tokenizer.backend.token_to_id(letter) for letter in "ab")
-    sequence = sequence_of(tokenizer, SamplingParams(max_tokens=99, min_tokens=3, stop=("ab", "ba")))
-    generate(sequence, [a, b, a, b, a])
-    assert sequence.completion().text == "a" and sequence.completion().token_ids == (a, b, a)
-    assert sequence.completion().stop_reason == "ba"
+    sample = live_sample(tokenizer, SamplingParams(max_tokens=99, min_tokens=3, stop=("ab", "ba")))
+    generate(sample, [a, b, a, b, a])
+    assert sample.completion().text == "a" and sample.completion().token_ids == (a, b, a)
+    assert sample.completion().stop_reason == "ba"
 
 
 def test_a_character_that_never_becomes_whole_can_complete_a_stop_string_at_the_end():
     tokenizer = tokenizer_of("byte level")
     a, first_byte = tokenizer.backend.token_to_id("a"), tokenizer.backend.token_to_id("ð")
-    sequence = sequence_of(tokenizer, SamplingParams(max_tokens=2, stop="a\ufffd"))
-    generate(sequence, [a, first_byte])
-    completion = sequence.completion()
+    sample = live_sample(tokenizer, SamplingParams(max_tokens=2, stop="a\ufffd"))
+    generate(sample, [a, first_byte])
+    completion = sample.completion()
     assert (completion.text, completion.finish_reason, completion.stop_reason) == ("", "stop", "a\ufffd")
 
 
@@ -260,13 +258,13 @@ def test_a_character_that_never_becomes_whole_can_complete_a_stop_string_at_the_
 def test_the_stop_string_is_left_in_if_asked_for_and_what_its_token_has_beyond_it_is_not(include):
     tokenizer = tokenizer_of("byte level")
     ids = tokenizer.encode("the cat sat", add_special_tokens=False)
-    sequence = sequence_of(tokenizer, SamplingParams(max_tokens=99, stop=" s", include_stop_str_in_output=include))
-    generate(sequence, ids)
-    assert sequence.completion().text == ("the cat s" if include else "the cat")
+    sample = live_sample(tokenizer, SamplingParams(max_tokens=99, stop=" s", include_stop_str_in_output=include))
+    generate(sample, ids)
+    assert sample.completion().text == ("the cat s" if include else "the cat")
 
 
 def test_a_seeded_defect_would_be_seen(monkeypatch: pytest.MonkeyPatch):
-    """The control: a scanner that holds back one character too few gives out what it must take back."""
+    """The control: a scanner that holds back one character too few returns text that is part of a stop string."""
     monkeypatch.setattr(
         StopScanner, "_num_started", lambda self, stop: max(0, longest_beginning(self._held, [stop]) - 1)
     )
