@@ -1,4 +1,4 @@
-"""The command line, what a user types and what comes back: in a process of its own, or here with an engine that is shared."""
+"""The command line and its output: in a process of its own, or here with an engine that is shared."""
 
 import json
 import os

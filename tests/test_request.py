@@ -1,4 +1,4 @@
-"""Sampling parameters and requests: what is taken, and how the rest is refused."""
+"""Sampling parameters and requests: the values that are accepted, and the refusal of all others."""
 
 import dataclasses
 import math

@@ -45,7 +45,7 @@ class Asked:
 
 @dataclasses.dataclass
 class Traced:
-    """What became of a request, and how. The first five fields must not depend on the neighbours."""
+    """The results of a request, and its course. The first five fields must not depend on the neighbours."""
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[np.float32] = dataclasses.field(default_factory=list)
@@ -65,7 +65,7 @@ def make_params(dtype: Any = jnp.float32, seed: int = 0) -> nnx.State:
 
 
 def greedy(**changes: Any) -> SamplingParams:
-    """Greedy, `MAX_NEW` tokens unless changed."""
+    """Returns parameters of a greedy request for `MAX_NEW` tokens, with some fields changed."""
     return SamplingParams(**{"temperature": 0.0, "max_tokens": MAX_NEW, "logprobs": 3} | changes)
 
 
@@ -74,7 +74,7 @@ def make_prompt(rng: np.random.Generator, length: int) -> tuple[int, ...]:
 
 
 def crowd(seed: int, number: int, *, plain: bool = False) -> list[Asked]:
-    """Requests of all kinds and lengths; `plain`: greedy ones that ask for nothing."""
+    """Returns requests of all kinds and lengths; if `plain`, greedy ones without other parameters."""
     rng = np.random.default_rng(seed)
     requests = []
     for index in range(number):
@@ -113,7 +113,7 @@ def submission_of(requests: Sequence[Asked], config: EngineConfig) -> Submission
 
 
 def start(requests: Sequence[Asked], config: EngineConfig) -> EngineState:
-    """A fresh state in which row i holds request i."""
+    """Returns a new state in which row i holds request i."""
     state, handles = submit_program(config)(init_state(MODEL, config), submission_of(requests, config))
     assert handles.row_id[: len(requests)].tolist() == list(range(len(requests)))
     return state
@@ -149,7 +149,7 @@ def has_unfinished(state: EngineState) -> bool:
 
 
 def note(output: Any, rows: dict[int, int], traced: list[Traced]) -> None:
-    """Adds what one step did; `rows` maps queue rows to requests."""
+    """Adds the output of one step; `rows` maps queue rows to requests."""
     for slot, row in enumerate(output.row_id):
         if row not in rows or not output.num_new[slot]:
             continue
@@ -166,14 +166,14 @@ def note(output: Any, rows: dict[int, int], traced: list[Traced]) -> None:
 
 
 def assert_same(actual: Traced, expected: Traced) -> None:
-    """Tokens, logprobs and top lists are the same to the bit."""
+    """Checks that tokens, logprobs and top lists are the same to the bit."""
     for name in ("tokens", "logprobs", "ranks", "top_ids", "top_logprobs"):
         np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name), err_msg=name)
     assert actual.status == expected.status
 
 
 def assert_run_agrees(results: Any, row: int, expected: Traced) -> None:
-    """`run` reports for a row what the steps did."""
+    """Checks that `run` reports the same for a row as the steps."""
     length = len(expected.tokens)
     assert results.num_generated[row] == length
     assert results.status[row] == expected.status

@@ -1,4 +1,4 @@
-"""Conversations: what is sent to the model turn by turn, and what a terminal shows."""
+"""Conversations: the messages that the model gets turn by turn, and the output in a terminal."""
 
 import contextlib
 import os
@@ -42,7 +42,7 @@ def engine(checkpoint: pathlib.Path) -> Engine:
 
 
 class Terminal:
-    """A user who types these lines; an exception in place of one is raised."""
+    """A user who types these lines; an exception among them is raised in its turn."""
 
     def __init__(self, *lines: str | type[BaseException]) -> None:
         self._lines: Iterator[str | type[BaseException]] = iter((*lines, EOFError))

@@ -1,4 +1,4 @@
-"""Flags: every field of a request and of an engine has one, and the help is one for people."""
+"""Flags: every field of a request and of an engine has one, and the help is readable."""
 
 import dataclasses
 import json

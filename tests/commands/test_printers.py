@@ -1,4 +1,4 @@
-"""What the command line prints and writes, from updates made by hand."""
+"""The output of the command line, from updates made by hand."""
 
 import json
 import pathlib

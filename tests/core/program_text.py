@@ -1,4 +1,4 @@
-"""What the text of a compiled program says: its instructions, and whether it copies an array of a given shape."""
+"""Reads the text of a compiled program: its instructions, and whether it copies an array of a given shape."""
 
 import collections
 import re

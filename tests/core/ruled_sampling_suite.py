@@ -27,7 +27,7 @@ RULED = jax.jit(functools.partial(sample, max_logprobs=K))
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows with rules, and what the oracle makes of their logits."""
+    """Rows with rules, and the results of the oracle for their logits."""
 
     logits: np.ndarray
     arrays: SamplingArrays
@@ -41,12 +41,12 @@ class Batch:
 
     @property
     def possible(self) -> np.ndarray:
-        """Rows with a token left."""
+        """Whether each row has a token that may be drawn."""
         return np.isfinite(self.changed).any(axis=1)
 
     @functools.cached_property
     def support(self) -> Support:
-        """Of greedy rows: at temperature 1. Of rows with no token left: of any token."""
+        """The support of each row: for greedy rows at temperature 1, for rows without a possible token all tokens."""
         sure = np.where(self.possible[:, None], self.changed, 0)
         temperature = np.where(self.arrays.temperature > 0, self.arrays.temperature, np.float32(1))
         return support_of(sure, self.arrays.replace(temperature=temperature))
@@ -84,7 +84,7 @@ def drawn_of_big_batch() -> Sampled:
 
 
 def assert_rows_follow_the_oracle(drawn: Sampled, batch: Batch) -> None:
-    """Which rows fail, which token greedy rows get, and that random rows stay within their support."""
+    """Checks which rows fail, which token greedy rows get, and that random rows stay within their support."""
     row = np.arange(len(batch.logits))
     np.testing.assert_array_equal(drawn.failed, ~batch.possible)
     greedy, support = batch.possible & (batch.arrays.temperature == 0), batch.support
@@ -171,14 +171,14 @@ def test_draws_follow_the_distribution_that_rules_leave(limits):
 
 
 def take(batch: tuple[Any, ...], order: np.ndarray) -> tuple[Any, ...]:
-    """Rows in another order; their slots are where they were."""
+    """Returns the rows in another order; their slots stay the same."""
     logits, arrays, rules, context = batch
     moved = jax.tree.map(lambda leaf: leaf[order], (logits, arrays, rules, context.replace(seen=None)))
     return *moved[:3], moved[3].replace(seen=context.seen)
 
 
 def sixty_four(*cases: Case) -> tuple[Any, ...]:
-    """Arguments of `sample` for these cases and as many more as make 64, which have rules of all kinds."""
+    """Returns arguments of `sample` for these cases, filled up to 64 with cases that have rules of all kinds."""
     rng = np.random.default_rng(21)
     more = [
         sampling_cases.random_case(rng, VOCAB, *sampling_cases.random_rules(rng), exact=True)

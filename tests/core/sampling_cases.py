@@ -31,7 +31,7 @@ CONFIG = EngineConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A request, and where its sequence is."""
+    """A request, and the tokens of its sequence so far."""
 
     params: SamplingParams
     prompt: tuple[int, ...]
@@ -62,7 +62,7 @@ def ruled(logits: np.ndarray, case: Case) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Support:
-    """What may be drawn, per row."""
+    """The tokens that may be drawn, per row."""
 
     probs: np.ndarray  # renormalised; 0 for dropped tokens
     ambiguous: np.ndarray  # whether rounding could move a threshold

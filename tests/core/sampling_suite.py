@@ -21,7 +21,7 @@ CONFIG = EngineConfig(max_slots=1, max_model_len=8)
 
 
 def context_of(position: jax.Array) -> Context:
-    """Of rows about which only the position of the token to draw is known."""
+    """Returns the context of rows for which only the position of the token to draw matters."""
     number = position.shape[0]
     nothing = jnp.zeros((number, 1), jnp.int32)
     return Context(
@@ -35,7 +35,7 @@ def context_of(position: jax.Array) -> Context:
 
 
 def sample_plainly(logits, rows, position, active, *, max_logprobs: int) -> Sampled:
-    """`sample` without rules."""
+    """Calls `sample` without rules."""
     rules = plain_rules(logits.shape[0], logits.shape[1], CONFIG)
     return sample(logits, rows, rules, context_of(position), active, max_logprobs=max_logprobs)
 
@@ -44,7 +44,7 @@ SAMPLE = jax.jit(functools.partial(sample_plainly, max_logprobs=K))
 
 
 def rows(number: int, **values: Any) -> SamplingArrays:
-    """Rows that sample from the whole distribution with a key of 1, with some fields changed; scalars are repeated."""
+    """Returns rows that sample from the whole distribution with a key of 1, with some fields changed; scalars are repeated."""
     plain = jax.device_get(greedy_arrays(number)).replace(temperature=np.ones(number, np.float32))
     plain = plain.replace(key_data=np.ones((number, 2), np.uint32))
     changes = {}
@@ -70,7 +70,7 @@ def draw(logits: Any, arrays: SamplingArrays, position: Any = 0, active: Any = T
 
 
 def random_limits(rng: np.random.Generator, number: int, vocab_size: int) -> SamplingArrays:
-    """Sampling parameters from one end of their ranges to the other."""
+    """Draws sampling parameters from the whole of their ranges."""
     some_p = rng.choice([1.0, 0.999, 0.9, 0.5, 0.1, 1e-3, 1e-6], number)
     return rows(
         number,
@@ -83,7 +83,7 @@ def random_limits(rng: np.random.Generator, number: int, vocab_size: int) -> Sam
 
 
 def random_logits(rng: np.random.Generator, number: int, vocab_size: int) -> np.ndarray:
-    """Rows with and without ties and banned tokens; of some only one token is left."""
+    """Draws rows with and without ties and banned tokens; in some only one token is possible."""
     logits = rng.standard_normal((number, vocab_size)) * rng.choice([0.1, 1.0, 4.0], (number, 1))
     logits = np.where(rng.random((number, 1)) < 0.4, np.round(logits * 2) / 2, logits)
     sparse = rng.random((number, 1)) < 0.3
@@ -96,7 +96,7 @@ def random_logits(rng: np.random.Generator, number: int, vocab_size: int) -> np.
 
 @functools.cache
 def random_rows(seed: int, number: int, vocab_size: int) -> tuple[np.ndarray, SamplingArrays, Support]:
-    """Logits, parameters, and what the oracle makes of them."""
+    """Returns random logits, parameters, and their support from the oracle."""
     rng = np.random.default_rng(seed)
     logits, arrays = random_logits(rng, number, vocab_size), random_limits(rng, number, vocab_size)
     return logits, arrays, support_of(logits, arrays)
@@ -153,7 +153,7 @@ def test_draws_of_different_samples_and_seeds_follow_the_distribution(field):
 
 
 def chi_square(token: np.ndarray, probs: np.ndarray) -> float:
-    """p-value of the counts; tokens expected fewer than ten times are counted as one."""
+    """Returns the p-value of the counts; tokens expected fewer than ten times count as one."""
     counts, expected = np.bincount(token, minlength=len(probs)), probs * len(token)
     rare = expected < 10
     observed = [*counts[~rare], counts[rare].sum()]
@@ -285,7 +285,9 @@ def test_a_row_gives_the_same_in_any_place_and_beside_any_neighbours():
     for neighbours in (others, rows(64, temperature=0.0), rows(64, num_logprobs=2, top_p=0.5)):
         is_target = np.arange(64) % 3 == 0
         mixed = jax.tree.map(
-            lambda a, b, is_target=is_target: np.where(is_target[(...,) + (None,) * (a.ndim - 1)], a, b), arrays, neighbours
+            lambda a, b, is_target=is_target: np.where(is_target[(...,) + (None,) * (a.ndim - 1)], a, b),
+            arrays,
+            neighbours,
         )
         drawn = draw(np.where(is_target[:, None], logits, other_logits), mixed, np.where(is_target, position, 5))
         assert_rows_equal(drawn, expected, np.flatnonzero(is_target))

@@ -1,4 +1,4 @@
-"""What a compiled program always does: the work on large arrays that no loop of zero trips can skip."""
+"""Finds the work of a compiled program on large arrays that no loop of zero trips can skip."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Beam search by itself: pages, isolation, compilations, refusals, texts. Results: `tests/models/test_beam_parity.py`."""
+"""Beam search: pages, isolation, compilations, refusals, texts. `tests/models/test_beam_parity.py` tests the results."""
 
 import collections
 import dataclasses
@@ -52,7 +52,7 @@ def make_prompts(seed: int = 0) -> np.ndarray:
 
 
 def some_eos(params: Any) -> tuple[int, ...]:
-    """Ids that the model does generate, at different times."""
+    """Returns ids that the model generates at different times."""
     found = search()(params, make_prompts(), LENGTHS, rules_of(BEAMS, LENGTHS))
     return int(found.tokens[0, 0, 4]), int(found.tokens[2, 1, 7])
 
@@ -61,7 +61,7 @@ def some_eos(params: Any) -> tuple[int, ...]:
 
 
 def check_pages(state: BeamState) -> None:
-    """Pages are conserved, and nothing that a running beam writes next is shared."""
+    """Checks that no page is lost, and that no page that a running beam writes next is shared."""
     table, num_pages = state.table, state.table.num_pages
     page_ids, free, count = map(np.asarray, (table.page_ids, table.free[: table.num_free], table.reference_count))
     references = np.bincount(page_ids.ravel(), minlength=num_pages + 1)[:num_pages]
@@ -143,7 +143,7 @@ def test_pages_of_a_request_are_bounded_by_full_prompt_pages_and_those_of_each_b
 
 
 class Pages:
-    """What a page table means: the pages of each slot."""
+    """A page table as lists: the pages of each slot."""
 
     def __init__(self, slots: list[list[int]]) -> None:
         self.slots = slots

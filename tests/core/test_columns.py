@@ -1,4 +1,4 @@
-"""Columns of records: what rows hold where nothing is set, and which of them are sampling parameters."""
+"""Columns of records: their values where nothing is set, and which of them are sampling parameters."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Nothing is compiled after warm-up (promise P1), and the guard that says so."""
+"""Nothing is compiled after warm-up (promise P1), and the guard that checks it."""
 
 import contextlib
 import threading
@@ -20,7 +20,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
-    """Names of the programs that XLA compiles meanwhile."""
+    """Collects the names of the programs that XLA compiles in the context."""
     names = []
 
     def note(event: str, _: float, **attributes: str) -> None:
@@ -97,7 +97,7 @@ def test_another_state_of_the_same_configuration_compiles_nothing(warm_host):
 
 
 def test_a_python_number_in_place_of_an_array_does_compile(warm_host):
-    """The control: what the style guide forbids is what the counter sees."""
+    """The control: the counter sees the compilation that a Python number causes."""
     with compilations() as names:
         warm_host.state, _ = warm_host.programs["run_steps"](warm_host.params, warm_host.state, 3)
     assert len(names) == 1

@@ -27,7 +27,7 @@ TRITON = dataclasses.replace(CONFIG, kv_dtype="bfloat16", attention_backend="tri
 
 @dataclasses.dataclass
 class History:
-    """What happened to a batch of samples, and to the pool."""
+    """The results of a batch of samples, and the use of the pool."""
 
     samples: list[Traced]
     peak_pages: int = 0
@@ -110,7 +110,7 @@ def alone(request: Asked, sample_index: int, config: EngineConfig) -> Traced:
 
 
 def check_samples(requests: Sequence[Asked], history: History, config: EngineConfig) -> None:
-    """Every sample is what it is with the engine to itself; `config` says how that is run."""
+    """Checks that every sample equals the same sample alone in an engine with configuration `config`."""
     in_order = sorted(requests, key=lambda request: request.arrival)
     expected = [
         alone(dataclasses.replace(request, arrival=0), index, config)

@@ -1,4 +1,4 @@
-"""Batches split by kernel, and what that must not change: the bits of a sequence that was preempted."""
+"""Batches split by kernel, which must not change the bits of a sequence that was preempted."""
 
 import dataclasses
 import functools

@@ -33,7 +33,7 @@ def params() -> nnx.State:
 
 @pytest.fixture(scope="module")
 def requests() -> list[workload.Asked]:
-    """Twelve of them, half greedy and half random, for four slots and a pool that is too small."""
+    """Returns twelve requests, half greedy and half random, for four slots and a pool that is too small."""
     kinds = [greedy(max_tokens=NUM_NEW), greedy(max_tokens=NUM_NEW, temperature=1.0, seed=5)]
     crowd = enumerate(workload.crowd(3, CONFIG.queue_size))
     return [dataclasses.replace(asked, params=kinds[i % 2]) for i, asked in crowd]

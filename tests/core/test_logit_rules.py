@@ -26,7 +26,7 @@ def random_logits(seed: int) -> np.ndarray:
 
 
 def padded(cases: list[Case]) -> tuple[LogitRules, Context]:
-    """Rules and context of these cases, in rows that are filled up with plain ones."""
+    """Returns rules and context of these cases, filled up with rows without rules."""
     rest = [Case(SamplingParams(), (0,), ())] * (NUM - len(cases))
     return arrays_of([*cases, *rest], VOCAB)[1:]
 

@@ -1,4 +1,4 @@
-"""A user's function on the logits: what it sees, what it may remember, and that it costs no one else anything (promise P4)."""
+"""A user's function on the logits: its arguments, its memory, and that it changes no other request (promise P4)."""
 
 import functools
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def identity(aux, logits, context):
 
 
 def meddle(aux, logits, context):
-    """Rules out a third of the vocabulary, by what the sequence drew before; more where `aux` says so."""
+    """Rules out a third of the vocabulary, chosen by the last token; more if `aux` is set."""
     row = jnp.arange(logits.shape[0], dtype=jnp.int32)
     last = context.tokens.at[row, context.num_tokens - 1].get(mode="clip")
     first = context.num_generated == 0
@@ -55,7 +55,7 @@ def params() -> nnx.State:
 
 
 def crowd() -> list[Asked]:
-    """Long enough that some are preempted."""
+    """Returns requests so long that some are preempted."""
     prompts = [asked.prompt for asked in workload.crowd(5, 10)]
     return [Asked(prompt, greedy(temperature=1.3 * (i % 2), seed=i)) for i, prompt in enumerate(prompts)]
 

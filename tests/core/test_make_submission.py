@@ -1,4 +1,4 @@
-"""Requests made into rows: what each field becomes, and how what does not fit is refused, on the host and inside jit."""
+"""Requests made into rows: the row of each field, and the refusal of values that do not fit, on the host and inside jit."""
 
 import dataclasses
 from typing import Any
@@ -46,7 +46,7 @@ EOS = [3, 4]
 
 
 def filled(prompt=(1, 2), *, config: EngineConfig = CONFIG, **fields: Any) -> Submission:
-    """A submission of three rows, all alike."""
+    """Returns a submission of three equal rows."""
     params = SamplingParams(**fields)
     return make_submission([prompt] * 3, params, model=MODEL, config=config, eos_token_ids=EOS)
 

@@ -1,4 +1,4 @@
-"""Work that nobody asks for is not done: neither by the loop that holds it, nor outside of that because XLA moved it there."""
+"""Work that is not needed is not done: neither in its loop, nor outside of the loop because XLA moved it there."""
 
 import jax
 import jax.numpy as jnp

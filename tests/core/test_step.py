@@ -24,7 +24,7 @@ LENGTH = CONFIG.max_model_len
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A precision, and what four requests give in it when each has the engine to itself."""
+    """A precision, and the results of four requests in it when each is alone in the engine."""
 
     params: nnx.State
     config: EngineConfig
@@ -32,7 +32,7 @@ class Setup:
     alone: list[Traced]
 
     def check(self, requests: Sequence[Asked], config: EngineConfig | None = None, **options) -> list[Traced]:
-        """Runs a crowd that holds some targets; each must fare as it did alone. Returns how they fared, in their order."""
+        """Runs a crowd with some targets; each must give the same results as alone. Returns these in their order."""
         traced = workload.trace(requests, self.params, config or self.config, **options)
         found = []
         for target, expected in zip(self.targets, self.alone, strict=True):

@@ -25,7 +25,7 @@ def warm_engine(checkpoint: pathlib.Path) -> Engine:
 
 @pytest.fixture
 def engine(warm_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """Nothing may be compiled, in whatever thread; afterwards nothing is left behind."""
+    """Yields an engine. No thread may compile anything, and no request may be left afterwards."""
     step = warm_engine._step  # which `step`, `generate` and streams have in common
 
     def guarded(max_steps: int | None) -> list[Update]:

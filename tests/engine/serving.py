@@ -1,4 +1,4 @@
-"""What tests share that serve requests with one small engine, from one place, from tasks and from threads."""
+"""Shared by tests that serve requests with one small engine, from one place, from tasks and from threads."""
 
 import dataclasses
 import threading
@@ -76,7 +76,7 @@ def all_kinds_of_params() -> list[SamplingParams]:
 
 
 def check_updates(updates: list[Update]) -> RequestOutput:
-    """What holds of the updates of one request; returns the result."""
+    """Checks the updates of one request; returns the result."""
     assert [update.output is not None for update in updates] == [False] * (len(updates) - 1) + [True]
     output = updates[-1].output
     for completion in output.outputs:
@@ -87,7 +87,7 @@ def check_updates(updates: list[Update]) -> RequestOutput:
 
 
 def same(one: RequestOutput, other: RequestOutput) -> bool:
-    """All but when it happened and what it was called."""
+    """Returns the parts of a result that do not depend on time and id."""
     return dataclasses.replace(one, request_id="", metrics=None) == dataclasses.replace(
         other, request_id="", metrics=None
     )

@@ -1,4 +1,4 @@
-"""The AsyncEngine when it is closed, when a call or an event loop fails, and when somebody else wants the engine."""
+"""The AsyncEngine when it is closed, when a call or an event loop fails, and when another caller uses the engine."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""The Engine on every attention backend: the same tokens as with the plain one; a clear word where one cannot run."""
+"""The Engine on every attention backend: the same tokens as with the plain one, and a clear error where one cannot run."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ TIE = 1e-5  # of the largest score, as for transformers: closer than this, round
 
 
 def prompts() -> list[list[int]]:
-    """More than there are slots, some longer than a chunk, too long together for the pool."""
+    """Returns more prompts than there are slots, some longer than a chunk, together too long for the pool."""
     rng = np.random.default_rng(5)
     lengths = [30, 5, 1, 41, 17, 28, 12]
     return [rng.integers(1, small_model.MODEL.vocab_size, length).tolist() for length in lengths]
@@ -27,8 +27,8 @@ def prompts() -> list[list[int]]:
 
 def generate(config: EngineConfig) -> tuple[list, int]:
     engine = Engine(small_model.make_params(), small_model.MODEL, config)
-    wanted = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=2)
-    return [result.outputs[0] for result in engine.generate(prompts(), wanted)], engine.stats.num_preemptions
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=2)
+    return [result.outputs[0] for result in engine.generate(prompts(), params)], engine.stats.num_preemptions
 
 
 @pytest.mark.slow

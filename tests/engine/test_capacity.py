@@ -1,4 +1,4 @@
-"""What is chosen for a machine and a model where the configuration leaves it open."""
+"""The capacities that are chosen for a machine and a model where the configuration leaves them open."""
 
 import dataclasses
 

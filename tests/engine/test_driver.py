@@ -1,4 +1,4 @@
-"""The device's side of an engine: what it lets go, what it passes to the device, how long its programs live."""
+"""The device's side of an engine: the arrays that it frees, the size of its updates, the life of its programs."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Parameters through the Engine: what reaches the result, and that nothing is compiled for any of them."""
+"""Parameters through the Engine: their effect on the result, and that nothing is compiled for any of them."""
 
 import dataclasses
 

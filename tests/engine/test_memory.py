@@ -1,4 +1,4 @@
-"""What becomes of freed memory and of zeros, seen in a process of its own."""
+"""Freed memory and zeros, measured in a process of its own."""
 
 import mmap
 import subprocess

@@ -1,4 +1,4 @@
-"""Totals, latencies, load, and what a token costs in calls and reads."""
+"""Totals, latencies, load, and the cost of a token in calls and reads."""
 
 import collections
 import dataclasses

@@ -1,4 +1,4 @@
-"""What the Engine gets back as the bits of one array is what `run_steps` did."""
+"""The outputs that the Engine unpacks from one array equal those of `run_steps`."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from tests.workload import CONFIG, MODEL, make_params
 
 
 def scrambled(tree, seed=0):
-    """The same shapes and dtypes with any bits, NaN and infinities among them."""
+    """Returns a tree of the same shapes and dtypes with random bits, NaN and infinities included."""
     rng = np.random.default_rng(seed)
 
     def bits(leaf):

@@ -1,4 +1,4 @@
-"""What the compile gate is there for is found when it is put in: spills, shared memory, copies, splits of a graph."""
+"""The compile gate finds seeded faults: spills, shared memory, copies, splits of a graph."""
 
 import dataclasses
 import functools

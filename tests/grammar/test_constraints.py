@@ -1,4 +1,4 @@
-"""Constrained output: within the constraint whatever is drawn, complete when it ends, and nobody else's affair."""
+"""Constrained output: always within the constraint, complete when it ends, and without effect on other requests."""
 
 import functools
 import json

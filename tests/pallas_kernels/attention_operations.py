@@ -49,7 +49,7 @@ class Operation:
         return np.asarray(program(*case.rows, sinks=case.options["sinks"]))
 
     def has(self, backend: str, name: str, *dtype: str) -> bool:
-        """Whether a backend is tested with a shape and a dtype."""
+        """Returns whether a backend is tested with a shape and a dtype."""
         if name not in self.few_shapes.get(backend, self.shapes):
             return False
         if backend == "native":
@@ -122,7 +122,7 @@ OPERATIONS = (DECODE, CHUNK)
 
 
 def compute_of(backend: str, dtype: str) -> str:
-    """What the backend rounds operands of products to."""
+    """Returns the dtype that the backend rounds operands of products to."""
     if backend in ("reference", "native") or dtype == "float32":
         return "float32"
     return "bfloat16" if backend == "tpu" else COMPUTE.get(dtype, "float16")
@@ -131,7 +131,7 @@ def compute_of(backend: str, dtype: str) -> str:
 def arguments_of(
     shape: AttentionShape, dtype: str = "bfloat16", num_rows: int = 4, num_pages: int = 9, pages_per_slot: int = 2
 ) -> tuple:
-    """Shapes of positional arguments, without any numbers."""
+    """Returns the shapes of positional arguments, without arrays."""
     int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     pages = jax.ShapeDtypeStruct((num_pages, shape.num_kv_heads, shape.page_size, shape.head_dim), dtype)
     q = jax.ShapeDtypeStruct((num_rows, shape.num_heads, shape.head_dim), jnp.float32)

@@ -1,4 +1,4 @@
-"""What decode and chunk attention both promise, for every backend: against an oracle in float64, and on bits.
+"""The promises that decode and chunk attention share, for every backend: against an oracle in float64, and on bits.
 
 Kernels are interpreted. What only one of the operations promises is in test_decode_attention.py and test_chunk_attention.py.
 """

@@ -1,4 +1,4 @@
-"""What only chunk attention promises: bits that no cut of a prompt changes, and later rows that earlier ones never see."""
+"""The promises of chunk attention alone: no cut of a prompt changes bits, and earlier rows never see later ones."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What only decode attention promises: single rows that know nothing of each other, and any number of splits."""
+"""The promises of decode attention alone: rows that are independent of each other, and any number of splits."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The decode kernel through jax-triton: what it computes, in Triton's own interpreter, and that it compiles without a GPU.
+"""The decode kernel through jax-triton: its results in Triton's own interpreter, and that it compiles without a GPU.
 
 Triton decides when it is imported whether it interprets, so those cases run in a process of their own, which is this file.
 """

@@ -1,4 +1,4 @@
-"""What only native attention and rotary writes promise: rows that share reads, rows in use, pages in place.
+"""The promises of native attention and rotary writes alone: rows that share reads, rows in use, pages in place.
 
 The cases of all backends are in test_decode_attention.py, test_chunk_attention.py and test_rotary_write.py.
 """

@@ -1,4 +1,4 @@
-"""Where the native kernels come from: what stands in their way is said, nothing torn is loaded, other processors work."""
+"""The library of native kernels: errors name the obstacle, no incomplete file is loaded, other processors work."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""The sampler's own tests once more, with native kernels; and what only these promise."""
+"""The sampler's own tests with native kernels, and the promises of these kernels alone."""
 
 import functools
 from collections.abc import Iterator
@@ -106,7 +106,7 @@ def test_tokens_and_reports_are_those_of_the_plain_sampler_where_rounding_does_n
 
 @jax.jit
 def choose(logits, active, random, uniforms):
-    """At temperature 1, without limits."""
+    """Chooses tokens at temperature 1, without limits."""
     one, zero = jnp.ones(len(logits), jnp.float32), jnp.zeros(len(logits), jnp.float32)
     return native.choose(logits, active, random, one, zero.astype(jnp.int32), one, zero, uniforms)
 

@@ -1,4 +1,4 @@
-"""What is particular to the TPU kernels: copies and buffers (races), tiles and heads in many steps, lowering.
+"""The properties of the TPU kernels alone: copies and buffers (races), tiles and heads in many steps, lowering.
 
 Tiles are made small here, so that little work has many of them.
 """

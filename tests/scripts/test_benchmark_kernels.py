@@ -1,4 +1,4 @@
-"""The kernels' benchmark: what it records, what it refuses to time, and the arithmetic behind its figures."""
+"""The kernels' benchmark: its records, its refusals, and the arithmetic behind its figures."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""The latency benchmark: its arithmetic on runs made by hand, and what it refuses."""
+"""The latency benchmark: its arithmetic on runs made by hand, and its refusals."""
 
 import benchmark_latency
 import pytest

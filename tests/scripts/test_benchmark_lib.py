@@ -1,4 +1,4 @@
-"""What benchmarks share: flag values, errors, percentiles, times, tables, plots."""
+"""The parts that benchmarks share: flag values, errors, percentiles, times, tables, plots."""
 
 import dataclasses
 

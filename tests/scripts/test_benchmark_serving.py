@@ -1,4 +1,4 @@
-"""The serving benchmark: arrivals, times against an engine and a clock that are made up, and what is said of them."""
+"""The serving benchmark: arrivals, times with a stub engine and clock, and its report."""
 
 import collections
 import dataclasses
@@ -24,7 +24,7 @@ from jaxserve import QueueFullError, SamplingParams
 
 
 class Clock:
-    """Time that passes when somebody works or sleeps."""
+    """A clock that moves only when the engine works or the benchmark sleeps."""
 
     def __init__(self) -> None:
         self.now = 100.0

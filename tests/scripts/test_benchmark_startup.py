@@ -1,4 +1,4 @@
-"""The startup benchmark: its arithmetic, what a child is told, and one real start of each kind."""
+"""The startup benchmark: its arithmetic, the settings of a child, and one real start of each kind."""
 
 import json
 import os

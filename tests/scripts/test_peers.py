@@ -76,7 +76,7 @@ def asked(driver: Any, **message: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ours(checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What jaxserve's driver tells about itself, and about a round."""
+    """Returns the answers of jaxserve's driver to loading and to a round."""
     driver = Jaxserve()
     config = dataclasses.asdict(EngineConfig(max_slots=2, max_model_len=64, page_size=8, chunk_size=16, tile_rows=8))
     loaded = asked(driver, do="load", settings=settings(checkpoint, config=config, seed=0))

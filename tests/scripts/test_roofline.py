@@ -1,4 +1,4 @@
-"""What steps had to do at least, against sums over every row, layer and position."""
+"""The least work of steps, against sums over every row, layer and position."""
 
 import numpy as np
 from lib import roofline

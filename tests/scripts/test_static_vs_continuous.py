@@ -1,4 +1,4 @@
-"""Static against continuous batching: what is counted agrees with a scheduler of a few lines and with hand-made cases."""
+"""Static against continuous batching: the counts agree with a scheduler of a few lines and with hand-made cases."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The record of what slots did and its pictures: on small cases made by hand, and against the totals of an engine."""
+"""The record of the slots' steps and its pictures: on small cases made by hand, and against the totals of an engine."""
 
 import importlib.util
 import pathlib
@@ -193,7 +193,7 @@ def test_the_record_has_all_that_the_engine_counts(engine: Engine, tmp_path: pat
 
 
 def assert_page_has(page: str, bars: list[Bar], timeline: Timeline) -> None:
-    """Every bar where it belongs, with its title, and nothing from elsewhere."""
+    """Checks that a page has every bar in its place, with its title, and loads nothing from elsewhere."""
     assert not re.search(r"<script|<link|<img|https?:|url\(|@import|\b(src|href|on\w+)=", page)
     _, picture = (ET.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL))
     drawn = [rect for rect in picture.iter("rect") if "data-bar" in rect.attrib]
@@ -214,7 +214,7 @@ def test_without_steps_there_is_an_empty_picture() -> None:
 
 
 def long_record(num_steps: int, num_slots: int) -> Timeline:
-    """Every sequence decodes for ten steps."""
+    """Returns a timeline in which every sequence decodes for ten steps."""
     timeline = empty(num_slots)
     rows = sequences(*map(str, range(NONE)))
     for start in range(0, num_steps, 10):

@@ -12,7 +12,7 @@ NONE = NUM_PAGES
 
 
 def pool_of(dtype: jnp.dtype, num_layers: int = 2) -> KVPool:
-    """A pool in which no two numbers are the same."""
+    """Returns a pool in which no two numbers are the same."""
     shape = (NUM_PAGES, 2, 3, 4)
     arrays = [(jnp.arange(120) + 120 * index).reshape(shape).astype(dtype) for index in range(2 * num_layers)]
     return KVPool(k=tuple(arrays[::2]), v=tuple(arrays[1::2]))

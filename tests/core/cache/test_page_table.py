@@ -21,7 +21,7 @@ NONE = 6  # of a table of 6 pages
 
 
 def table_of(page_ids: list[list[int]], free: list[int]) -> PageTable:
-    """Slots of three pages each, and a stack of free pages whose top is its end; what lies above is stale."""
+    """Returns a table with slots of three pages each, and a stack of free pages with stale entries above its top."""
     stale = [page for row in page_ids for page in row if page != NONE]
     held = np.bincount(np.array(page_ids).ravel(), minlength=NONE + 1)[:NONE]
     return PageTable(
@@ -176,7 +176,7 @@ def test_of_three_owners_the_last_one_frees_the_page():
 
 
 class Pages:
-    """The table again as lists and a set: what a random walk is compared with."""
+    """A page table of lists and a set, with which a random walk is compared."""
 
     def __init__(self, max_slots: int, num_pages: int):
         self.slots: list[list[int]] = [[] for _ in range(max_slots)]

@@ -16,7 +16,7 @@ UNFINISHED = ("waiting", "running")
 
 
 def stub_token(number: int, position: int) -> int:
-    """The token that the stub model puts at `position` of the sequence that was the `number`-th to arrive."""
+    """Returns the token of the stub model at `position` of the `number`-th sequence to arrive."""
     return ((number % 1009 * 40503 + position * 9973 + number % 7 * (position % 5) * 31) % 65521) % VOCAB_SIZE
 
 
@@ -34,7 +34,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is submitted. `prompt_length` is stated apart from the prompt, so that it can be wrong."""
+    """A submitted request. `prompt_length` is separate from the prompt, so that it can be wrong."""
 
     prompt: tuple[int, ...]
     max_tokens: int
@@ -47,7 +47,7 @@ class Request:
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """One submitted sequence, all its life."""
+    """One submitted sequence, from submission to collection."""
 
     number: int
     group: int  # number of the first sample of the request
@@ -73,13 +73,13 @@ class Sequence:
 
     @property
     def has_prompt(self) -> bool:
-        """Whether all of the prompt is computed, but perhaps for its last token."""
+        """Whether all of the prompt is computed, with or without its last token."""
         return self.num_computed >= len(self.request.prompt) - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-    """What a step did."""
+    """The effects of a step."""
 
     decode_rows: list[tuple[int, int]]  # (slot, position)
     prefill_rows: list[tuple[int, int]]  # (slot, position), in the order of the batch
@@ -107,7 +107,7 @@ class Oracle:
     # What an owner of sequences does between steps.
 
     def submit(self, requests: list[Request | None]) -> list[tuple[int, int] | None]:
-        """Handles (row, generation); None for padding, and for samples of a request that did not find rows for all."""
+        """Returns handles (row, generation); None for padding, and for samples of a request that finds too few rows."""
         groups: list[list[int]] = []
         for place, request in enumerate(requests):
             if request is None:
@@ -161,7 +161,7 @@ class Oracle:
         return row, sequence.generation
 
     def abort(self, row: int, generation: int) -> None:
-        """Asks for a sequence to be ended at the start of the next step."""
+        """Asks the next step to end a sequence at its start."""
         sequence = self.rows[row]
         if sequence is None or sequence.generation != generation:
             self.events["abort ignored, stale handle"] += 1
@@ -171,7 +171,7 @@ class Oracle:
             sequence.abort_requested = True
 
     def collect(self, row: int, generation: int) -> None:
-        """Gives the row of a finished sequence back."""
+        """Frees the row of a finished sequence."""
         sequence = self.rows[row]
         if sequence is None or sequence.generation != generation:
             self.events["collection ignored, stale handle"] += 1
@@ -262,24 +262,24 @@ class Oracle:
         return needed + kept <= len(self.free_pages)
 
     def _group_in_slots(self, sequence: Sequence) -> list[Sequence]:
-        """Those in slots whose prompt the sequence may take over; none if it has to report on its own."""
+        """Returns the sequences of its group in slots; none if the sequence reports log probabilities of its prompt."""
         if sequence.request.prompt_logprobs:
             return []
         return [other for other in self.slots if other is not None and other.group == sequence.group]
 
     def _lender(self, sequence: Sequence) -> Sequence | None:
-        """The first slot's sequence that has all of the prompt, copied pages that are yet to be filled do not count."""
+        """Returns the first sequence of the group, by slot, that has the prompt, and no page that is not copied yet."""
         lenders = [other for other in self._group_in_slots(sequence) if other.has_prompt and not other.was_copied]
         return lenders[0] if lenders else None
 
     def _waits_for_prompt(self, sequence: Sequence) -> bool:
-        """Whether one of its group computes the prompt, and will still be there when it has it."""
+        """Returns whether a sequence of its group computes the prompt, and will still have its slot afterwards."""
         if any(other.has_prompt for other in self._group_in_slots(sequence)):
             return False
         return any(self._max_length(other) > len(other.request.prompt) + 1 for other in self._group_in_slots(sequence))
 
     def _shared_pages(self, sequence: Sequence) -> list[int]:
-        """Pages of others that the sequence would have: those that hold nothing but tokens before the prompt's last."""
+        """Returns the pages that the sequence would share: those with nothing but tokens before the prompt's last."""
         lender, last = self._lender(sequence), len(sequence.request.prompt) - 1
         if lender is None:
             return []
@@ -348,7 +348,7 @@ class Oracle:
     # Small words.
 
     def _start_from(self, sequence: Sequence, lender: Sequence | None) -> None:
-        """Begins with what the lender has of the prompt, if there is one; the last token is always the sequence's own work."""
+        """Starts a sequence with the lender's part of the prompt, if there is a lender; it computes the last token itself."""
         sequence.num_computed = 0 if lender is None else len(sequence.request.prompt) - 1
         sequence.was_copied = sequence.num_computed % self.limits.page_size > 0
         if lender is not None:
@@ -380,7 +380,7 @@ class Oracle:
         return {position // self.limits.page_size for position in range(len(sequence.tokens))}
 
     def _positions_of(self, place: int) -> range:
-        """What the page at `place` of a sequence holds."""
+        """Returns the positions on the page at `place` of a sequence."""
         return range(place * self.limits.page_size, (place + 1) * self.limits.page_size)
 
     def _lacks_a_page(self, sequence: Sequence) -> bool:

@@ -1,4 +1,4 @@
-"""Random workloads: what is submitted, aborted and collected before each step, drawn with the oracle's state in view."""
+"""Random workloads: the submissions, aborts and collections before each step, drawn with the oracle's state in view."""
 
 import collections
 import dataclasses
@@ -63,7 +63,7 @@ def draw_workload(rng: random.Random, max_model_len: int) -> Workload:
 
 
 def draw_operations(rng: random.Random, oracle: Oracle, workload: Workload, *, draining: bool) -> Planned:
-    """What is done before the next step."""
+    """Draws the operations before the next step."""
     requests: list[Request | None] = [None] * MAX_SUBMITTED
     if not draining and rng.random() < workload.submit_rate:
         place = rng.randrange(3)
@@ -86,7 +86,7 @@ def draw_operations(rng: random.Random, oracle: Oracle, workload: Workload, *, d
 
 
 def draw_samples(rng: random.Random, workload: Workload, max_model_len: int) -> list[Request]:
-    """The samples of one request; odd ones fall out of line in their length, their urgency, or their group."""
+    """Draws the samples of one request; some differ from the others in length, priority or group."""
     first = draw_request(rng, workload, max_model_len)
     samples = [first] + [dataclasses.replace(first, follows=True)] * (rng.choice(workload.group_sizes) - 1)
     for index in range(len(samples)):
@@ -105,7 +105,7 @@ def draw_samples(rng: random.Random, workload: Workload, max_model_len: int) -> 
 
 
 def draw_request(rng: random.Random, workload: Workload, max_model_len: int) -> Request:
-    """One request, sometimes an invalid one."""
+    """Draws one request, sometimes an invalid one."""
     length = rng.choice(workload.prompt_lengths)
     request = Request(
         prompt=tuple(rng.randrange(VOCAB_SIZE) for _ in range(length)),
@@ -130,7 +130,7 @@ def draw_request(rng: random.Random, workload: Workload, max_model_len: int) -> 
 
 
 def draw_abort(rng: random.Random, oracle: Oracle) -> dict[int, int]:
-    """A handle to abort: each state that occurs is as likely as any other, stale handles and finished sequences too."""
+    """Draws a handle to abort; all states are equally likely, stale handles and finished sequences included."""
     kinds: dict[str, list[Sequence]] = collections.defaultdict(list)
     for sequence in oracle.rows:
         if sequence is None:
@@ -159,7 +159,7 @@ class Driver:
         self._drain_bound = 0
 
     def next_operations(self, *, may_start: bool) -> Planned:
-        """What is done before the next step; with `may_start` False no further workload begins."""
+        """Draws the operations before the next step; with `may_start` False no further workload begins."""
         draining = self._num_left <= 0
         if draining and self._drain_bound == 0:
             unfinished = sum(row is not None and row.status in UNFINISHED for row in self._oracle.rows)

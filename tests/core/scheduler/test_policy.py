@@ -1,4 +1,4 @@
-"""Who goes first and who has to go, on states set up by hand."""
+"""Which sequence is served first and which one is preempted, on states set up by hand."""
 
 import jax.numpy as jnp
 import pytest

@@ -1,4 +1,4 @@
-"""What ends a sequence on the device, and in which order: stop tokens, stop sequences, length; and not before the minimum."""
+"""The rules that end a sequence on the device, in their order: stop tokens, stop sequences, length; minimum length."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class Row:
 
     @property
     def expected(self) -> Status:
-        """Its status afterwards."""
+        """Returns the status of the row after the token."""
         generated = (*self.generated, self.token)
         if self.token in self.stop_token_ids:
             return Status.STOP

@@ -1,4 +1,4 @@
-"""What owners do between steps: submit, abort, collect."""
+"""The operations of an owner between steps: submit, abort, collect."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def put(state: EngineState, *requests: Request | None) -> tuple[EngineState, Han
 
 
 def with_status(state: EngineState, *status: Status) -> EngineState:
-    """The same rows with other statuses, as if steps had been run."""
+    """Returns the same rows with other statuses, as if steps had run."""
     return state.replace(queue=state.queue.replace(status=jnp.array([int(value) for value in status], jnp.int32)))
 
 
@@ -133,7 +133,7 @@ def test_rows_given_back_are_used_again_under_a_new_generation():
 
 
 def more(first: Request, **changes) -> Request:
-    """One more sample of a request."""
+    """Returns one more sample of a request."""
     return dataclasses.replace(first, follows=True, **changes)
 
 

@@ -1,4 +1,4 @@
-"""Counts of seen tokens against counting in Python, and what penalties make of them in whole steps."""
+"""Counts of seen tokens against counting in Python, and their effect on penalties in whole steps."""
 
 import collections
 import dataclasses
@@ -49,7 +49,7 @@ PENALTIES = ({"presence_penalty": 1}, {"frequency_penalty": -1}, {"repetition_pe
 
 
 def scripted_token(row: jax.Array, position: jax.Array) -> jax.Array:
-    """What the model's place is taken by: few tokens, many of them again and again."""
+    """Returns the token of a stub model: few different tokens, many of them repeated."""
     return (row * 5 + position // 2 * position) % VOCAB
 
 
@@ -88,7 +88,7 @@ def expected_counts(tokens: Sequence[int], prompt_length: int) -> list[int]:
 
 
 def run_random_trace(seed: int, num_steps: int) -> collections.Counter[str]:
-    """Compares after every step; returns how often what happened."""
+    """Compares the counts after every step; returns the number of each event."""
     rng, step, state = random.Random(seed), make_step(), init_state(MODEL, CONFIG)
     events: collections.Counter[str] = collections.Counter()
     last_row: dict[int, tuple[int, int]] = {}  # by slot: the row whose tokens were counted, and its generation
@@ -236,7 +236,7 @@ def crowd(seed: int, number: int) -> list[Asked]:
 def assert_as_alone(
     requests: Sequence[Asked], params: nnx.State, targets: list[Asked], alone: list[Traced]
 ) -> list[Traced]:
-    """Targets among these requests fare as they did alone; returns how, in the order of the targets."""
+    """Checks that targets among these requests give the same results as alone; returns these in their order."""
     traced = {
         request.prompt: seen
         for request, seen in zip(requests, workload.trace(requests, params, workload.CONFIG), strict=True)

@@ -39,7 +39,7 @@ MODEL = ModelConfig("llama", VOCAB_SIZE, 2, 2, 1, 1, 1, 2)
 
 @dataclasses.dataclass(frozen=True)
 class TinyConfig(EngineConfig):
-    """An engine with pages of any size: the least of 8 tokens serves the kernels, the scheduler knows nothing of it."""
+    """A configuration with pages of any size: only kernels need at least 8 tokens, and the scheduler does not."""
 
     tile_rows: int | None = 1
     max_logprobs: int = 0
@@ -77,7 +77,7 @@ class Mismatch(AssertionError):
 
 @record
 class Operations(Record):
-    """What is done to the state before one step, and then the step."""
+    """The operations on the state before one step."""
 
     submission: Submission
     collected: Bool[Array, " Q"]
@@ -88,7 +88,7 @@ class Operations(Record):
 
 @record
 class Observation(Record):
-    """What can be seen of one step."""
+    """The visible results of one step."""
 
     handles: Handles
     plan: Plan
@@ -153,7 +153,7 @@ def write_marks(
 def mark_of(
     state: EngineState, row: Int32[Array, "*rows"], position: Int32[Array, "*rows"], *, config: EngineConfig
 ) -> Int32[Array, "*rows"]:
-    """What stands where the token at `position` of the sequence in queue row `row` is computed."""
+    """Returns the mark of the token at `position` of the sequence in queue row `row`."""
     queue = state.queue
     number, group, length = (
         leaf.at[row].get(mode="fill", fill_value=0) for leaf in (queue.arrival, queue.group, queue.prompt_length)
@@ -184,7 +184,7 @@ if jax.__version_info__ < (0, 11):  # later ones know this option no more
 
 
 class Device:
-    """The compiled side. Make a new one for every patched scheduler: what is traced is what is patched then."""
+    """The compiled side. Make a new one for every patched scheduler, because a patch has an effect only while tracing."""
 
     def __init__(
         self, config: EngineConfig, *, steps_per_call: int = 128, compiler_options: dict[str, Any] | None = None
@@ -220,7 +220,7 @@ class Device:
 
 
 def seen(observation: Observation, config: EngineConfig) -> dict[str, Any]:
-    """What a step shows; the observation's arrays are numpy's."""
+    """Returns the observation of a step, in numpy arrays."""
     plan, handles, batch_size = observation.plan, observation.handles, int(observation.plan.batch_size)
     slots, positions = plan.slot.tolist(), plan.position.tolist()
     shown = seen_state(observation.state, config) | {
@@ -236,13 +236,13 @@ def seen(observation: Observation, config: EngineConfig) -> dict[str, Any]:
 
 
 def seen_handles(handles: Handles, config: EngineConfig) -> list[tuple[int, int] | None]:
-    """Handles (row, generation); None where there is none."""
+    """Returns handles (row, generation); None where there is none."""
     pairs = zip(handles.row_id.tolist(), handles.generation.tolist(), strict=True)
     return [pair if pair[0] < config.queue_size else None for pair in pairs]
 
 
 def seen_state(state: EngineState, config: EngineConfig) -> dict[str, Any]:
-    """What a state shows; its arrays are numpy's."""
+    """Returns the visible parts of a state, in numpy arrays."""
     queue, slots = state.queue, state.slots
     held = (state.table.page_ids < config.num_pages).sum(axis=1)
     fields = (
@@ -274,7 +274,7 @@ def seen_state(state: EngineState, config: EngineConfig) -> dict[str, Any]:
 
 
 def predicted(oracle: Oracle, step: StepRecord) -> dict[str, Any]:
-    """What `seen` should show after a step, handles apart."""
+    """Returns the oracle's prediction of `seen` after a step, without handles."""
     return predicted_state(oracle) | {
         "batch rows": step.decode_rows + step.prefill_rows,
         "rows beyond the batch": [],
@@ -285,7 +285,7 @@ def predicted(oracle: Oracle, step: StepRecord) -> dict[str, Any]:
 
 
 def predicted_state(oracle: Oracle) -> dict[str, Any]:
-    """What `seen_state` should show."""
+    """Returns the oracle's prediction of `seen_state`."""
     rows: list[tuple[Any, ...] | None] = []
     for row in oracle.rows:
         if row is None:
@@ -304,7 +304,7 @@ def predicted_state(oracle: Oracle) -> dict[str, Any]:
 
 
 def compare(shown: dict[str, Any], expected: dict[str, Any], where: str, num_decode_rows: int = 0) -> None:
-    """Raises Mismatch at the first difference. Decode rows come first, in whatever order."""
+    """Raises Mismatch at the first difference. Decode rows come first, in any order."""
     for name, value in expected.items():
         got = shown[name]
         if name == "batch rows":

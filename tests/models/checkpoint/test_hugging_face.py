@@ -1,4 +1,4 @@
-"""What is loaded from a Hugging Face checkpoint is what was stored; what does not fit is refused by name."""
+"""Parameters loaded from a Hugging Face checkpoint equal the stored ones; tensors that do not fit are refused by name."""
 
 import dataclasses
 import json

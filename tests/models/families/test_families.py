@@ -1,4 +1,4 @@
-"""What config.json means for each family, and what is refused."""
+"""The meaning of config.json for each family, and its refusals."""
 
 import json
 import pathlib
