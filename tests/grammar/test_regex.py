@@ -153,14 +153,18 @@ def test_work_that_grows_faster_than_the_states_is_bounded(pattern):
 def test_every_stage_counts_its_work_and_the_same_work_each_time(pattern):
     with pytest.raises(ValueError, match="units of work"):
         compile_regex(pattern, max_work=49)
-    budget = Budget(pattern, 10_000)
+    spent = []
     for _ in range(2):
-        nfa = Nfa(parse(pattern, budget), pattern, budget)
-        equivalent_states(determinise(nfa, pattern, budget), budget)
-    assert budget.num_spent % 2 == 0
-    compile_regex(pattern, max_work=budget.num_spent // 2)
+        budget = Budget(pattern, 10_000)
+        tree, parsed = parse(pattern, budget), budget.num_spent
+        nfa, built = Nfa(tree, pattern, budget), budget.num_spent
+        dfa, determinised = determinise(nfa, pattern, budget), budget.num_spent
+        equivalent_states(dfa, budget)
+        spent.append((parsed, built, determinised, budget.num_spent))
+    assert spent[0] == spent[1] and 0 < parsed < built < determinised < budget.num_spent
+    compile_regex(pattern, max_work=budget.num_spent)
     with pytest.raises(ValueError, match="units of work"):
-        compile_regex(pattern, max_work=budget.num_spent // 2 - 1)
+        compile_regex(pattern, max_work=budget.num_spent - 1)
 
 
 def test_expressions_of_hundreds_of_optional_parts_are_within_the_budget():

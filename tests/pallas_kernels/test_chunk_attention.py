@@ -75,6 +75,17 @@ def test_a_row_is_reached_by_what_it_sees_and_not_by_the_keys_and_values_of_late
             np.testing.assert_array_equal(out[rows[~sees]], expected[rows[~sees]])
 
 
+@pytest.mark.parametrize(("operation", "backend", "name"), CHUNK.with_backends(("llama-135m",)))
+def test_the_last_block_may_reach_beyond_the_end_of_the_batch(operation, backend, name):
+    """Other cases are padded, so that they share programs; a batch of an engine ends anywhere."""
+    case = operation.case(name, "bfloat16")
+    num_rows = int(np.sum(case.slot < NUM_SLOTS))  # the others come last
+    num_last = int(np.sum(case.slot == case.slot[num_rows - 1]))
+    assert num_last % triton_chunk.block_rows(case.shape.group_size)
+    whole = case.replace(q=case.q[:num_rows], slot=case.slot[:num_rows], position=case.position[:num_rows])
+    np.testing.assert_array_equal(operation.run(backend, whole), operation.run(backend, case)[:num_rows])
+
+
 def test_a_block_has_128_queries_or_one_row_of_more():
     assert [triton_chunk.block_rows(group_size) for group_size in (1, 3, 4, 7, 64, 128, 140)] == [
         128,
