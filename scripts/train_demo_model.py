@@ -147,7 +147,7 @@ def make_step(config: ModelConfig, recipe: Recipe):
 
 
 def batch_at(tokens: np.ndarray, num_tokens: int, recipe: Recipe, seed: int) -> np.ndarray:
-    """Returns the sequences [B, T + 1] of the step after `num_tokens`; every epoch cuts and orders the tokens anew."""
+    """Returns the sequences [B, T + 1] of the step after `num_tokens`; every epoch has its own cuts and order."""
     per_epoch = len(tokens) // recipe.context - 1
     rows = []
     for i in range(num_tokens // recipe.context, num_tokens // recipe.context + recipe.batch_size):

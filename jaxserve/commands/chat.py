@@ -158,7 +158,7 @@ def converse(
 
 
 def _remark(conversation: Conversation) -> str | None:
-    """Returns a note on how the last answer ended, or None if it ended by itself."""
+    """Returns a note on how the last answer ended, or None if the model ended it."""
     result = conversation.result
     if result is None or result.error is not None:
         return f"error: {result.error}" if result is not None else None

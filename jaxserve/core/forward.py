@@ -1,6 +1,6 @@
 """Runs the model on the batch of a plan: the cost depends on the batch rows in use, and one program serves any number of them.
 
-Native kernels take the number of batch rows at run time and compute each in the same way whatever is beside it, so the whole
+Native kernels take the number of batch rows at run time, and compute each independently of the others, so the whole
 batch goes through the model at once. The other backends use tiles of a fixed size. The plain backend attends for each
 batch row on its own, so a tile may hold any of them. The kernels for accelerators serve either chunks or single tokens, and
 round differently, so the batch is split by kernel, chunks first: single tokens may need their pages.

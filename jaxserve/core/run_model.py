@@ -46,7 +46,7 @@ def run_model(
       batch: the tokens.
       cache: the page table and the pool.
       hidden: the hidden state that each slot keeps.
-      layout: the make-up of the batch.
+      layout: the arrangement of the batch rows.
       model, config: static.
       batch_size: as in `paged_attend`.
 

@@ -56,9 +56,7 @@ class AsyncEngine:
         self._handles: dict[str, RequestHandle] = {}  # of unfinished requests, by id
         self._incoming: collections.deque[LiveRequest] = collections.deque()
         self._aborts: list[RequestHandle] = []
-        self._room: collections.deque[Callable[[], None]] = (
-            collections.deque()
-        )  # callbacks of submitters that wait for room
+        self._room: collections.deque[Callable[[], None]] = collections.deque()  # callbacks of waiting submitters
         self._closing = False
         self._reason = "this AsyncEngine is closed"
         self._cause: Exception | None = None  # what ended the thread
@@ -166,7 +164,7 @@ class AsyncEngine:
             handle.abort()
 
     def stats(self) -> EngineStats:
-        """The totals, load and latencies at the end of the last step, in a record that does not change."""
+        """Returns the totals, load and latencies at the end of the last step, in a record that does not change."""
         return self._stats
 
     def close(self) -> None:

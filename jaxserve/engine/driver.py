@@ -110,9 +110,7 @@ class Driver:
         self._state = None
         self.calls.clear()
         self.samples_by_row: dict[int, LiveSample] = {}
-        self._generation: Any = np.zeros(
-            self._config.queue_size, np.int32
-        )  # of each queue row, as of the last submission
+        self._generation: Any = np.zeros(self._config.queue_size, np.int32)  # of each row, as last submitted
         self._to_collect: list[int] = []  # rows that have ended
         self._num_on_device = 0  # rows that are not free
         state = self._state = self.programs.init(aux=self._aux)

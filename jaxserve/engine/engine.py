@@ -223,12 +223,12 @@ class Engine:
         Raises:
           ValueError: on the first `next`, if a request is not valid; none is added then.
         """
-        accepted: dict[str, LiveRequest] = {}
+        live_by_id: dict[str, LiveRequest] = {}
         for request in requests:
-            if request.id in accepted:
+            if request.id in live_by_id:
                 raise ValueError(f"request id {request.id!r} is there twice: ids must differ")
-            accepted[request.id] = self.queue.accept(request)
-        yield from self._serve(list(accepted.values()), steps_per_call)
+            live_by_id[request.id] = self.queue.accept(request)
+        yield from self._serve(list(live_by_id.values()), steps_per_call)
 
     def stream(
         self,

@@ -80,9 +80,8 @@ def equivalent_states(dfa: Dfa, budget: Budget) -> list[int]:
     waiting = {0, 1}
     while waiting:
         splitter = list(blocks[waiting.pop()])
-        budget.spend(
-            1 + len(sources_of) * len(splitter) // 8
-        )  # most of these look-ups are quick, because they have no result
+        # Most of these look-ups are quick, because they have no result.
+        budget.spend(1 + len(sources_of) * len(splitter) // 8)
         for sources in sources_of:
             parts: dict[int, set[int]] = collections.defaultdict(set)  # by block: its states that lead to the splitter
             for target in splitter:

@@ -52,7 +52,7 @@ class Number:
         return number
 
     def includes(self, values: Any) -> Any:
-        """Whether a number, or each number of an array, lies in the range."""
+        """Returns whether a number, or each number of an array, lies in the range."""
         return (values > self.low if self.above else values >= self.low) & (values <= self.high)
 
     @property
@@ -80,7 +80,7 @@ class Integer:
         return check_int(name, value, self.low, self.high, "".join(f", or {number}" for number in self.also))
 
     def includes(self, values: Any) -> Any:
-        """Whether an integer, or each integer of an array, lies in the range."""
+        """Returns whether an integer, or each integer of an array, lies in the range."""
         return (values >= self.low) & (values <= self.high)
 
     @property

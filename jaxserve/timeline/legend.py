@@ -2,7 +2,7 @@
 
 from jaxserve.timeline.record import Phase
 
-COLOURS = {  # per phase two shades, so that sequences that follow each other in a slot can be told apart
+COLOURS = {  # two shades per phase, so that sequences that follow each other in a slot look different
     Phase.PREFILL: ("#e8a33d", "#d18a1f"),
     Phase.RECOMPUTE: ("#c45ab3", "#a63f96"),
     Phase.DECODE: ("#7fb2dc", "#4f8bc0"),

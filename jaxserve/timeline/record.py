@@ -143,21 +143,21 @@ class Timeline:
         )
         self.num_steps += num_steps
 
-    def _index_of(self, row: int, generation: int, sequence: "LiveSample") -> int:
-        live = sequence.live
-        key = (row, generation, live.id, sequence.index)
+    def _index_of(self, row: int, generation: int, sample: "LiveSample") -> int:
+        live = sample.live
+        key = (row, generation, live.id, sample.index)
         if key not in self._index:
             self._index[key] = len(self.occupants)
-            sample = sequence.index if len(live.samples) > 1 else None
-            self.occupants.append(Occupant(live.id, sample, len(live.prompt_token_ids)))
+            index = sample.index if len(live.samples) > 1 else None
+            self.occupants.append(Occupant(live.id, index, len(live.prompt_token_ids)))
         return self._index[key]
 
-    def _end(self, row: int, generation: int, sequence: "LiveSample", status: Status) -> None:
-        index = self._index.get((row, generation, sequence.live.id, sequence.index))
+    def _end(self, row: int, generation: int, sample: "LiveSample", status: Status) -> None:
+        index = self._index.get((row, generation, sample.live.id, sample.index))
         if index is None:
             return  # aborted before it had a slot
-        if sequence.finished:  # the host ended it, with a stop string
-            status = sequence.status
+        if sample.finished:  # the host ended it, with a stop string
+            status = sample.status
         self.occupants[index].finish_reason = status.finish_reason
         self.occupants[index].end_call = self.num_steps
 

@@ -87,7 +87,7 @@ def decode_split(
     HAS_K_SCALE: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
 ):
-    """A program does what `decode_whole` does for one split of the positions. Grid: (kv heads, batch rows, splits)."""
+    """A program works like `decode_whole` on one split of the positions. Grid: (kv heads, batch rows, splits)."""
     row, split = tl.program_id(1), tl.program_id(2)
     kv_head, head, is_head = _heads(GROUP_SIZE, HEADS_PER_PROGRAM)
     slot = tl.load(slots + row)

@@ -115,11 +115,11 @@ class _Span(NamedTuple):
         return begin, whole_begin, jnp.maximum(lax.div(first + 1, size), whole_begin), end
 
     def holds(self, positions: Int32[Array, " tile"]) -> Bool[Array, " tile"]:
-        """Whether each position lies in the span."""
+        """Returns whether each position lies in the span."""
         return (positions >= self.oldest) & (positions <= self.last)
 
     def visible(self, positions: Int32[Array, " tile"]) -> Bool[Array, "queries tile"]:
-        """Whether each query sees each position."""
+        """Returns whether each query sees each position."""
         visible = positions[None, :] <= self.newest_of[:, None]
         if self.window is not None:
             visible = visible & (positions[None, :] > (self.newest_of - self.window)[:, None])

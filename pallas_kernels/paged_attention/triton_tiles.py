@@ -1,8 +1,8 @@
 """The parts that the decode and the chunk kernel share: tiles read through a page table, and softmax folded tile by tile.
 
 These functions run inside Pallas kernels that lower to Triton. There sizes are powers of two, both operands of a product have
-at least 16 rows, and a masked load names the value for what it does not read. A tile is a fixed number of positions that starts
-at an absolute multiple of that number. It is a part of one page, or it covers several pages:
+at least 16 rows, and a masked load names the value of elements that it does not read. A tile is a fixed number of positions
+that starts at an absolute multiple of that number. It is a part of one page, or it covers several pages:
 
     page size 16, tile 64:  page ids of a tile [7 7 .. 7 2 2 .. 2 9 9 .. 9 4 4 .. 4]   one per position
     page size 128, tile 64: page id of a tile  7                                       a scalar
@@ -27,7 +27,7 @@ from pallas_kernels.pages import PagedKV
 
 LOG2_E = math.log2(math.e)
 MIN_ROWS = 16  # fewest rows of an operand of a product
-_MAX_POOL_ELEMENTS = 2**31  # Pallas counts in int32, which would overflow in silence for 1-byte arrays of 2 to 4 GiB
+_MAX_POOL_ELEMENTS = 2**31  # Pallas counts in int32, which overflows without an error for 1-byte arrays of 2 to 4 GiB
 _COMPUTE_DTYPES = {
     "float32": jnp.float32,
     "bfloat16": jnp.bfloat16,

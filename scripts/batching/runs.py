@@ -79,10 +79,10 @@ class _Watch:
 
 
 def draw_outputs(distribution: str, low: int, high: int, count: int, rng: np.random.Generator) -> list[int]:
-    """Draws output lengths as `draw_lengths` does, but for two distributions.
+    """Draws output lengths as `draw_lengths` does, except for two distributions.
 
         fixed       all lengths are the middle of the bounds
-        textbook    10, 20, 50 and 100 equally often, shuffled, whatever the bounds
+        textbook    10, 20, 50 and 100 equally often, shuffled; the bounds have no effect
 
     Raises:
       ValueError: if the distribution is unknown, or the bounds are out of order.

@@ -69,7 +69,7 @@ def _prompts_of(name: str, text: str, tokenizer: tokenizers.Tokenizer) -> list[P
 
 
 def generate(model_dir: pathlib.Path, prompts: list[Prompt], *, temperature: float) -> list[tuple[str, bool]]:
-    """Returns for each prompt the text that the engine generates, and whether it stopped by itself."""
+    """Returns for each prompt the text that the engine generates, and whether the model ended it."""
     engine = jaxserve.Engine.from_pretrained(str(model_dir), dtype="float32")
     params = jaxserve.SamplingParams(temperature=temperature, max_tokens=MAX_NEW_TOKENS, seed=0)
     results = engine.generate([prompt.text for prompt in prompts], params)
@@ -88,7 +88,7 @@ def parses(head: str, completion: str, *, ended: bool) -> str:
     Args:
       head: the function's beginning.
       completion: the generated text.
-      ended: True if the model stopped by itself.
+      ended: True if the model ended the text.
     """
     body, closed = body_of(completion)
     if closed or ended:
@@ -121,7 +121,7 @@ def report(prompts: list[Prompt], completions: list[tuple[str, bool]], num_shown
 
     Args:
       prompts: the prompts.
-      completions: for each prompt the generated text, and whether the model stopped by itself.
+      completions: for each prompt the generated text, and whether the model ended it.
       num_shown: number of completions to quote.
     """
     verdicts = [parses(p.head, text, ended=ended) for p, (text, ended) in zip(prompts, completions, strict=True)]

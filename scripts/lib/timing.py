@@ -41,7 +41,7 @@ class PairedTimes:
     """Pairs of the times of a loop of one and of a loop of many, and the time per call that follows from them.
 
     Args:
-      num_iterations: iterations of the longer loop; 1 if calls are so long that each is timed by itself.
+      num_iterations: iterations of the longer loop; 1 if calls are so long that each is timed alone.
       calls_per_iteration: calls in each iteration of both loops.
     """
 
@@ -77,7 +77,7 @@ class Timer:
         running number, from which the loop chooses where it starts (kernels: with another pool each time).
       min_iterations: fewest iterations of the longer loop, so that it visits every pool.
       calls_per_iteration: calls in each iteration.
-      single_from: a call that takes at least this many seconds is timed by itself.
+      single_from: a call that takes at least this many seconds is timed alone.
     """
 
     def __init__(

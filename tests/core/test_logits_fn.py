@@ -35,7 +35,7 @@ def identity(aux, logits, context):
 
 
 def meddle(aux, logits, context):
-    """Rules out a third of the vocabulary, chosen by the last token; more if `aux` is set."""
+    """Rules out a third of the vocabulary, chosen by the tokens that the sequence drew; `aux` may ask for more."""
     row = jnp.arange(logits.shape[0], dtype=jnp.int32)
     last = context.tokens.at[row, context.num_tokens - 1].get(mode="clip")
     first = context.num_generated == 0

@@ -87,7 +87,7 @@ def check_updates(updates: list[Update]) -> RequestOutput:
 
 
 def same(one: RequestOutput, other: RequestOutput) -> bool:
-    """Returns the parts of a result that do not depend on time and id."""
+    """Returns whether two results are equal except for times and id."""
     return dataclasses.replace(one, request_id="", metrics=None) == dataclasses.replace(
         other, request_id="", metrics=None
     )

@@ -1,6 +1,6 @@
 """The loop of a beam search: it keeps the W best continuations of each prompt, their keys and values on shared pages.
 
-Scores, candidates and stop rules are those of transformers' vectorised `_beam_search` (5.24), but for one request at a time,
+Scores, candidates and stop rules are those of transformers' vectorised `_beam_search` (5.24), applied to one request at a time,
 so that a request's result does not depend on its neighbours. A beam is a slot: beam b of request r is slot r * W + b.
 
     state = start(params, prompts, ...)          the prompt is computed once, in the slot of beam 0

@@ -12,7 +12,7 @@ from pallas_kernels.rotary_write import rotary_write
 
 
 class BatchLayout(enum.Enum):
-    """The make-up of a batch, which decides the kernel."""
+    """The arrangement of a batch's rows, which decides the kernel."""
 
     SINGLE = "single"  # every batch row reads its slot's pages on its own, as in decoding; right for any batch
     CHUNKS = "chunks"  # the batch rows of a slot are adjacent and at consecutive positions, so they share their reads
@@ -37,7 +37,7 @@ def paged_attend(
     Args:
       page_ids: the page table.
       slot, position: slot and position of the token in each batch row.
-      layout: the make-up of the batch.
+      layout: the arrangement of the batch rows.
       group_size: query heads per kv head.
       backend, interpret: as in `pallas_kernels`. For "native" this is a `native.PagedBatch`, which packed parameters need.
       batch_size: how many batch rows count, from the first on; results of others may be undefined. None: all. Only

@@ -1,6 +1,6 @@
 """Counts of the tokens that each slot's sequence has seen, which penalties need.
 
-A slot's counts start anew when a sequence is admitted to it: `num_counted` is 0 then, and the slot's entry of `seen` is stale.
+A slot's counts start again when a sequence is admitted to it: `num_counted` is 0 then, and the slot's entry of `seen` is stale.
 A sequence without penalties costs nothing, and one that resumes is counted again from its tokens.
 """
 

@@ -65,7 +65,7 @@ def load_orbax(
     config = _read_config(directory / _CONFIG)
     abstract = abstract_params(config, jnp.float32 if dtype is None else dtype)
     leaves = {_name(path): leaf for path, leaf in leaves_with_paths(abstract)}
-    here = jnp.zeros(()).sharding
+    default_sharding = jnp.zeros(()).sharding
     placements = dict(zip(leaves, shardings_of(sharding, abstract), strict=True))
     with ocp.StandardCheckpointer() as checkpointer:
         try:
@@ -75,7 +75,7 @@ def load_orbax(
                 name: jax.ShapeDtypeStruct(
                     leaf.shape,
                     stored[name].dtype if dtype is None else leaf.dtype,
-                    sharding=placements[name] or here,
+                    sharding=placements[name] or default_sharding,
                 )
                 for name, leaf in leaves.items()
             }

@@ -50,7 +50,7 @@ def state_of(
 
 
 def start(state: EngineState, pending: tuple[int, ...] = (NOTHING,) * 4) -> dict[str, int]:
-    """Returns the pages with which the last row would start."""
+    """Returns how the last row would start: the fields of `Start`."""
     found = start_of(state, jnp.int32(HEAD), jnp.array(pending, jnp.int32), page_size=CONFIG.page_size)
     names = ("num_computed", "num_shared", "copied_page", "waits") + ("lender",) * bool(found.num_computed > 0)
     return {name: int(getattr(found, name)) for name in names}

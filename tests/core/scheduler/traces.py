@@ -39,7 +39,7 @@ MODEL = ModelConfig("llama", VOCAB_SIZE, 2, 2, 1, 1, 1, 2)
 
 @dataclasses.dataclass(frozen=True)
 class TinyConfig(EngineConfig):
-    """A configuration with pages of any size: only kernels need at least 8 tokens, and the scheduler does not."""
+    """A configuration with pages of any size: only the kernels need pages of at least 8 tokens."""
 
     tile_rows: int | None = 1
     max_logprobs: int = 0
