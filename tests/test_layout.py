@@ -86,7 +86,7 @@ def _floor_of(module: str, floors: dict[str, int]) -> int:
 
 
 def _arrows_up(imports: dict[str, set[str]], floors: dict[str, int]) -> list[str]:
-    """Returns the imports that point from a floor to a higher one; the package's own face may be imported by nobody in it."""
+    """Returns the imports that point from a floor to a higher one; no module of the package may import the package itself."""
     return [
         f"{module} imports {other}"
         for module, others in imports.items()

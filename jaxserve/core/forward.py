@@ -72,7 +72,7 @@ class PromptLogprobs(Record):
     row_id: Int32[Array, " B"]  # queue row; Q = none: the entry is empty
     position: Int32[Array, " B"]  # position of the token in its prompt, from 1 on
     logprob: Float32[Array, " B"]  # log probability of the token, given the tokens before it
-    rank: Int32[Array, " B"]  # of the token, 1 = most likely
+    rank: Int32[Array, " B"]  # rank of the token, 1 = most likely
     top_ids: Int32[Array, "B K"]  # most likely tokens, most likely first; -1: none
     top_logprobs: Float32[Array, "B K"]
 

@@ -24,7 +24,7 @@ class Changes(Record):
     submission: Submission | None  # None: nothing is submitted
     collected: Bool[Array, " Q"]
     aborted: Bool[Array, " Q"]
-    generation: Int32[Array, " Q"]  # of the rows collected and aborted
+    generation: Int32[Array, " Q"]  # generations of the rows to collect and abort
 
 
 def update(

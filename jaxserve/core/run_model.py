@@ -23,7 +23,7 @@ class TokenBatch(Record):
     """Tokens to run the model on, one per batch row."""
 
     slot: Int32[Array, " B"]  # whose page-table entries hold the token's sequence; S = none, the batch row is padding
-    position: Int32[Array, " B"]  # of the token in its sequence
+    position: Int32[Array, " B"]  # position of the token in its sequence
     token: Int32[Array, " B"]
     is_last: Bool[Array, " B"]  # whether the slot keeps the final hidden state of this token
 
@@ -92,7 +92,7 @@ def in_tiles(
 
     loop = (start, carry)
     for size in sizes:
-        num_ignored = 0 if size == sizes[-1] else size - 1  # what is left for narrower tiles
+        num_ignored = 0 if size == sizes[-1] else size - 1  # entries that narrower tiles take
         go_on = lambda loop, num_ignored=num_ignored: end - loop[0] > num_ignored  # noqa: E731
         loop = lax.while_loop(go_on, functools.partial(trip, size), loop)
     return loop[1]

@@ -41,7 +41,7 @@ class SamplingArrays(Record):
     top_p: Float32[Array, " Q"] = column(off=1, parameter=True)
     min_p: Float32[Array, " Q"] = column(off=0, parameter=True)
     key_data: UInt32[Array, "Q 2"]  # threefry key made from the seed
-    sample_index: Int32[Array, " Q"]  # which of a request's samples this is; folded into the key
+    sample_index: Int32[Array, " Q"]  # index of the sample in its request; folded into the key
     num_logprobs: Int32[Array, " Q"] = column(off=-1)  # most likely tokens to report; -1: no ranks either
     processed: Bool[Array, " Q"]  # whether logprobs are of the distribution that is drawn from; else of the raw one
 
@@ -56,10 +56,10 @@ class Sampled(Record):
     """One token per sequence, and its log probabilities."""
 
     token: Int32[Array, " R"]
-    logprob: Float32[Array, " R"]  # of the token
-    rank: Int32[Array, " R"]  # of the token, 1 = most likely; 0 if the request wants no logprobs
+    logprob: Float32[Array, " R"]  # log probability of the token
+    rank: Int32[Array, " R"]  # rank of the token, 1 = most likely; 0 if the request wants no logprobs
     top_ids: Int32[Array, "R K"]  # most likely tokens, most likely first; -1: none, or the request wants no logprobs
-    top_logprobs: Float32[Array, "R K"]  # of top_ids; 0 where there is none
+    top_logprobs: Float32[Array, "R K"]  # log probabilities of top_ids; 0 where there is no id
     failed: Bool[Array, " R"]  # whether there is no distribution: logits are not finite, or every token is ruled out
 
 

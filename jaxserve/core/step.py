@@ -38,7 +38,7 @@ class StepOutput(Record):
     sampled: Bool[Array, " S"]  # whether a token was drawn
     drawn: Sampled  # one entry per slot
     status: Int32[Array, " S"]  # the row's `Status` after the step
-    prompt: PromptLogprobs  # of the prompt tokens in the batch whose requests ask for them
+    prompt: PromptLogprobs  # for prompt tokens in the batch whose requests ask for them
     num_waiting: Int32[Array, ""]  # rows waiting after admission
     num_free_pages: Int32[Array, ""]  # while the step ran
     num_preempted: Int32[Array, ""]  # sequences that lost their slot in this step
@@ -61,7 +61,7 @@ class RunResults(Record):
     """The tokens that `run` generated, one entry per queue row; tokens beyond `num_generated` are stale."""
 
     token_ids: Int32[Array, "Q max_new"]
-    logprobs: Float32[Array, "Q max_new"]  # of token_ids, under the raw distribution
+    logprobs: Float32[Array, "Q max_new"]  # log probabilities of token_ids under the raw distribution
     num_generated: Int32[Array, " Q"]
     status: Int32[Array, " Q"]  # a `Status`
     top_ids: Int32[Array, "Q max_new K"]

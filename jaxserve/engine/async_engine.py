@@ -53,13 +53,13 @@ class AsyncEngine:
         self._steps_per_call = engine.check_max_steps(steps_per_call)
         self._queue = engine.queue
         self._changed = threading.Condition()  # guards what follows
-        self._handles: dict[str, RequestHandle] = {}  # of unfinished requests, by id
+        self._handles: dict[str, RequestHandle] = {}  # handles of unfinished requests, by id
         self._incoming: collections.deque[LiveRequest] = collections.deque()
         self._aborts: list[RequestHandle] = []
         self._room: collections.deque[Callable[[], None]] = collections.deque()  # callbacks of waiting submitters
         self._closing = False
         self._reason = "this AsyncEngine is closed"
-        self._cause: Exception | None = None  # what ended the thread
+        self._cause: Exception | None = None  # the error that ended the thread
         self._stats = engine.stats.snapshot()
         self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)

@@ -32,7 +32,7 @@ class PackedOutputs(Record):
     """The outputs of a call of `run_steps`, which a `Reader` unpacks."""
 
     packed: Int32[Array, " N"]  # all outputs except log probabilities of prompt tokens
-    prompt: PromptLogprobs  # of each step
+    prompt: PromptLogprobs  # log probabilities of prompt tokens, per step
 
 
 def pack(tree: Any) -> Int32[Array, " N"]:

@@ -42,7 +42,7 @@ def compile_regex(pattern: str, *, max_work: int = MAX_WORK) -> ByteAutomaton:
     dead, waiting = block_of[-1], collections.deque([0])
     if block_of[0] == dead:
         raise ValueError(f"regular expression {shown(pattern)} matches no text: nothing could be generated")
-    numbers = {block_of[0]: 0}  # of blocks, in the order of a breadth-first search
+    numbers = {block_of[0]: 0}  # numbers of blocks, in the order of a breadth-first search
     successor: list[list[int]] = []
     accepting: list[bool] = []
     while waiting:

@@ -10,7 +10,7 @@ import re
 
 from jaxserve.grammar.budget import Budget, shown
 
-Ranges = tuple[tuple[int, int], ...]  # of code points, both ends included
+Ranges = tuple[tuple[int, int], ...]  # ranges of code points, both ends included
 LAST_CHARACTER = 0x10FFFF
 
 _MAX_NESTING = 50

@@ -24,7 +24,7 @@ class Projection(NamedTuple):
     cos: Float32[Array, "B D/2"]  # cosines of each token's rotary angles
     sin: Float32[Array, "B D/2"]
     q_norm: Float[Array, " D"] | None = None  # scale of an RMSNorm of each query head; None: no norm
-    k_norm: Float[Array, " D"] | None = None  # the same for keys
+    k_norm: Float[Array, " D"] | None = None  # scale of an RMSNorm of each key head; None: no norm
     norm_eps: float = 1e-6
 
 

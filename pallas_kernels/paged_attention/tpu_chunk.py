@@ -28,7 +28,7 @@ _PACKED_SUBLANES = 16  # rows of bfloat16 in a register
 _UNIT_QUERIES = 32  # small units waste few rows at the end of a block, large ones need fewer copies
 _PART_QUERIES = 128  # rows of one product, the size of the MXU; a short block is rounded up to it
 _BLOCK_QUERIES = 512  # operations per byte of pages, about as many as the fastest chip needs for its bandwidth
-_VMEM_BYTES = 10 * 2**20  # of the 16 MiB that a kernel gets
+_VMEM_BYTES = 10 * 2**20  # budget, of the 16 MiB of VMEM that a kernel gets
 
 
 def block_rows(group_size: int) -> int:

@@ -13,7 +13,8 @@ from pallas_kernels.paged_attention import tpu_tiles
 from pallas_kernels.paged_attention.tpu_tiles import NUM_BUFFERS, Schedule, SoftmaxState, Tiles
 from pallas_kernels.pages import PagedKV
 
-_TILE_BYTES = 2**20  # of K and V together: about a microsecond of HBM bandwidth, far more than the fixed cost of a copy
+# Size of K and V together: about a microsecond of HBM bandwidth, far above the fixed cost of a copy.
+_TILE_BYTES = 2**20
 _MIN_TILE, _MAX_TILE = 128, 512  # lanes of the scores; a short sequence is rounded up to the first
 _BUFFER_BYTES = 2**23  # half of the VMEM that a kernel gets
 _SUBLANES = 8

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels.paged_attention import triton_tiles as tiles
 from pallas_kernels.pages import PagedKV
 
-_NUM_SMS = 132  # of an H100 or H200 (SXM)
+_NUM_SMS = 132  # multiprocessors of an H100 or H200 (SXM)
 _PROGRAMS_PER_SM = 3  # so that some load while others compute
 _MIN_TILES_PER_SPLIT = 4  # a split's partial result costs about as much as half a tile
 _MAX_SPLITS = 128  # the combining kernel holds one row of each in registers

@@ -139,7 +139,7 @@ class Data(NamedTuple):
     k_scale: Float32[Array, " K"] | None
     v_scale: Float32[Array, " K"] | None
     sinks: Float32[Array, " H"] | None
-    qkv: Float32[Array, "B K G+2 D"] | None  # of rotary_write, as are cos and sin
+    qkv: Float32[Array, "B K G+2 D"] | None  # set for rotary_write only, like cos and sin
     cos: Float32[Array, "B D/2"] | None
     sin: Float32[Array, "B D/2"] | None
 

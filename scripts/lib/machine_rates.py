@@ -16,7 +16,7 @@ from lib.records import provenance
 
 _CACHE_MB = 64
 _SIZES = (128, 256, 512, 1024, 2048)
-_REPEATS = 5  # of XLA's loops; other calls are so short that three times as many are made
+_REPEATS = 5  # repeats of XLA's loops; other calls are so short that they are repeated three times as often
 
 
 def measure(dtypes: Sequence[str]) -> dict[str, Any]:

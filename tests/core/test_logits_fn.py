@@ -166,7 +166,7 @@ def test_the_function_comes_after_the_rules_and_before_temperature(params):
     assert abs(tokens.mean() - 0.9) < 0.05  # 3^2 to 1; at temperature 1 it were 0.75
 
 
-def test_a_row_ruled_out_ends_with_an_error_and_disturbs_nobody(params):
+def test_a_row_ruled_out_ends_with_an_error_and_disturbs_no_other(params):
     requests = [Asked(asked.prompt, greedy()) for asked in workload.crowd(5, 6)]
     healthy, _ = trace(requests, params, meddle)
     auxes = [PLAIN | {"doomed_at": np.int32((NEVER, 0, 4)[i % 3])} for i in range(6)]

@@ -168,7 +168,7 @@ def test_results_do_not_depend_on_neighbours_slots_arrival_order_or_chunks(setup
 def test_results_do_not_depend_on_own_preemptions(setup):
     page_size = setup.config.page_size
     for target in setup.targets:
-        victim = dataclasses.replace(target, priority=1)  # whoever runs out of pages, it has to go
+        victim = dataclasses.replace(target, priority=1)  # it is preempted whichever sequence runs out of pages
         num_left = (
             setup.config.num_pages - len(target.prompt) // page_size - 5
         )  # pages, of which the neighbours get all
@@ -206,7 +206,7 @@ def test_what_the_pool_holds_outside_of_computed_positions_is_never_read(setup):
         assert_same(seen, expected)
 
 
-def test_a_sequence_that_reads_nan_ends_with_an_error_and_disturbs_nobody(setup):
+def test_a_sequence_that_reads_nan_ends_with_an_error_and_disturbs_no_other(setup):
     """Also the control of the test above: a poisoned position that was computed does reach the result."""
     requests = [*workload.crowd(1, 1), *setup.targets]
     num_steps = iter(range(1000))
@@ -289,7 +289,7 @@ def test_run_steps_returns_when_a_row_finishes_and_none_waits(params):
 def test_run_steps_goes_on_after_a_finish_while_rows_wait(params):
     state = workload.start([short(2, 2), *(short(2, 12) for _ in range(3)), short(2, 3), short(2, 4)], CONFIG)
     state, num_steps = run_steps(params, state, 16)
-    assert num_steps == 2 + 3 + 4  # one after the other in the first slot; only the last one leaves nobody waiting
+    assert num_steps == 2 + 3 + 4  # one after the other in the first slot; only the last one leaves no other waiting
     assert state.queue.status[:6].tolist() == [4, 2, 2, 2, 4, 4]
 
 

@@ -210,7 +210,7 @@ def test_a_full_queue_refuses_tasks_and_threads_that_do_not_wait_and_keeps_those
     asyncio.run(main())
 
 
-def test_a_consumer_that_is_slow_delays_nobody_and_gets_what_it_missed_in_one_piece(engine: Engine) -> None:
+def test_a_slow_consumer_delays_no_other_and_gets_what_it_missed_in_one_piece(engine: Engine) -> None:
     (expected,) = engine.generate([[1, 2]], LONG)
     with AsyncEngine(engine, steps_per_call=1) as asynchronous:
         slow = asynchronous.submit([1, 2], LONG)
@@ -222,7 +222,7 @@ def test_a_consumer_that_is_slow_delays_nobody_and_gets_what_it_missed_in_one_pi
         assert list(slow) == [] and same(slow.result(), expected)
 
 
-def test_samples_that_nobody_looked_at_are_merged_each_on_its_own_and_the_result_comes_last(engine: Engine) -> None:
+def test_updates_that_are_not_taken_are_merged_per_sample_and_the_result_comes_last(engine: Engine) -> None:
     params = SamplingParams(n=3, seed=1, max_tokens=9, ignore_eos=True)
     with AsyncEngine(engine, steps_per_call=1) as asynchronous:
         handle = asynchronous.submit([1, 2], params)

@@ -71,7 +71,7 @@ def test_prompt_logprobs_are_the_models_in_chunks_and_after_a_preemption(engine)
                 assert places[int(token)].logprob == pytest.approx(row[token], abs=1e-4)
 
 
-def test_whoever_asks_for_no_prompt_logprobs_gets_none_beside_one_who_does(engine):
+def test_a_request_without_prompt_logprobs_gets_none_beside_one_that_asks_for_them(engine):
     asked, silent = engine.generate([prompt(1, 9), prompt(2, 9)], [greedy(prompt_logprobs=0), greedy()])
     assert silent.prompt_logprobs is None
     assert [len(places) for places in asked.prompt_logprobs[1:]] == [1] * 8

@@ -101,7 +101,7 @@ def test_bytes_that_hold_tokens_are_counted_while_any_waits() -> None:
     assert paged["busy_steps"] == 2 and paged["in_flight_mean"] == 2 and paged["in_flight_peak"] == 2
     assert paged["live_share_of_pool"] == pytest.approx((8 + 10) / 2 / 32)
     assert paged["live_share_of_held"] == pytest.approx((8 + 10) / (4 * 8))
-    all_along = dataclasses.replace(steps, num_waiting=none)  # nobody ever waited
+    all_along = dataclasses.replace(steps, num_waiting=none)  # no request ever waited
     reserved = runs.memory_use(all_along, config, reserved=True)
     assert reserved["in_flight_mean"] == 7 / 4
     assert reserved["live_share_of_held"] == pytest.approx((8 + 10 + (7 + 6) + 7) / (7 * 16))

@@ -27,7 +27,7 @@ class KVPool(Record):
     """Keys and values of all pages: L pairs of arrays."""
 
     k: tuple[Shaped[Array, "N K T D"], ...]  # per layer; float, or uint16 holding bfloat16 bits
-    v: tuple[Shaped[Array, "N K T D"], ...]  # as k
+    v: tuple[Shaped[Array, "N K T D"], ...]  # same shape and dtype as k
 
 
 def init_kv_pool(model: ModelConfig, num_pages: int, page_size: int, dtype: str, *, as_bits: bool) -> KVPool:

@@ -59,7 +59,7 @@ class Queue(Record):
     num_tokens: Int32[Array, " Q"]  # prompt + generated
     max_length: Int32[Array, " Q"]  # num_tokens at which the sequence ends
     stop_token_ids: Int32[Array, "Q Z"] = column(off=-1)  # generating one of these ends the sequence; -1: unused entry
-    stop_sequences: Int32[Array, "Q NS LS"] = column(off=-1)  # so does one of these; aligned at their end, -1 before it
+    stop_sequences: Int32[Array, "Q NS LS"] = column(off=-1)  # these end it too; aligned at their end, -1 before it
     sampling: SamplingArrays
     rules: LogitRules
     num_prompt_logprobs: Int32[Array, " Q"] = column(off=-1)  # most likely tokens to report per prompt token; -1: none
@@ -91,7 +91,7 @@ class EngineState(Record):
     pool: KVPool
     # Per slot and token id 2 * times generated + whether it is in the prompt; None: the config has no penalties.
     seen: Int32[Array, "S V"] | None
-    aux: Any  # what a `LogitsFn` remembers per queue row, a tree of arrays [Q, ...]; None: nothing
+    aux: Any  # data that a `LogitsFn` remembers per queue row, a tree of arrays [Q, ...]; None: it remembers nothing
     next_arrival: Int32[Array, ""]  # arrival of the next sequence; a state serves 2^31 of them
 
     @property

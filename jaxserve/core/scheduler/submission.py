@@ -38,7 +38,7 @@ class Submission(Record):
     priority: Int32[Array, " W"]  # lower goes first
     follows: Bool[Array, " W"]  # whether this is one more sample of the request before it, whose prompt it repeats
     valid: Bool[Array, " W"]
-    aux: Any = None  # what a `LogitsFn` starts with: a tree like `EngineState.aux`, [W, ...]
+    aux: Any = None  # initial data of a `LogitsFn`: a tree like `EngineState.aux`, [W, ...]
 
 
 # The fields that a row of the queue takes over as they are.

@@ -21,7 +21,7 @@ class Plan(Record):
     """The batch of one step: one token per decoding slot, then chunks of prompts, packed without gaps."""
 
     slot: Int32[Array, " B"]  # slot of each batch row; S = none, beyond the batch
-    position: Int32[Array, " B"]  # of the token in its sequence; 0 beyond the batch
+    position: Int32[Array, " B"]  # position of the token in its sequence; 0 beyond the batch
     batch_size: Int32[Array, ""]  # batch rows in use
     num_new: Int32[Array, " S"]  # tokens of each slot whose keys and values this step computes
     copy_from: Int32[Array, " S"]  # pages to copy, all at once, before the model runs

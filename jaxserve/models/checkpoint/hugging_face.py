@@ -141,7 +141,7 @@ def save_hugging_face(
     """
     check_params(params, config)
     dtype = weight_dtype(dtype)
-    token_ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}  # else transformers fills in Llama 2's
+    token_ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}  # otherwise transformers uses Llama 2's
     mapping = to_hugging_face(config)
     clash = sorted(mapping.keys() & (extra_config or {}).keys())
     if clash:

@@ -105,7 +105,7 @@ def test_allocate_each_goes_by_slot_while_pages_last():
 
 
 @pytest.mark.parametrize("free, wants", [([3, 1, 2], (0, 0, 0)), ([], (1, 0, 1))])
-def test_allocate_each_changes_nothing_when_nobody_wants_or_nothing_is_free(free, wants):
+def test_allocate_each_changes_nothing_when_no_slot_wants_a_page_or_none_is_free(free, wants):
     before = start() if free else table_of([[4, 0, NONE], [3, 1, 2], [5, NONE, NONE]], free=[])
     table, granted = allocate_each(before, mask(*wants), jnp.array([2, 0, 1], jnp.int32))
     assert granted.tolist() == [False] * 3

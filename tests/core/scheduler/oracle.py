@@ -116,7 +116,7 @@ class Oracle:
                 groups[-1].append(place)
             else:
                 groups.append([place])
-                self.events["follows nobody"] += request.follows
+                self.events["follows no request"] += request.follows
         handles: list[tuple[int, int] | None] = [None] * len(requests)
         for number, places in enumerate(groups):
             free_rows = [row for row, sequence in enumerate(self.rows) if sequence is None]

@@ -36,7 +36,7 @@ ALWAYS = (
     "abort ignored, stale handle",
     "collection ignored, unfinished",
     "collection ignored, stale handle",
-    "follows nobody",
+    "follows no request",
     "group refused, too few free rows",
     "nothing taken behind a refused group",
     "head waits for the prompt of its group",

@@ -96,7 +96,7 @@ MUTANTS: dict[str, Edit | tuple[Edit, ...]] = {
     ),
     "new pages take the place of shared ones": Edit("allocate", " - num_held", ""),
     "shared pages count as new": Edit("admit", " - start.num_shared", ""),
-    "nobody waits for the prompt": Edit("start_of", "jnp.any(in_group & stays)", "False"),
+    "no row waits for the prompt": Edit("start_of", "jnp.any(in_group & stays)", "False"),
     "a wait for one that leaves": Edit("start_of", "jnp.any(in_group & stays)", "jnp.any(in_group)"),
     "a wait although the prompt is there": Edit("start_of", " & ~jnp.any(has_prompt)", ""),
     "who reports on its prompt does not compute it": Edit("start_of", " & (queue.num_prompt_logprobs[row] < 0)", ""),

@@ -44,7 +44,7 @@ def test_the_lowest_priority_then_the_earliest_arrival_is_next(rows, first):
     assert (int(row), bool(found)) == (first, True)
 
 
-def test_nobody_is_next_when_nobody_waits():
+def test_no_row_is_next_when_none_waits():
     assert not bool(next_waiting(state_of((R, 0, 0), (Status.STOP, 0, 1)))[1])
 
 

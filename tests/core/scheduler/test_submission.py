@@ -147,7 +147,7 @@ def test_the_samples_of_one_request_are_a_group_and_other_requests_are_groups_of
 
 
 @pytest.mark.parametrize("before", [[], [None], [request(5), None]])
-def test_a_sample_that_follows_nobody_is_the_first_of_its_request(before):
+def test_a_sample_that_follows_no_other_is_the_first_of_its_request(before):
     state, handles = put(start(), *before, more(request(1)))
     row = handles.row_id[len(before)]
     assert state.queue.group[row] == state.queue.arrival[row]
