@@ -71,12 +71,13 @@ def test_a_request_gets_the_same_tokens_alone_and_among_forty_in_a_tight_pool(en
 
 
 def test_nothing_is_compiled_after_warm_up_whatever_the_requests(engine: Engine) -> None:
+    old, new = small_model.make_params(0), small_model.make_params(1)
     with forbid_compilation():
         engine.generate(make_prompts(9), [SamplingParams(top_k=index, max_tokens=3 + index) for index in range(9)])
         engine.generate(["text"], SamplingParams(top_p=0.5, min_p=0.1, logprobs=3))
-        engine.set_params(small_model.make_params(1))
+        engine.set_params(new)
         engine.generate(make_prompts(2), SamplingParams(temperature=0))
-        engine.set_params(small_model.make_params(0))
+        engine.set_params(old)
 
 
 def test_new_weights_change_the_tokens_and_the_old_ones_bring_them_back(engine: Engine) -> None:
