@@ -10,7 +10,7 @@ import pytest
 
 from jaxserve.core.cache import attention
 from jaxserve.core.forward import split_by_kernel
-from jaxserve.core.programs import programs
+from jaxserve.core.programs import _shared_programs, programs
 from jaxserve.core.scheduler import init_state
 from jaxserve.core.scheduler.transitions import Plan
 from pallas_kernels.paged_attention import reference as paged_reference
@@ -92,9 +92,9 @@ def unlike_kernels(monkeypatch):
     monkeypatch.setattr(attention, "decode_attention", plain(paged, name="decode", factor=1.01))
     monkeypatch.setattr(attention, "chunk_attention", plain(paged, name="chunk", factor=1.0))
     monkeypatch.setattr(attention, "rotary_write", write)
-    programs.cache_clear()
+    _shared_programs.cache_clear()
     yield calls
-    programs.cache_clear()
+    _shared_programs.cache_clear()
 
 
 def preempted(config) -> list:

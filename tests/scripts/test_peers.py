@@ -159,8 +159,8 @@ def test_steps_of_a_call_share_its_time_evenly(monkeypatch):
     times = iter([10.0, 14.0, 20.0])  # made, read, read
     monkeypatch.setattr("peers.jaxserve_driver.time.perf_counter", lambda: next(times))
     clock = StepClock(EngineConfig(max_slots=1, num_pages=8, max_model_len=16, page_size=8))
-    group = types.SimpleNamespace(request=types.SimpleNamespace(id="a"), samples=[0], prompt_token_ids=[1])
-    sequence = types.SimpleNamespace(group=group, index=0, finished=False)
+    live = types.SimpleNamespace(id="a", samples=[0], prompt_token_ids=[1], request=types.SimpleNamespace(id="a"))
+    sample = types.SimpleNamespace(live=live, index=0, finished=False)
     for count in (2, 3):
         steps = types.SimpleNamespace(
             row_id=np.zeros((count, 1), np.int32),
@@ -169,7 +169,7 @@ def test_steps_of_a_call_share_its_time_evenly(monkeypatch):
             **{name: np.zeros(count, np.int32) for name in ("num_free_pages", "num_waiting", "num_preempted")},
         )
         rows: Any = {"status": np.full(1, 2), "generation": np.zeros(1, np.int32)}
-        clock.observe(types.SimpleNamespace(steps=steps, num_steps=count, **rows), {0: sequence}, 0)
+        clock.observe(types.SimpleNamespace(steps=steps, num_steps=count, **rows), {0: sample}, 0)
     assert clock.seconds_per_token() == [pytest.approx((20 - 12) / 4)]  # steps end at 12, 14, 16, 18, 20
 
 
