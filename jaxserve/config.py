@@ -208,7 +208,7 @@ def read_json_object(path: str | pathlib.Path, kind: str) -> dict[str, Any]:
 
     Args:
       path: the file.
-      kind: what the file is called in an error message.
+      kind: the name of this kind of file in error messages.
 
     Raises:
       ValueError: naming the file, if it cannot be read, is not JSON or not an object, or has a key twice.

@@ -138,7 +138,7 @@ def make_submission(
 
     Args:
       prompts: token ids.
-      params: for all prompts, or one per prompt; None: the defaults. Without a seed of its own, request i gets
+      params: parameters for all prompts, or one per prompt; None: the defaults. Without a seed of its own, request i gets
         `derived_seed(seed, i)`.
       model: gives the size of the vocabulary.
       config: gives the capacities.

@@ -20,7 +20,7 @@ def if_any(needed: Bool[Array, " R"], compute: Callable[..., T], otherwise: T, *
     Args:
       needed: entries for which the work is needed.
       compute: returns a tree of the shapes and dtypes of `otherwise`.
-      otherwise: what to return when nothing is needed; `compute` gets it first.
+      otherwise: the result when nothing is needed; `compute` gets it as its first argument.
       operands: further arguments of `compute`, trees of arrays.
     """
 

@@ -44,7 +44,7 @@ class AsyncEngine:
 
         Args:
           engine: the engine to run; it must have no requests.
-          steps_per_call: as `max_steps` of `Engine.step`. Fewer give updates sooner, and cost more calls per token.
+          steps_per_call: `max_steps` of each `Engine.step`. With fewer steps updates come sooner, at more calls per token.
 
         Raises:
           ValueError: if the engine has requests, or runs in another AsyncEngine, or `steps_per_call` is out of range.

@@ -113,7 +113,7 @@ class Engine:
           dtype: "float32", "bfloat16" or "float16"; None: bfloat16 (on CPU too).
           config: capacities.
           load_format: "auto", or "dummy" for random weights and no tokenizer.
-          seed: for random weights, and for requests without a seed.
+          seed: seed of random weights, and of the seeds of requests without one.
           logits_fn, aux: as in the constructor.
 
         Raises:
@@ -144,7 +144,7 @@ class Engine:
 
         Args:
           prompts: texts, or lists of token ids; a single text is one prompt.
-          params: for all prompts, or one per prompt; None: the defaults.
+          params: parameters for all prompts, or one per prompt; None: the defaults.
           priorities: one per prompt, lower first; None: all alike.
 
         Raises:
@@ -166,7 +166,7 @@ class Engine:
 
         Args:
           prompts: texts, or lists of token ids, at least one each.
-          completions: what follows each prompt, in the same form; texts are tokenised apart from their prompts.
+          completions: the continuation of each prompt, in the same form; texts are tokenised apart from their prompts.
 
         Raises:
           ValueError: if there are not as many completions as prompts, or one is not valid or too long; the message has its

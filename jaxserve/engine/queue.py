@@ -78,7 +78,7 @@ class RequestQueue:
 
         Args:
           prompts: texts, or lists of token ids; a single text is one prompt.
-          params: for all prompts, or one per prompt; None: the defaults.
+          params: parameters for all prompts, or one per prompt; None: the defaults.
           priorities: one per prompt; None: all 0.
 
         Raises:

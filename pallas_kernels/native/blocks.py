@@ -77,7 +77,7 @@ def blocks(
       batch: slot and position of each batch row, and the page table.
       ffw_dim: F.
       group_size: G, query heads per kv head.
-      eps: what every norm adds to its mean square.
+      eps: number that every norm adds to its mean square.
       windows: the window of each layer; None: no window.
 
     Returns:

@@ -48,7 +48,7 @@ def product(
       num_columns: N, or F if gated.
       batch_size: batch rows to compute; None: all.
       scale: scale of an RMSNorm that is applied to x; None: no norm.
-      eps: what the RMSNorm adds to the mean square.
+      eps: number that the RMSNorm adds to the mean square.
       bias: added to the product, [2F] if gated; None: no bias.
       residual: added last; None: no residual.
       gated: SwiGLU: silu of the gate's columns times the other columns, instead of all columns.

@@ -29,7 +29,7 @@ def rotary_write(
       slot: slot of each batch row; S: no slot, so that the batch row writes nothing.
       position: position of each batch row. No two batch rows with a slot may have the same slot and position.
       q_norm, k_norm: scale of an RMSNorm per head before the rotation (Qwen3); None: no norm.
-      norm_eps: what the RMSNorm adds to the mean square.
+      norm_eps: number that the RMSNorm adds to the mean square.
 
     Returns:
       The queries, rotated and scaled by 1/sqrt(D), and the pages of keys and of values.

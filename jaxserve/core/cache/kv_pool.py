@@ -87,7 +87,7 @@ def stores_bits(backend: str, platform: str | None = None) -> bool:
     """Returns whether a bfloat16 pool is stored as bits: on a CPU, with a backend that XLA or native code serves.
 
     Args:
-      backend: what writes to pages.
+      backend: the backend that writes to pages.
       platform: platform of the devices that hold the pool; None: that of JAX's default device.
     """
     return (platform or jax.default_backend()) == "cpu" and backend in ("reference", "native")

@@ -107,7 +107,7 @@ def init_state(
 
     Args:
       model, config: static.
-      aux: what a `LogitsFn` remembers of one sequence: a tree of arrays. The state has one such tree per queue row.
+      aux: initial data that a `LogitsFn` remembers of one sequence: a tree of arrays. The state has one per queue row.
       platform: static; the platform of the devices that will hold the state, which decides how the pool is stored; None: that
         of JAX's default device.
 
